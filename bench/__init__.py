@@ -1,0 +1,1 @@
+"""What the suite measures: protocols, throughput, scaling, and the plain reference of the method."""

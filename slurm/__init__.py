@@ -1,0 +1,1 @@
+"""SLURM arrays through submitit."""

@@ -1,0 +1,1 @@
+"""Distributed benchmark suite for dataset distillation by Wasserstein barycenters."""

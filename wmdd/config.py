@@ -1,0 +1,413 @@
+"""What a run is: frozen models whose every field is documented, checked before any work starts."""
+
+import tomllib
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from wmdd.errors import InputError, nearest
+from wmdd.files import digest
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+CropScale = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the config that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Compute(Section):
+    """Where and how the arithmetic runs."""
+
+    device: str = "auto"
+    """``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    threads: Positive = 1
+    """CPU threads of each rank; fixed here because launchers would otherwise choose."""
+    workers: Count = 2
+    """Processes that decode images; 0 decodes in the main process."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """``bf16`` runs the networks under autocast (moments, losses and images stay fp32); ``auto`` takes bf16 where the
+    hardware has it natively."""
+    compile: bool = False
+    """Compile the synthesis step with torch.compile; pays on a GPU."""
+    checkpoint_seconds: Weight = 600.0
+    """Seconds between two checkpoints of a group in synthesis or of a teacher in training."""
+
+
+class Data(Section):
+    """The images to distill."""
+
+    source: Literal["digits", "cifar10", "imagenette", "tiny-imagenet", "imagenet-1k", "folder"] = "folder"
+    """Which data set; ``folder`` is any tree with ``train/CLASS/`` and ``val/CLASS/``."""
+    root: str | None = None
+    """Folder of the data set; ``wmdd data fetch`` fills it. None: ``data/SOURCE`` below the working folder."""
+    classes: int | str | tuple[str, ...] | None = None
+    """All classes (None), the first N (10), a range of positions ("10:20"), or a list of names."""
+    resolution: Annotated[int, Field(ge=8)] = 224
+    """Height and width of every image, in pixels."""
+    channels: Literal[1, 3] = 3
+    """3 turns grey images into three equal channels; 1 turns colour images grey."""
+    crop_ratio: CropScale = 1.0
+    """The shorter side is resized to ``resolution / crop_ratio``, then the centre is cut out (ImageNet: 0.875)."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, on the scale 0 to 1, subtracted before the network."""
+    std: tuple[Rate, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel, divided by before the network."""
+    holdout_per_class: Count = 0
+    """Images of each training class kept apart to choose recipes on; students are then validated on these."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """An image that cannot be read ends the run (``fail``) or is left out and counted (``skip``)."""
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> "Data":
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(f"data.{key} has {len(getattr(self, key))} values, data.channels is {self.channels}")
+        return self
+
+
+class Teacher(Section):
+    """The frozen network whose features and BatchNorm statistics are matched."""
+
+    network: str = "resnet18"
+    """``resnet18`` and any other torchvision classifier with BatchNorm, or ``convnetD`` / ``convnetDxW``: D blocks
+    of W channels (convnet3x64)."""
+    stem: Literal["auto", "standard", "small", "stride2"] = "auto"
+    """First layers of a ResNet: ``small`` (3x3, stride 1), ``stride2`` (3x3, stride 2), both without max-pool;
+    ``auto``: small up to 32 px, stride2 up to 64 px, standard above."""
+    weights: str | None = None
+    """None trains the teacher here; ``torchvision:NAME`` or the path of a weights file loads it, strictly."""
+    seed: Count = 0
+    """Seed of its initialisation and training; apart from the run's, so that distillation seeds share a teacher."""
+    ranks: Positive = 1
+    """Ranks that train it under DistributedDataParallel; another number is another teacher."""
+    epochs: Positive = 50
+    """Passes over the training set."""
+    batch_size: Positive = 32
+    """Images of one update, over all ranks."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with Nesterov momentum, or AdamW; both under a cosine schedule to zero."""
+    lr: Rate = 0.025
+    """Peak learning rate."""
+    momentum: Fraction = 0.9
+    """Momentum of SGD."""
+    weight_decay: Weight = 1e-4
+    """Weight decay."""
+    label_smoothing: Fraction = 0.0
+    """Label smoothing of the cross-entropy."""
+    crop_scale: CropScale = 0.25
+    """Smallest share of the area that a random resized crop keeps."""
+    flip: bool = True
+    """Mirror half of the images; wrong for digits."""
+
+
+class Statistics(Section):
+    """The pass over the real images of each class."""
+
+    batch_size: Positive = 100
+    """Images of one class in one forward pass."""
+    between: Literal["exact", "batchwise"] = "exact"
+    """Variance between images: over the class, or the mean over batches that the public code computes."""
+    augment: bool = False
+    """Show the teacher the crops and flips of synthesis instead of the whole images."""
+
+
+class Barycenter(Section):
+    """The K = IPC atoms that stand for a class in feature space."""
+
+    weights: Literal["uniform", "free", "alternating"] = "uniform"
+    """``uniform``: every atom weighs 1/K. ``free``: optimal quantisation (Lloyd), weights are the cell masses.
+    ``alternating``: the paper's algorithm (Cuturi & Doucet 2014)."""
+    atoms: Literal["means", "medoids"] = "means"
+    """Points in feature space, or the features of the real images nearest to them."""
+    starts: Positive = 4
+    """Seeded starts; the one with the least W2² is kept."""
+    rounds: Positive = 100
+    """Most rounds of a start; it ends earlier once W2² stands still."""
+
+
+class Synthesis(Section):
+    """How images are optimised against their targets: L = f·L_feature + λ·L_BN + c·CE."""
+
+    classes_per_group: Count = 0
+    """Classes synthesised together; 0 takes as many as make up 100 images. Part of the recipe, never of the machine."""
+    iterations: Count = 2000
+    """Optimiser steps."""
+    lr: Rate = 0.25
+    """Adam's learning rate on the normalised images, cosine to zero."""
+    betas: tuple[Fraction, Fraction] = (0.5, 0.9)
+    """Adam's betas."""
+    start: Literal["noise", "real"] = "noise"
+    """Gaussian noise, or the real image nearest to each atom."""
+    norm: Literal["squared", "euclidean"] = "squared"
+    """Squared distances summed over classes (the paper), or the plain norms of the public code: one over the group
+    for features, per class and averaged for BatchNorm."""
+    feature_weight: Weight = 1.0
+    """Weight f of the distance between features and atoms."""
+    bn_weight: Weight = 100.0
+    """Weight λ of the BatchNorm term; useful from 10 to 1000."""
+    bn_first_weight: Weight = 1.0
+    """Extra factor on the first BatchNorm layer."""
+    bn_target: Literal["class", "global"] = "class"
+    """Match each class's own moments (PCBN), or the teacher's running statistics over the whole group."""
+    bn_variance: Literal["total", "matched"] = "total"
+    """Target variance: of the class, or what K images can have: within + between·(1 − Σ w²)."""
+    ce_weight: Weight = 0.0
+    """Weight c of the teacher's cross-entropy, averaged over images."""
+    augment: Literal["group", "image"] = "group"
+    """One crop and flip for all images of a group each iteration, or one for each image."""
+    crop_scale: tuple[CropScale, CropScale] = (0.08, 1.0)
+    """Range of the area that a random resized crop keeps."""
+    crop_curriculum: Fraction = 0.0
+    """Share of the iterations over which the smallest crop shrinks from the whole image to its final scale (CDA)."""
+    flip: bool = True
+    """Mirror with probability one half."""
+    jitter: Count = 0
+    """Images are rolled by up to this many pixels along each axis."""
+    clamp: bool = True
+    """Keep pixels in the valid range after each step."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"the smallest crop {value[0]} exceeds the largest {value[1]}")
+        return value
+
+
+class Labels(Section):
+    """What students learn from, and the augmentation under which the teacher labels (FKD)."""
+
+    regimes: tuple[Literal["hard", "soft"], ...] = Field(("soft",), min_length=1)
+    """``hard``: the class of each image. ``soft``: the teacher's logits for each augmented batch."""
+    stored: bool = False
+    """Soft labels are written once per student seed as fp16 logits, one file an epoch, and read back; else they are
+    computed online and cost no bytes."""
+    temperature: Rate = 20.0
+    """Temperature of the KL divergence."""
+    crop_scale: CropScale = 0.08
+    """Smallest share of the area that a random resized crop keeps."""
+    flip: bool = True
+    """Mirror half of the images."""
+    mix: Literal["cutmix", "mixup", "none"] = "cutmix"
+    """How the images of a batch are mixed."""
+    mix_alpha: Rate = 1.0
+    """Beta(α, α) of the mixing ratio."""
+
+
+class Student(Section):
+    """The networks trained on the distilled set to measure it."""
+
+    networks: tuple[str, ...] = Field(("resnet18",), min_length=1)
+    """Architectures, named as for the teacher."""
+    seeds: Positive = 3
+    """Students of each architecture and label regime; seeds 0 to N−1."""
+    epochs: Positive = 300
+    """Passes over the distilled set."""
+    batch_size: Positive = 100
+    """Images of one update; a smaller set is one batch."""
+    lr: Rate = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: Weight = 0.01
+    """Weight decay of AdamW."""
+    cosine_stretch: Annotated[float, Field(ge=1)] = 1.0
+    """ζ of the smoothed cosine: the schedule is that of a training ζ times as long, cut off at the last epoch."""
+    baselines: tuple[str, ...] = ("random",)
+    """Methods distilled beside the run's own at the same IPC, and measured by the same students."""
+
+
+class Config(Section):
+    """One run: a data set, a method and its settings."""
+
+    name: str = "run"
+    """Name of the run; the folder is ``runs/NAME`` unless ``--out`` says otherwise."""
+    seed: Count = 0
+    """Seed of the distillation: starts, barycenters, augmentation."""
+    ipc: Positive = 10
+    """Images per class."""
+    blocks: Positive = 1
+    """Parts the classes are split into: one file, one array task each. Never changes a result."""
+    method: str = "wmdd"
+    """Name in the registry of methods (``wmdd methods``)."""
+    compute: Compute = Compute()
+    data: Data = Data()
+    teacher: Teacher = Teacher()
+    statistics: Statistics = Statistics()
+    barycenter: Barycenter = Barycenter()
+    synthesis: Synthesis = Synthesis()
+    labels: Labels = Labels()
+    student: Student = Student()
+
+    def fingerprint(self, *sections: str) -> str:
+        """Return the SHA-256 of all that may change a result in ``sections`` (top keys; default: what decides images).
+
+        Left out, because results must not depend on it: name, blocks, device, workers, checkpoint interval, data root.
+        Threads and precision are always in.
+        """
+        chosen = sections or ("seed", "ipc", "method", "data", "teacher", "statistics", "barycenter", "synthesis")
+        values = self.model_dump(mode="json", include=set(chosen))
+        if "data" in values:
+            del values["data"]["root"]
+        values["compute"] = {"threads": self.compute.threads, "precision": self.compute.precision}
+        return digest(values)
+
+
+def preset_names() -> tuple[list[str], list[str]]:
+    """Return the names of the shipped presets and of the variants that combine with them (``preset+variant``)."""
+    folder = resources.files("wmdd") / "presets"
+    return tuple(  # type: ignore[return-value]
+        sorted(entry.name.removesuffix(".toml") for entry in place.iterdir() if entry.name.endswith(".toml"))
+        for place in (folder, folder / "variants")
+    )
+
+
+def load_config(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Resolve a preset (``digits``), a preset with variants (``digits+paper``) or a TOML file, then ``--set`` overrides.
+
+    A TOML file may begin from another config with ``extends = "preset+variant"``.
+
+    Args:
+        source: name or path.
+        overrides: strings such as ``synthesis.bn_weight=30``; values are read as TOML, else as a string.
+
+    Raises:
+        InputError: no such preset or file, unknown key, value of a wrong type or out of range.
+    """
+    values = _read(str(source))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"--set {override}: expected key=value, for example synthesis.bn_weight=30")
+        _merge(values, _nest(key.strip().split("."), _parse(text.strip())), f"--set {override}")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"config {source}: {_explain(error)}") from None
+
+
+def describe(config: Config) -> list[tuple[str, Any, str]]:
+    """Return (dotted key, value, meaning) of every field, in order."""
+    rows: list[tuple[str, Any, str]] = []
+
+    def walk(section: Section, prefix: str) -> None:
+        for key, field in type(section).model_fields.items():
+            value = getattr(section, key)
+            if isinstance(value, Section):
+                walk(value, f"{prefix}{key}.")
+            else:
+                rows.append((prefix + key, value, " ".join((field.description or "").split())))
+
+    walk(config, "")
+    return rows
+
+
+def to_toml(config: Config) -> str:
+    """Return the whole config as TOML, each field under its meaning: a file that ``load_config`` reads back."""
+    import json
+    import textwrap
+
+    lines: list[str] = []
+    section = ""
+    for key, value, meaning in describe(config):
+        head, _, tail = key.rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"[{section}]"]
+        lines += [f"# {line}" for line in textwrap.wrap(meaning, 110)]
+        lines.append(f"# {tail} is not set" if value is None else f"{tail} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _read(source: str) -> dict[str, Any]:
+    if source.endswith(".toml") or "/" in source:
+        return _read_file(Path(source))
+    presets, variants = preset_names()
+    base, *extras = source.split("+")
+    if base not in presets:
+        hint = nearest(base, presets)
+        raise InputError(f"{source}: no preset {base!r} and no file of that name; {hint} (a file's name ends in .toml)")
+    folder = resources.files("wmdd") / "presets"
+    values = tomllib.loads((folder / f"{base}.toml").read_text())
+    for extra in extras:
+        if extra not in variants:
+            raise InputError(f"{source}: no variant {extra!r}; {nearest(extra, variants)}")
+        _merge(values, tomllib.loads((folder / "variants" / f"{extra}.toml").read_text()), source)
+        values["name"] = f"{values['name']}+{extra}"
+    return values
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not TOML: {error}") from None
+    parent = values.pop("extends", None)
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise InputError(f"{path}: extends = {parent!r}: expected the name of a preset, such as 'digits+paper'")
+        inherited = _read(str(path.parent / parent) if parent.endswith(".toml") else parent)
+        _merge(inherited, values, str(path))
+        values = inherited
+    values.setdefault("name", path.stem)
+    return values
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any], source: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key, {}), dict):
+            _merge(into.setdefault(key, {}), value, source)
+        elif isinstance(into.get(key), dict):
+            raise InputError(f"{source}: {key} is a section; set one of its keys, as in {key}.KEY={value}")
+        else:
+            into[key] = value
+
+
+def _nest(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _parse(text: str) -> Any:
+    if text in ("None", "none", "null"):
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn pydantic's first complaints into one line, with the nearest valid name for an unknown key."""
+    messages = []
+    for item in error.errors()[:3]:
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            valid = list(_section_at(item["loc"][:-1]).model_fields)
+            messages.append(f"unknown key {where!r}: {nearest(str(item['loc'][-1]), valid)}")
+        else:
+            given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+            messages.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{given}".removeprefix(": "))
+    return "; ".join(messages)
+
+
+def _section_at(location: tuple[Any, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = Config
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        if not isinstance(annotation, type | types.GenericAlias) or not issubclass(annotation, BaseModel):
+            break
+        model = annotation
+    return model
