@@ -1,1 +1,23 @@
-"""Distributed benchmark suite for dataset distillation by Wasserstein barycenters."""
+"""Distributed benchmark suite for dataset distillation by Wasserstein barycenters (WMDD, ICCV 2025).
+
+The Python API is three names, imported when first used: ``load_config``, ``run`` and ``DistilledSet``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wmdd.config import load_config
+    from wmdd.distilled import DistilledSet
+    from wmdd.pipeline import run
+
+__all__ = ["DistilledSet", "load_config", "run"]
+
+_HOME = {"load_config": "wmdd.config", "run": "wmdd.pipeline", "DistilledSet": "wmdd.distilled"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'wmdd' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -87,6 +87,8 @@ class Teacher(Section):
     ``auto``: small up to 32 px, stride2 up to 64 px, standard above."""
     weights: str | None = None
     """None trains the teacher here; ``torchvision:NAME`` or the path of a weights file loads it, strictly."""
+    outputs: tuple[Count, ...] | None = None
+    """For weights of more classes that do not name them: the output that stands for each class of the data set."""
     seed: Count = 0
     """Seed of its initialisation and training; apart from the run's, so that distillation seeds share a teacher."""
     ranks: Positive = 1
@@ -252,13 +254,14 @@ class Config(Section):
         """Return the SHA-256 of all that may change a result in ``sections`` (top keys; default: what decides images).
 
         Left out, because results must not depend on it: name, blocks, device, workers, checkpoint interval, data root.
-        Threads and precision are always in.
+        Threads, precision and compilation, which change rounding, are always in.
         """
         chosen = sections or ("seed", "ipc", "method", "data", "teacher", "statistics", "barycenter", "synthesis")
         values = self.model_dump(mode="json", include=set(chosen))
         if "data" in values:
             del values["data"]["root"]
-        values["compute"] = {"threads": self.compute.threads, "precision": self.compute.precision}
+        compute = self.compute
+        values["compute"] = {"threads": compute.threads, "precision": compute.precision, "compile": compute.compile}
         return digest(values)
 
 
@@ -272,7 +275,7 @@ def preset_names() -> tuple[list[str], list[str]]:
 
 
 def load_config(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Resolve a preset (``digits``), a preset with variants (``digits+paper``) or a TOML file, then ``--set`` overrides.
+    """Resolve a preset (``digits``), one with variants (``digits+paper``) or a TOML file, then ``--set`` overrides.
 
     A TOML file may begin from another config with ``extends = "preset+variant"``.
 

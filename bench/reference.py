@@ -1,0 +1,130 @@
+"""The method written plainly: the oracle of the tests and the baseline of every speed ratio.
+
+Eager fp32, contiguous layout, forward hooks on the BatchNorm layers, torchvision's crop, the terms added up one after
+the other, as a careful reader of the paper would write it.  It shares no code with the engine and is not slowed down on
+purpose: gradients are taken for the images alone and nothing is computed twice.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.transforms.v2 import functional as transforms
+
+
+@dataclass
+class ClassTarget:
+    """What the K images of one class are matched to."""
+
+    label: int
+    """Class index"""
+    atoms: Tensor
+    """[K, D]"""
+    weights: Tensor
+    """[K], sums to one"""
+    means: list[Tensor] = field(default_factory=list)
+    """Mean at the input of each BatchNorm layer, [channels]"""
+    variances: list[Tensor] = field(default_factory=list)
+    """Biased variance, likewise"""
+
+
+class Probe:
+    """Forward hooks that keep the inputs of every BatchNorm layer and of the last linear layer."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = copy.deepcopy(network).eval()
+        self.inputs: list[Tensor] = []
+        self.features = torch.empty(0)
+        layers = list(self.network.modules())
+        for layer in layers:
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.register_forward_hook(lambda module, arguments, output: self.inputs.append(arguments[0]))
+        head = [layer for layer in layers if isinstance(layer, nn.Linear)][-1]
+        head.register_forward_hook(lambda module, arguments, output: setattr(self, "features", arguments[0]))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits [N, C]; ``inputs`` and ``features`` are those of these images."""
+        self.inputs = []
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def class_moments(probe: Probe, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return mean and biased variance of every BatchNorm input over all images [n, ...] of a class and positions."""
+    with torch.no_grad():
+        probe(images)
+    means = [inputs.mean((0, 2, 3)) for inputs in probe.inputs]
+    variances = [inputs.var((0, 2, 3), correction=0) for inputs in probe.inputs]
+    return means, variances
+
+
+def weighted_moments(inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance [channels] of [K, channels, h, w] where image k has weight w_k."""
+    share = weights[:, None, None, None] / (inputs.shape[2] * inputs.shape[3])
+    mean = (share * inputs).sum((0, 2, 3))
+    return mean, (share * (inputs - mean[:, None, None]) ** 2).sum((0, 2, 3))
+
+
+def paper_loss(probe: Probe, images: Tensor, targets: Sequence[ClassTarget], bn_weight: float) -> Tensor:
+    """Return L = Σ_c Σ_k ‖f(x_ck) − b_ck‖² + λ Σ_c Σ_l (‖mean_l − BNmean_cl‖² + ‖var_l − BNvar_cl‖²).
+
+    Args:
+        probe: the hooked teacher.
+        images: [C·K, channels, H, W], the classes one after the other.
+        targets: of each class.
+        bn_weight: λ.
+    """
+    probe(images)
+    loss = images.new_zeros(())
+    start = 0
+    for target in targets:
+        rows = slice(start, start + len(target.atoms))
+        loss = loss + ((probe.features[rows] - target.atoms) ** 2).sum()
+        for inputs, mean, variance in zip(probe.inputs, target.means, target.variances, strict=True):
+            own_mean, own_variance = weighted_moments(inputs[rows], target.weights)
+            loss = loss + bn_weight * (((own_mean - mean) ** 2).sum() + ((own_variance - variance) ** 2).sum())
+        start = rows.stop
+    return loss
+
+
+def upstream_loss(
+    probe: Probe, images: Tensor, targets: Sequence[ClassTarget], bn_weight: float, ce_weight: float
+) -> Tensor:
+    """Return what the public code computes: un-squared norms and a cross-entropy, uniform weights in the moments.
+
+    One Frobenius norm over the batch for features; for BatchNorm a 2-norm per class and layer, averaged over classes.
+    """
+    logits = probe(images)
+    feature = torch.linalg.norm(probe.features - torch.cat([target.atoms for target in targets]))
+    distance = images.new_zeros(())
+    start = 0
+    for target in targets:
+        rows = slice(start, start + len(target.atoms))
+        for inputs, mean, variance in zip(probe.inputs, target.means, target.variances, strict=True):
+            own_mean = inputs[rows].mean((0, 2, 3))
+            own_variance = inputs[rows].var((0, 2, 3), correction=0)
+            distance = distance + torch.linalg.norm(own_mean - mean) + torch.linalg.norm(own_variance - variance)
+        start = rows.stop
+    labels = torch.cat([torch.full((len(target.atoms),), target.label) for target in targets])
+    entropy = functional.cross_entropy(logits, labels.to(images.device))
+    return feature + bn_weight * distance / len(targets) + ce_weight * entropy
+
+
+def augmented(images: Tensor, box: Sequence[int], flip: bool, shift: Sequence[int]) -> Tensor:
+    """Return one crop, resized back, one flip and one roll for the whole batch.
+
+    Args:
+        images: [N, channels, H, W].
+        box: top, left, height, width of the crop, in pixels.
+        flip: mirror left to right.
+        shift: cyclic shift down and right, in pixels.
+    """
+    top, left, height, width = box
+    size = list(images.shape[-2:])
+    cropped = transforms.resized_crop(images, top, left, height, width, size, antialias=True)
+    if flip:
+        cropped = cropped.flip(-1)
+    return torch.roll(cropped, list(shift), (-2, -1))

@@ -1,0 +1,61 @@
+"""Shared by all tests: a store of their own, a small trained teacher, a run of seconds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from wmdd import networks
+from wmdd.config import Config, load_config
+
+TINY = [
+    "ipc=2",
+    "data.resolution=8",
+    "data.classes=4",
+    "compute.threads=1",
+    "teacher.network=convnet2x8",
+    "teacher.epochs=2",
+    "synthesis.iterations=6",
+    "student.networks=['convnet2x8']",
+    "student.epochs=2",
+    "student.seeds=2",
+]
+"""Overrides that make a run on digits last about a second."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the tests' teachers and statistics out of the user's cache, and share them between tests."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("WMDD_CACHE", str(tmp_path_factory.mktemp("store")))
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny() -> Config:
+    """Return the config of a run of about a second: 4 digits, 2 images each."""
+    return load_config("digits", TINY)
+
+
+@pytest.fixture
+def classifier() -> torch.nn.Module:
+    """Return a ConvNet of 5 classes for 3-channel images of 16 px whose BatchNorm layers are not trivial."""
+    torch.manual_seed(0)
+    network = networks.create("convnet3x8", 5, 3, 16)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.running_mean, std=0.3)
+            torch.nn.init.uniform_(layer.running_var, 0.5, 2)
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.normal_(layer.bias, std=0.2)
+    return network
+
+
+def blocks_of(run: Path) -> dict[str, bytes]:
+    """Return the images of each class of a run, however its blocks are cut."""
+    from wmdd.distilled import DistilledSet
+
+    found = DistilledSet.load(run)
+    return {
+        name: found.images[found.labels == index].numpy().tobytes() for index, name in enumerate(found.classes)
+    }

@@ -1,0 +1,396 @@
+import io
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from wmdd.config import Config
+from wmdd.errors import InputError
+from wmdd.files import digest, write_json, write_tensors
+from wmdd.records import Record, write_records
+from wmdd.report import Report, collect, render_terminal, tables, to_csv, to_markdown, write_html
+
+RECIPE = {"epochs": 150, "updates": 300, "batch_size": 50, "checkpoint": "last", "lr": 0.001, "teacher": "7" * 64}
+PROVENANCE = {"revision": "8" * 40, "dirty": True, "wmdd": "0.1.0", "torch": "2.15.0", "device": "cpu", "cpu": "Xeon"}
+SETTINGS: dict[str, Any] = {
+    "name": "digits",
+    "ipc": 2,
+    "data": {"source": "digits", "resolution": 16, "channels": 1, "mean": [0.3], "std": [0.4]},
+    "labels": {"regimes": ["soft"]},
+    "student": {"networks": ["convnet3x32"], "seeds": 3},
+}
+T2 = 4.302653 / math.sqrt(3)
+"""Half-width of the 95 % interval of three values, in standard deviations."""
+
+
+def make_run(
+    folder: Path,
+    top1: list[float] | None = None,
+    *,
+    recipe: dict[str, Any] | None = None,
+    classes: tuple[str, ...] = ("0", "1"),
+    missing: tuple[int, ...] = (),
+    channels: int = 1,
+    record: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Write a run folder: a block for every two classes, and a student for each accuracy."""
+    config = Config.model_validate({**SETTINGS, "blocks": len(classes) // 2, **changes})
+    teacher = {"sha256": "7" * 64, "network": "convnet3x32", "top1": 0.985, "seconds": 30.0, "evaluated_on": "test"}
+    write_json(folder / "config.json", {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint()})
+    write_json(folder / "teacher.json", teacher)
+    for block in range(config.blocks):
+        if block not in missing:
+            make_block(folder, block, classes, channels)
+    recipe = recipe or RECIPE
+    measured = [
+        {
+            "kind": "student",
+            "run": config.name,
+            "dataset": "digits",
+            "classes": 10,
+            "resolution": config.data.resolution,
+            "method": config.method,
+            "ipc": config.ipc,
+            "network": "convnet3x32",
+            "regime": "soft",
+            "distillation_seed": config.seed,
+            "student_seed": seed,
+            "evaluated_on": "test",
+            "metrics": {"top1": value, "top5": 1.0},
+            "recipe": recipe,
+            "protocol": digest(recipe),
+            "config": config.fingerprint(),
+            "artefact": digest([config.method, config.seed]),
+            "cost": {"seconds": 4.0, "peak_bytes": 2.0**30},
+            "provenance": PROVENANCE,
+        }
+        for seed, value in enumerate(top1 or [])
+    ]
+    if measured:
+        write_records(folder / "records" / "students.jsonl", [Record(**one | (record or {})) for one in measured])
+    return folder
+
+
+def make_block(folder: Path, block: int, classes: tuple[str, ...], channels: int) -> None:
+    indices = [2 * block, 2 * block + 1]
+    names = [classes[index] for index in indices]
+    steps = list(range(0, 200, 4))
+    loss = [100 * math.exp(-step / 50) + block + 1 for step in steps]
+    curve = {"iteration": steps, "total": loss, "feature": [0.3 * x for x in loss], "bn": [0.7 * x for x in loss]}
+    curve["ce"] = [0.0 for _ in steps]
+    labels = torch.tensor(indices).repeat_interleave(2)
+    ramp = torch.arange(16 * 16).reshape(1, 1, 16, 16).expand(4, channels, 16, 16)
+    tensors = {"images": ((ramp + 40 * labels[:, None, None, None]) % 256).to(torch.uint8), "labels": labels}
+    sha = write_tensors(folder / "blocks" / f"block-{block:05d}.safetensors", tensors)
+    groups = [{"classes": names, "seconds": 12.5, "curve": curve}]
+    sidecar = {"block": block, "classes": names, "class_indices": indices, "sha256": sha, "groups": groups}
+    write_json(folder / "blocks" / f"block-{block:05d}.json", sidecar | {"provenance": PROVENANCE})
+
+
+def make_pair(tmp_path: Path) -> Path:
+    """Write a run and its random baseline, differing by 2, 0 and 4 points."""
+    run = make_run(tmp_path / "digits", [0.97, 0.96, 0.98])
+    make_run(run / "baselines" / "random", [0.95, 0.96, 0.94], method="random", name="digits/random")
+    return run
+
+
+def row_of(report: Report, method: str) -> Any:
+    return report.accuracy[report.accuracy["method"] == method].iloc[0]
+
+
+def terminal(report: Report) -> str:
+    console = Console(file=io.StringIO(), width=300)
+    render_terminal(report, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_accuracy_table_has_the_figures_computed_by_hand(tmp_path: Path) -> None:
+    report = collect([make_pair(tmp_path)])
+
+    wmdd, random = row_of(report, "wmdd"), row_of(report, "random")
+    assert wmdd["top1"] == pytest.approx(0.97)
+    assert wmdd["top1_half_width"] == pytest.approx(0.01 * T2, rel=1e-5)
+    assert random["top1"] == pytest.approx(0.95)
+    assert wmdd["difference"] == pytest.approx(0.02)
+    assert wmdd["high"] - wmdd["difference"] == pytest.approx(0.02 * T2, rel=1e-5)
+    assert (wmdd["pairs"], wmdd["paired_distillation_seeds"]) == (3, 1)
+    # 0.01 · 4.302653 / √3 = 2.484 points; 0.02 of it 4.968 points.
+    cells = ["digits", "2", "convnet3x32", "soft", "wmdd", "97.0 ± 2.5", "100.0 ± 0.0", "1×3"]
+    assert tables(report)[0].rows[0] == [*cells, "+2.0 [−3.0, 7.0]", "0.225"]
+    assert tables(report)[0].rows[2][:6] == ["digits", "all", "convnet3x32", "–", "teacher", "98.5"]
+
+
+def test_the_recipe_that_all_rows_share_stands_with_the_table_and_what_varies_in_a_column(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "ipc2", [0.97])
+    two = make_run(tmp_path / "ipc1", [0.9], ipc=1, recipe=RECIPE | {"updates": 150})
+
+    accuracy = tables(collect([one, two]))[0]
+
+    shared = {"epochs": "150", "batch size": "50", "checkpoint": "last epoch", "teacher": "7" * 12, "lr": "0.001"}
+    shared |= {"evaluated on": "test", "classes": "10", "resolution": "16 px"}
+    assert accuracy.terms == shared
+    assert accuracy.columns[-1] == "updates"
+    assert [row[-1] for row in accuracy.rows] == ["150", "300", "–"]
+
+
+def test_the_summary_says_what_was_found_and_when_it_is_a_tie(tmp_path: Path) -> None:
+    run = make_pair(tmp_path)
+    assert (
+        "wmdd 97.0 ± 2.5 % vs random 95.0 ± 2.5 %, +2.0 [−3.0, 7.0] points (a tie: the interval holds 0), n = 1×3"
+        in terminal(collect([run]))
+    )
+
+    make_run(run / "baselines" / "random", [0.85, 0.84, 0.87], method="random")
+    assert "a tie" not in terminal(collect([run]))
+
+
+def test_students_of_several_distillation_seeds_make_one_row_and_both_numbers_are_told(tmp_path: Path) -> None:
+    for seed in range(2):
+        run = make_run(tmp_path / f"seed{seed}", [0.9, 0.92, 0.94], seed=seed)
+        make_run(run / "baselines" / "random", [0.9, 0.91, 0.92], seed=seed, method="random")
+    make_run(tmp_path / "seed1", [0.9, 0.92], seed=1)
+
+    accuracy = tables(collect([tmp_path]))[0]
+
+    assert [row[7] for row in accuracy.rows] == ["5 of 2×3", "2×3", "1"]
+
+
+def test_unlike_recipes_are_refused_naming_keys_values_and_runs(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [0.9])
+    make_run(tmp_path / "b", [0.9], seed=1, recipe=RECIPE | {"epochs": 300})
+
+    with pytest.raises(InputError, match=r"digits .*IPC 2.*neither averaged nor compared.*epochs is 150 in a and 300"):
+        collect([tmp_path])
+
+
+def test_a_baseline_under_another_recipe_is_not_compared_either(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", [0.9])
+    make_run(run / "baselines" / "random", [0.8], method="random", recipe=RECIPE | {"lr": 0.01})
+
+    with pytest.raises(InputError, match=r"lr is 0\.001 in a and 0\.01 in a/baselines/random"):
+        collect([run])
+
+
+def test_test_images_are_not_mixed_with_held_out_ones(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [0.9])
+    make_run(tmp_path / "b", [0.9], seed=1, record={"evaluated_on": "holdout"})
+
+    with pytest.raises(InputError, match="evaluated_on is test in a and holdout in b"):
+        collect([tmp_path])
+
+
+def test_what_was_measured_on_held_out_images_is_marked(tmp_path: Path) -> None:
+    report = collect([make_run(tmp_path / "a", [0.9], record={"evaluated_on": "holdout"})])
+
+    accuracy = tables(report)[0]
+    assert "on the holdout images" in terminal(report)
+    assert accuracy.columns[-1] == "evaluated on"
+    assert [row[-1] for row in accuracy.rows] == ["holdout", "test"], "the teacher was measured on other images"
+
+
+def test_distillations_that_go_by_one_name_must_be_alike(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [0.9])
+    make_run(tmp_path / "b", [0.9], seed=1, synthesis={"bn_weight": 30})
+
+    with pytest.raises(InputError, match=r"synthesis\.bn_weight is 100 in a and 30 in b"):
+        collect([tmp_path])
+
+
+def test_variants_with_names_of_their_own_are_rows_of_their_own_beside_one_baseline(tmp_path: Path) -> None:
+    for name, weight, top1 in (("weak", 10, 0.9), ("strong", 100, 0.8)):
+        run = make_run(
+            tmp_path / name,
+            [top1, top1 + 0.01],
+            name=name,
+            synthesis={"bn_weight": weight},
+            record={"artefact": digest(name)},
+        )
+        make_run(run / "baselines" / "random", [0.7, 0.72], method="random", name=f"{name}/random")
+
+    report = collect([tmp_path])
+
+    assert list(report.accuracy["method"]) == ["wmdd (strong)", "wmdd (weak)", "random", "teacher"]
+    assert row_of(report, "wmdd (weak)")["difference"] == pytest.approx(0.195)
+    assert row_of(report, "random")["n"] == 2
+    assert any("2 measurements were repeated" in problem for problem in report.problems)
+
+
+def test_one_seed_with_two_sets_of_images_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", [0.9])
+    make_run(tmp_path / "b", [0.9], record={"artefact": "another"})
+
+    with pytest.raises(InputError, match=r"artefact is \w+ in a and another in b"):
+        collect([tmp_path])
+
+
+def test_missing_blocks_students_and_baselines_are_named(tmp_path: Path) -> None:
+    classes = tuple("01234567")
+    run = make_run(tmp_path / "digits", [0.9], classes=classes, missing=(0, 2, 3))
+
+    report = collect([run])
+
+    first, absent = report.coverage.to_dict("records")
+    assert first["missing"] == "block 0, block 2–3, student convnet3x32 soft seed 1–2"
+    assert (first["blocks"], first["blocks_expected"], first["students"], first["students_expected"]) == (1, 4, 1, 3)
+    assert (absent["run"], absent["missing"]) == ("digits/baselines/random", "all")
+    assert "0 of 2 runs are complete" in terminal(report)
+
+
+def test_a_block_without_its_tensors_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits", [0.9])
+    (run / "blocks" / "block-00000.safetensors").unlink()
+
+    assert collect([run]).coverage.iloc[0]["missing"].startswith("block 0")
+
+
+def test_a_run_without_students_can_be_reported(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits", missing=(0,))
+
+    report = collect([run])
+    write_html(report, tmp_path / "report.html")
+
+    assert list(report.accuracy["method"]) == ["teacher"]
+    assert "student convnet3x32 soft seed 0–2" in to_markdown(report)
+    assert "No student has been measured yet" in (tmp_path / "report.html").read_text()
+
+
+def test_a_corrupt_line_is_named_and_the_rest_counts(tmp_path: Path) -> None:
+    run = make_pair(tmp_path)
+    with open(run / "records" / "students.jsonl", "a") as file:
+        file.write("{broken\n")
+    (run / "blocks" / "block-00000.json").write_text("{")
+
+    report = collect([run])
+
+    assert any(problem.startswith("digits/records/students.jsonl:4: Invalid JSON") for problem in report.problems)
+    assert any(problem.startswith("digits/blocks/block-00000.json: is not whole JSON") for problem in report.problems)
+    assert row_of(report, "wmdd")["n"] == 3
+    assert "students.jsonl:4" in terminal(report)
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run"):
+        collect([tmp_path])
+    with pytest.raises(InputError, match="no such run folder"):
+        collect([tmp_path / "elsewhere"])
+
+
+def test_costs_are_added_and_a_shared_teacher_counts_once(tmp_path: Path) -> None:
+    report = collect([make_pair(tmp_path)])
+
+    # Teacher 30, one group 12.5, three students of 4 seconds: for the run and for its baseline.
+    assert list(report.cost["total"]) == [54.5, 54.5]
+    total = tables(report)[2].rows[-1]
+    assert total == ["all runs, each teacher once", "30.0", "25.0", "24.0", "79.0", "1.0"]
+
+
+def test_each_number_can_be_traced(tmp_path: Path) -> None:
+    provenance = collect([make_pair(tmp_path)]).provenance
+
+    row = provenance[(provenance["of"] == "accuracy") & (provenance["run"] == "digits")].iloc[0]
+    assert row["config"] == Config.model_validate(SETTINGS).fingerprint()
+    assert row["artefact"] == digest(["wmdd", 0])
+    assert row["revision"] == "8" * 40 + " + changes"
+    assert (row["hardware"], row["count"]) == ("Xeon", 3)
+    assert "torch 2.15.0" in row["versions"]
+
+
+def test_csv_has_every_figure_and_the_recipe(tmp_path: Path) -> None:
+    import pandas as pd
+
+    frame = pd.read_csv(io.StringIO(to_csv(collect([make_pair(tmp_path)])))).set_index("method")
+
+    assert frame.loc["wmdd", "top1"] == pytest.approx(0.97)
+    assert frame.loc["wmdd", "recipe.epochs"] == 150
+    assert frame.loc["wmdd", "recipe.evaluated_on"] == "test"
+
+
+def test_markdown_is_made_of_whole_tables(tmp_path: Path) -> None:
+    text = to_markdown(collect([make_pair(tmp_path)]))
+
+    assert (
+        "| digits | 2 | convnet3x32 | soft | wmdd | 97.0 ± 2.5 | 100.0 ± 0.0 | 1×3 | +2.0 [−3.0, 7.0] | 0.225 |" in text
+    )
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_page_loads_nothing_and_escapes_names(tmp_path: Path, channels: int) -> None:
+    names = ("<b>bold</b>", "{{ 7 * 7 }}")
+    run = make_run(tmp_path / "digits", [0.97, 0.96, 0.98], classes=names, channels=channels)
+    make_run(run / "baselines" / "random", [0.9, 0.9, 0.9], classes=names, channels=channels, method="random")
+    path = tmp_path / "report.html"
+
+    write_html(collect([run]), path)
+
+    page = path.read_text()
+    assert "<b>bold" not in page
+    assert "&lt;b&gt;bold" in page
+    assert "{{ 7 * 7 }}" in page
+    assert not re.search(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", page))
+    assert not re.search(r"@import|url\((?!#)|<script|<link", page)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len([source for source in sources if source.startswith("data:image/png")]) == 8
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert str(tmp_path) not in page
+
+
+def test_the_page_caps_what_it_shows_and_says_so(tmp_path: Path) -> None:
+    classes = tuple(f"class{index}" for index in range(40))
+    run = make_run(tmp_path / "digits", [0.9], classes=classes)
+    write_html(collect([run]), tmp_path / "report.html")
+
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 12
+    assert "12 of 20 groups" in page
+    assert page.count("<img") == 20 * 2
+    assert "20 of 40 classes" in page
+    identities = re.findall(r'<clipPath id="([^"]*)"', page)
+    assert len(set(identities)) == len(identities), "plots on one page must not share ids"
+
+
+def test_a_damaged_block_is_told_on_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits", [0.9])
+    (run / "blocks" / "block-00000.safetensors").write_bytes(b"damaged")
+    write_html(collect([run]), tmp_path / "report.html")
+
+    page = (tmp_path / "report.html").read_text()
+    assert "digits/blocks/block-00000.safetensors: is not a whole safetensors file" in page
+
+
+def test_the_page_is_the_same_each_time(tmp_path: Path) -> None:
+    run = make_pair(tmp_path)
+    for name in ("one.html", "two.html"):
+        write_html(collect([run]), tmp_path / name)
+
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_ten_thousand_records_are_tabulated_in_seconds(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits", [0.9])
+    line = json.loads((run / "records" / "students.jsonl").read_text())
+    records = [
+        Record(**line | {"network": f"net{n}", "distillation_seed": d, "student_seed": s, "method": m})
+        for m in ("wmdd", "random")
+        for n in range(50)
+        for d in range(10)
+        for s in range(10)
+    ]
+    write_records(run / "records" / "students.jsonl", records)
+
+    begun = time.perf_counter()
+    report = collect([run])
+    render_terminal(report, Console(file=io.StringIO()))
+
+    assert len(report.accuracy) == 101
+    assert report.accuracy["n"].sum() == 10_001
+    assert time.perf_counter() - begun < 8

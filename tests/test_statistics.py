@@ -1,0 +1,68 @@
+"""Class statistics are exact whatever the batches, and their parts mean what they say."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.reference import Probe, class_moments
+from wmdd.networks import FrozenNetwork
+from wmdd.statistics import ClassStatistics, Moments, summarise
+
+
+def measured(network: FrozenNetwork, images: Tensor, size: int, between: str = "exact") -> ClassStatistics:
+    seen = [network(batch) for batch in images.split(size)]
+    return summarise([one.features for one in seen], [(one.means, one.variances) for one in seen], between)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Return images whose brightness and contrast differ, so that variance between images matters."""
+    torch.manual_seed(1)
+    return torch.randn(23, 3, 16, 16) * torch.rand(23, 1, 1, 1) + torch.randn(23, 3, 1, 1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 23])
+def test_moments_equal_a_direct_pass_in_float64(classifier: nn.Module, images: Tensor, size: int) -> None:
+    means, variances = class_moments(Probe(classifier.double()), images.double())
+    found = measured(FrozenNetwork(classifier.float()), images[torch.randperm(23)], size)
+    torch.testing.assert_close(found.mean.double(), torch.cat(means), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((found.within + found.between).double(), torch.cat(variances), rtol=1e-5, atol=1e-6)
+
+
+def test_within_and_between_are_apart(classifier: nn.Module, images: Tensor) -> None:
+    same = measured(FrozenNetwork(classifier), images[:1].expand(8, -1, -1, -1).contiguous(), 3)
+    assert same.between.max() < 1e-9
+    found = measured(FrozenNetwork(classifier), images, 5)
+    assert (found.between / (found.within + found.between)).max() > 0.1
+
+
+def test_one_image_is_not_asked_for_variance_between_images(classifier: nn.Module, images: Tensor) -> None:
+    found = measured(FrozenNetwork(classifier), images, 23)
+    one, four = torch.ones(1), torch.full((4,), 0.25)
+    torch.testing.assert_close(found.variance(one, matched=True), found.within)
+    torch.testing.assert_close(found.variance(four, matched=True), found.within + 0.75 * found.between)
+    torch.testing.assert_close(found.variance(one, matched=False), found.within + found.between)
+    # What K images have on average: over many draws the biased variance tends to the matched target.
+    network = FrozenNetwork(classifier)
+    with torch.inference_mode():
+        seen = network(images)
+    draws = torch.randint(0, 23, (20000, 4))
+    average = seen.means[draws].var(1, correction=0).mean(0) + seen.variances[draws].mean((0, 1))
+    torch.testing.assert_close(average, found.variance(four, matched=True), rtol=0.03, atol=1e-4)
+
+
+def test_batchwise_variance_is_the_mean_of_the_batches_variances(classifier: nn.Module, images: Tensor) -> None:
+    network = FrozenNetwork(classifier)
+    found = measured(network, images[:20], 5, "batchwise")
+    batches = [class_moments(Probe(classifier), batch)[1] for batch in images[:20].split(5)]
+    expected = torch.stack([torch.cat(variances) for variances in batches]).mean(0)
+    torch.testing.assert_close(found.within + found.between, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_merging_is_exact_in_any_cut() -> None:
+    values = torch.randn(50, 3, dtype=torch.float64) + 1e4
+    whole = Moments.of(values)
+    for cut in (1, 13, 49):
+        merged = Moments.of(values[:cut]).merge(Moments.of(values[cut:]))
+        torch.testing.assert_close(merged.m2, whole.m2, rtol=1e-9, atol=0)
+        torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)

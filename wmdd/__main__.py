@@ -1,0 +1,5 @@
+"""``python -m wmdd`` and ``torchrun -m wmdd``."""
+
+from wmdd.cli import main
+
+main()

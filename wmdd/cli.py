@@ -1,0 +1,247 @@
+"""``wmdd ...``: the top floor.  Heavy imports wait for the command that needs them."""
+
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from wmdd.errors import InputError, WmddError
+
+
+class _Commands(TyperGroup):
+    """The core's commands, and those that bench, slurm and sweeps bring through the entry points ``wmdd.commands``."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(_plugins())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = super().get_command(ctx, cmd_name)
+        if found is None and cmd_name in _plugins():
+            return typer.main.get_command(_plugins()[cmd_name].load())
+        return found
+
+
+def _plugins() -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group="wmdd.commands")}
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Distil image datasets by Wasserstein barycenters, and measure what the images are worth.\n\n"
+    "Start with:  wmdd run digits",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Show configs and the presets that ship.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Fetch data sets and check their files.", no_args_is_help=True, rich_markup_mode=None)
+cache_app = typer.Typer(
+    help="List and prune shared teachers and statistics.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+app.add_typer(cache_app, name="cache")
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="Preset (digits), preset with variant (digits+paper) or TOML file.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. synthesis.lr=0.1.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+@app.command(
+    epilog="Examples:  wmdd run digits   |   wmdd run digits+paper --set ipc=1 --out runs/paper-1   |   "
+    "torchrun --nproc-per-node 4 -m wmdd run imagenet-1k"
+)
+def run(
+    config: ConfigArgument,
+    override: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
+    only_blocks: Annotated[
+        str | None, typer.Option(metavar="7|0-15|1,3", help="Distil these blocks only, and stop there.")
+    ] = None,
+) -> None:
+    """Distil, train students, report.  The same command resumes a run that was stopped."""
+    blocks = None if only_blocks is None else parse_blocks(only_blocks)
+    from wmdd import pipeline
+
+    pipeline.run(config, out, override or [], blocks)
+
+
+def parse_blocks(text: str) -> list[int]:
+    """Return the block numbers that ``7``, ``0-15`` or ``1,3-5`` names.
+
+    Raises:
+        InputError: the text is none of these.
+    """
+    blocks: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InputError(f"--only-blocks {text}: expected a number, a range or a list, such as 7, 0-15 or 1,3-5")
+        blocks += range(int(first), int(last or first) + 1)
+    return blocks
+
+
+@app.command(epilog="Example:  wmdd export runs/digits --format imagefolder --out digits-10ipc")
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="New folder to write to.")],
+    format: Annotated[str, typer.Option(help="imagefolder (lossless PNG) or parquet.")] = "imagefolder",
+) -> None:
+    """Write a distilled set for other tools, losslessly."""
+    from wmdd import distilled
+    from wmdd.console import progress
+
+    found = distilled.DistilledSet.load(run)
+    with progress(f"export to {out}", len(found), "images") as advance:
+        distilled.export(found, format, out, advance)
+
+
+@app.command()
+def verify(run: RunArgument) -> None:
+    """Hash every block of a run again; exit 1 and name what is damaged or missing."""
+    from wmdd.distilled import DistilledSet
+
+    found = DistilledSet.load(run)
+    typer.echo(f"{run}: {len(found)} images of {len(found.classes)} classes are whole, SHA-256 {found.sha256}")
+
+
+@app.command(epilog="Example:  wmdd report runs/digits runs/digits+paper --html both.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the accuracy table as CSV.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+) -> None:
+    """Consolidate runs into tables: on the terminal, and as HTML, CSV or Markdown."""
+    from rich.console import Console
+
+    from wmdd import report as reporter
+    from wmdd.files import write_bytes
+
+    collected = reporter.collect(runs)
+    reporter.render_terminal(collected, Console())
+    if html:
+        reporter.write_html(collected, html)
+    if csv:
+        write_bytes(csv, reporter.to_csv(collected).encode())
+    if markdown:
+        write_bytes(markdown, reporter.to_markdown(collected).encode())
+
+
+@app.command()
+def methods() -> None:
+    """List the distillation methods, those of plug-ins included."""
+    from wmdd import methods as registry
+    from wmdd.config import Config
+
+    for name in registry.names():
+        summary = (registry.create(Config(), name).__doc__ or "").strip().splitlines()[0]
+        typer.echo(f"{name:20} {summary}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has for wmdd, and what is missing."""
+    from rich.console import Console
+
+    from wmdd.doctor import examine, table
+
+    findings = examine()
+    Console().print(table(findings))
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+@config_app.command("show", epilog="Example:  wmdd config show tiny-imagenet+paper --set ipc=1")
+def config_show(config: ConfigArgument, override: SetOption = None) -> None:
+    """Print the resolved config as TOML, each key under its meaning; redirect it to a file and edit that."""
+    from wmdd.config import load_config, to_toml
+
+    typer.echo(to_toml(load_config(config, override or [])), nl=False)
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """List the presets, and the variants that combine with any of them."""
+    from wmdd.config import preset_names
+
+    presets, variants = preset_names()
+    typer.echo(f"presets:   {'  '.join(presets)}\nvariants:  {'  '.join(variants)}   (as in digits+{variants[0]})")
+
+
+@data_app.command("fetch", epilog="Example:  wmdd data fetch cifar10 --root /scratch/cifar10")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="cifar10, imagenette, tiny-imagenet or imagenet-1k.")],
+    root: Annotated[Path | None, typer.Option(help="Folder to put it; data/NAME by default.")] = None,
+) -> None:
+    """Download a data set where its licence allows it."""
+    from wmdd.data import fetch
+
+    typer.echo(f"{name} is at {fetch(name, root)}")
+
+
+@data_app.command("check", epilog="Example:  wmdd data check tiny-imagenet --set data.root=/scratch/tiny-imagenet-200")
+def data_check(config: ConfigArgument, override: SetOption = None) -> None:
+    """Read every image of a config in full; list the bad ones and exit 1 if there are any."""
+    from wmdd.config import load_config
+    from wmdd.console import progress
+    from wmdd.data import check_files
+
+    settings = load_config(config, override or [])
+    with progress("reading", 1, "passes") as advance:
+        bad = check_files(settings.data, settings.compute.workers)
+        advance(1)
+    for name, reason in bad:
+        typer.echo(f"{name}: {reason}")
+    if bad:
+        raise typer.Exit(1)
+    typer.echo("every image can be read")
+
+
+@cache_app.command("list")
+def cache_list() -> None:
+    """List the store's entries, oldest first."""
+    import time
+
+    from wmdd import store
+
+    found = store.entries()
+    for entry in found:
+        age = (time.time() - entry.changed) / 86400
+        typer.echo(f"{entry.kind:11} {entry.key[:16]}  {entry.size / 1e6:10,.1f} MB  {age:6.1f} days old")
+    typer.echo(f"{store.cache_root()}: {len(found)} entries, {sum(entry.size for entry in found) / 1e6:,.1f} MB")
+
+
+@cache_app.command("prune", epilog="Example:  wmdd cache prune --older-than 30")
+def cache_prune(
+    older_than: Annotated[float, typer.Option(help="Delete entries not changed for so many days.", min=0)],
+) -> None:
+    """Delete old teachers and statistics; runs make anew what they need again."""
+    from wmdd import store
+
+    gone = store.prune(older_than)
+    typer.echo(f"deleted {len(gone)} entries, {sum(entry.size for entry in gone) / 1e6:,.1f} MB")
+
+
+def main() -> None:
+    """Run the command line; a known error ends it with one line and its exit code, never with a trace."""
+    try:
+        app()
+    except WmddError as error:
+        typer.echo(f"wmdd: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("wmdd: interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

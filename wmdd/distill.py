@@ -1,0 +1,268 @@
+"""Distil blocks: statistics, plans and synthesis of each group, then one whole file per block."""
+
+import hashlib
+import itertools
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wmdd import methods, statistics
+from wmdd.config import Config
+from wmdd.console import progress, say
+from wmdd.data import Dataset, pixel_range, quantise
+from wmdd.distributed import Ranks
+from wmdd.errors import InputError, Interrupted, WmddError
+from wmdd.files import digest, read_tensors, write_json, write_tensors
+from wmdd.records import provenance
+from wmdd.rundir import Block, Group, RunFolder
+from wmdd.synthesis import State, Target, synthesise
+from wmdd.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that distilling needs, for one run folder."""
+
+    config: Config
+    dataset: Dataset
+    teacher: Teacher
+    ranks: Ranks
+    folder: RunFolder
+    stop: Callable[[], bool]
+
+
+def check(config: Config, dataset: Dataset) -> methods.Method:
+    """Return the method, once nothing speaks against the run.
+
+    Raises:
+        InputError: unknown method, or a class with fewer images than the method takes.
+    """
+    method = methods.create(config)
+    for index, name in enumerate(dataset.classes):
+        count = len(dataset.train.of_class(index))
+        if count < config.ipc:
+            raise InputError(f"ipc = {config.ipc}: class {name!r} has {count} training images; use ipc <= {count}")
+    return method
+
+
+def distill(job: Job, blocks: list[Block]) -> None:
+    """Write every block that is missing; a block that is whole is left alone.
+
+    Raises:
+        Interrupted: a stop was requested; what was done is kept.
+    """
+    method = check(job.config, job.dataset)
+    for block in blocks:
+        reason = job.folder.damaged(block.index)
+        if reason and job.ranks.main:
+            say(f"{reason}: the block is made anew")
+        if reason or job.folder.sidecar(block.index) is None:
+            _distill_block(job, method, block)
+
+
+def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
+    todo = [group for group in job.ranks.share(block.groups) if _finished(job, group) is None]
+    classes = [index for group in todo for index in group.classes] if method.uses_statistics else []
+    images = sum(len(job.dataset.train.of_class(index)) for index in classes)
+    steps = job.config.synthesis.iterations * len(todo) if method.objective() else 0
+    with (
+        progress(f"statistics, block {block.index}", images, "images") as measured,
+        progress(f"{job.config.method}, block {block.index}", steps, "iterations") as optimised,
+    ):
+        # One stream over the whole block, read group by group: no more than a group is held, and the decoders work
+        # ahead while a group is synthesised.
+        stream = statistics.measure(job.config, job.dataset, job.teacher, job.ranks, classes, measured)
+        for group in todo:
+            found = dict(itertools.islice(stream, len(group.classes) if classes else 0))
+            if job.stop():
+                raise Interrupted(f"stopped before group {group.index}")
+            _distill_group(job, method, group, found, optimised)
+    job.ranks.barrier()
+    if job.ranks.main:
+        _assemble(job, block)
+    job.ranks.barrier()
+
+
+def _distill_group(
+    job: Job,
+    method: methods.Method,
+    group: Group,
+    found: dict[int, statistics.ClassStatistics],
+    advance: Callable[[int], None],
+) -> None:
+    config = job.config
+    begun = time.perf_counter()
+    names = [job.dataset.classes[index] for index in group.classes]
+    plans = [
+        method.prepare(methods.ClassData(index, name, config, job.dataset, found.get(index)))
+        for index, name in zip(group.classes, names, strict=True)
+    ]
+    count = config.ipc
+    even = torch.full((count,), 1 / count)
+    weights = torch.stack([even if plan.weights is None else plan.weights for plan in plans])
+    labels = torch.cat(
+        [
+            torch.full((count,), index) if plan.labels is None else plan.labels
+            for index, plan in zip(group.classes, plans, strict=True)
+        ]
+    )
+    images = torch.cat([plan.images for plan in plans])
+    objective = method.objective()
+    curve: dict[str, list[float]] = {}
+    if objective is not None and config.synthesis.iterations:
+        target = _target(job, objective.per_class, plans, [found[index] for index in group.classes], weights, labels)
+        clock = _Clock(config.compute.checkpoint_seconds)
+
+        def save(state: State) -> None:
+            _write_checkpoint(job, group, state)
+            clock.restart()
+
+        state = _read_checkpoint(job, group) or State(images)
+        advance(state.iteration)
+        final = synthesise(
+            job.teacher.network,
+            state,
+            target,
+            objective,
+            config.synthesis,
+            pixel_range(config.data),
+            (config.seed, "group", *names),
+            job.ranks,
+            config.compute.compile,
+            advance,
+            save,
+            clock.due,
+            job.stop,
+        )
+        images, curve = final.images, final.curve
+    seconds = time.perf_counter() - begun
+    w2 = {name: plan.w2 for name, plan in zip(names, plans, strict=True) if plan.w2 is not None}
+    meta = {"classes": names, "seconds": round(seconds, 3), "curve": curve, "w2": w2}
+    tensors = {"images": quantise(images, config.data), "labels": labels, "weights": weights.flatten()}
+    write_tensors(job.folder.group_file(group.index), tensors, {"group": json.dumps(meta), "run": _identity(job)})
+    job.folder.checkpoint_file(group.index).unlink(missing_ok=True)
+
+
+def _target(
+    job: Job,
+    per_class: bool,
+    plans: list[methods.Plan],
+    found: list[statistics.ClassStatistics],
+    weights: Tensor,
+    labels: Tensor,
+) -> Target:
+    if per_class:
+        matched = job.config.synthesis.bn_variance == "matched"
+        mean = torch.stack([one.mean for one in found])
+        variance = torch.stack([one.variance(share, matched) for one, share in zip(found, weights, strict=True)])
+    else:
+        mean, variance = (moment[None].cpu() for moment in job.teacher.network.running_moments())
+    atoms = [plan.atoms for plan in plans if plan.atoms is not None]
+    return Target(labels, weights, mean, variance, torch.stack(atoms) if len(atoms) == len(plans) else None)
+
+
+class _Clock:
+    """Tells when a checkpoint is due; jitter keeps a thousand tasks from writing at once."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.restart()
+
+    def restart(self) -> None:
+        self._next = time.monotonic() + self._seconds * random.uniform(0.9, 1.1)
+
+    def due(self) -> bool:
+        return time.monotonic() >= self._next
+
+
+def _identity(job: Job) -> str:
+    """Return what a checkpoint must belong to: this config, these images, this teacher."""
+    return digest([job.config.fingerprint(), job.dataset.fingerprint, job.teacher.sha256])
+
+
+def _write_checkpoint(job: Job, group: Group, state: State) -> None:
+    tensors = {"images": state.images}
+    if state.first is not None and state.second is not None:
+        tensors |= {"first": state.first, "second": state.second}
+    meta = {"iteration": str(state.iteration), "curve": json.dumps(state.curve), "run": _identity(job)}
+    write_tensors(job.folder.checkpoint_file(group.index), tensors, meta)
+
+
+def _read_checkpoint(job: Job, group: Group) -> State | None:
+    path = job.folder.checkpoint_file(group.index)
+    meta = _metadata(path)
+    if meta.get("run") != _identity(job):
+        return None
+    tensors = read_tensors(path)
+    return State(
+        tensors["images"],
+        int(meta["iteration"]),
+        tensors.get("first"),
+        tensors.get("second"),
+        json.loads(meta["curve"]),
+    )
+
+
+def _finished(job: Job, group: Group) -> dict[str, Any] | None:
+    """Return what is known of a finished group whose block is not yet whole."""
+    meta = _metadata(job.folder.group_file(group.index))
+    return json.loads(meta["group"]) if meta.get("run") == _identity(job) else None
+
+
+def _metadata(path: Any) -> dict[str, str]:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (FileNotFoundError, safetensors.SafetensorError, OSError):
+        return {}
+
+
+def _assemble(job: Job, block: Block) -> None:
+    """Write the block and then its sidecar, and delete its group files."""
+    groups = []
+    parts = []
+    for group in block.groups:
+        meta = _finished(job, group)
+        if meta is None:
+            raise WmddError(f"{job.folder.group_file(group.index)}: is missing; run the same command again")
+        groups.append(meta)
+        parts.append(read_tensors(job.folder.group_file(group.index)))
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in ("images", "labels", "weights")}
+    names = [job.dataset.classes[index] for index in block.classes]
+    sha = write_tensors(job.folder.block_file(block.index), tensors)
+    sidecar = {
+        "block": block.index,
+        "method": job.config.method,
+        "classes": names,
+        "class_indices": block.classes,
+        "sha256": sha,
+        "class_sha256": _class_digests(tensors, names, job.config.ipc),
+        "groups": [{key: value for key, value in meta.items() if key != "w2"} for meta in groups],
+        "w2": {name: value for meta in groups for name, value in meta["w2"].items()},
+        "teacher": job.teacher.sha256,
+        "data": job.dataset.fingerprint,
+        "fingerprint": job.config.fingerprint(),
+        "provenance": provenance(job.config.compute),
+    }
+    write_json(job.folder.sidecar_file(block.index), sidecar)
+    for group in block.groups:
+        job.folder.group_file(group.index).unlink(missing_ok=True)
+
+
+def _class_digests(tensors: dict[str, Tensor], names: list[str], count: int) -> dict[str, str]:
+    digests = {}
+    for position, name in enumerate(names):
+        rows = slice(position * count, (position + 1) * count)
+        content = hashlib.sha256()
+        for key in ("images", "labels", "weights"):
+            content.update(tensors[key][rows].contiguous().numpy().tobytes())
+        digests[name] = content.hexdigest()
+    return digests

@@ -1,0 +1,96 @@
+"""What this machine has for wmdd, and what is missing."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: ``good``, ``absent`` (something optional) or ``broken``."""
+
+    name: str
+    state: Literal["good", "absent", "broken"]
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Look at versions, devices, bf16, SLURM and the store."""
+    return [*_packages(), *_devices(), _slurm(), _store()]
+
+
+def _packages() -> list[Finding]:
+    found = []
+    needed = ("torch", "torchvision", "pot", "submitit", "ray", "optuna", "scikit-learn")
+    for name, optional in [*((name, False) for name in needed), ("timm", True)]:
+        try:
+            found.append(Finding(name, "good", metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            remedy = f"pip install 'wmdd[{name}]'" if optional else f"pip install {name}"
+            found.append(Finding(name, "absent" if optional else "broken", remedy))
+    try:
+        import torchvision  # noqa: F401 - a build for another torch fails here
+    except Exception as error:
+        found.append(Finding("torchvision", "broken", f"does not import beside this torch: {error}"))
+    return found
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    from wmdd.distributed import native_bf16
+
+    cores = len(os.sched_getaffinity(0))
+    found = [
+        Finding("CPU", "good", f"{cores} cores"),
+        Finding(
+            "CPU bf16",
+            "good" if native_bf16() else "absent",
+            "native" if native_bf16() else "emulated: keep precision fp32",
+        ),
+    ]
+    if not torch.cuda.is_available():
+        return [*found, Finding("GPU", "absent", "CUDA sees none; runs use the CPU")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
+        found.append(
+            Finding(f"GPU {index}", "good", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16}")
+        )
+    return found
+
+
+def _slurm() -> Finding:
+    if not shutil.which("sbatch"):
+        return Finding("SLURM", "absent", "no sbatch on PATH; wmdd run works without")
+    version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=False)  # noqa: S607
+    return Finding(
+        "SLURM", "broken" if version.returncode else "good", version.stdout.strip() or version.stderr.strip()
+    )
+
+
+def _store() -> Finding:
+    from wmdd.store import cache_root
+
+    root = cache_root()
+    place = next(path for path in (root, *root.parents) if path.exists())
+    if not os.access(place, os.W_OK):
+        return Finding("store", "broken", f"{root} cannot be written; set WMDD_CACHE")
+    return Finding("store", "good", f"{root}, {shutil.disk_usage(place).free / 1e9:,.0f} GB free")
+
+
+def table(findings: list[Finding]) -> "Table":
+    """Return the findings as a table for the terminal."""
+    from rich.table import Table
+
+    shown = Table("", "", "", show_header=False, box=None)
+    marks = {"good": "[green]ok[/]", "absent": "[yellow]--[/]", "broken": "[red]!![/]"}
+    for finding in findings:
+        shown.add_row(marks[finding.state], finding.name, finding.detail)
+    return shown

@@ -1,0 +1,177 @@
+"""What accuracies of several seeds say together: intervals, paired differences, correction for many comparisons.
+
+Two seeds are nested in every accuracy: the distillation's, which decides the images, and the student's. Students of one
+distilled set share its luck, so both counts belong beside a mean; over one distillation seed an interval tells how
+students vary, and nothing about another distillation.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SETTING = ["dataset", "classes", "resolution", "ipc", "network", "regime"]
+"""What two methods must share to stand in one comparison."""
+REFERENCE = "random"
+"""The method that the others are compared with: random real images."""
+
+Seeds = tuple[int, int]
+"""(distillation seed, student seed)."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the half-width of its confidence interval, in the unit of the values."""
+
+    mean: float
+    half_width: float
+    """NaN for a single value."""
+    n: int
+    std: float
+    """Standard deviation of the sample (n − 1); NaN for a single value."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean difference a − b of paired values, its confidence interval and the p-value of no difference."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+    """Pairs."""
+    distillation_seeds: int | None = None
+    """Distinct distillation seeds among the pairs; None where the values carried no seeds."""
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Return the mean x̄ of ``n`` values with Student's interval x̄ ± t(1 − (1 − level)/2; n − 1) · s / √n.
+
+    ``s² = Σ (x − x̄)² / (n − 1)``. With one value, ``half_width`` and ``std`` are NaN.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    import numpy as np
+    from scipy import stats
+
+    n = len(values)
+    if n == 0:
+        raise ValueError("an interval needs at least one value")
+    mean = float(np.mean(values))
+    if n == 1:
+        return Interval(mean, math.nan, 1, math.nan)
+    std = float(np.std(values, ddof=1))
+    quantile = float(stats.t.ppf(0.5 + level / 2, n - 1))
+    return Interval(mean, quantile * std / math.sqrt(n), n, std)
+
+
+def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paired:
+    """Return the mean of d = a − b with its interval d̄ ± t · s_d / √n and the two-sided p of t = d̄ √n / s_d.
+
+    Both are ``scipy.stats.ttest_rel``'s. With one pair ``low``, ``high`` and ``p`` are NaN. Where all differences are
+    equal, s_d is 0: the interval is the point d̄, and p is 1 for d̄ = 0 and else 0.
+
+    Raises:
+        ValueError: the lengths differ, or there are no pairs.
+    """
+    import numpy as np
+    from scipy import stats
+
+    if len(a) != len(b) or not a:
+        raise ValueError(f"paired values need the same, positive length; got {len(a)} and {len(b)}")
+    differences = np.subtract(a, b)
+    mean, n = float(differences.mean()), len(a)
+    if n == 1:
+        return Paired(mean, math.nan, math.nan, math.nan, 1)
+    # Rounding leaves equal differences unequal in the last digits, where a t-value would mean nothing.
+    if np.ptp(differences) <= 1e-12 * np.abs((a, b)).max():
+        return Paired(mean, mean, mean, float(np.isclose(mean, 0, atol=1e-12)), n)
+    test = stats.ttest_rel(a, b)
+    bounds = test.confidence_interval(level)
+    return Paired(mean, float(bounds.low), float(bounds.high), float(test.pvalue), n)
+
+
+def paired_by_seed(a: Mapping[Seeds, float], b: Mapping[Seeds, float], level: float = 0.95) -> Paired | None:
+    """Pair values whose distillation seed and student seed both agree; None where no pair is found.
+
+    The interval counts every pair as independent; ``distillation_seeds`` says how many distilled sets stand behind it.
+    """
+    shared = sorted(a.keys() & b.keys())
+    if not shared:
+        return None
+    result = paired([a[seeds] for seeds in shared], [b[seeds] for seeds in shared], level)
+    return replace(result, distillation_seeds=len({distillation for distillation, _ in shared}))
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """Return the p-values of ``m`` comparisons adjusted by Holm's step-down method, in the order given.
+
+    With the p-values sorted upwards, the adjusted i-th is the maximum over j ≤ i of min(1, (m − j + 1) p_j). Rejecting
+    those of at most α keeps the chance of any false rejection at α. S. Holm, "A simple sequentially rejective multiple
+    test procedure", Scandinavian Journal of Statistics 6 (1979), 65–70.
+    """
+    import numpy as np
+
+    values = np.asarray(pvalues, dtype=float)
+    order = np.argsort(values)
+    steps = np.minimum(1, values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(steps)
+    return [float(value) for value in adjusted]
+
+
+def compare(students: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a row for each setting and method: means, intervals, and the difference to the random baseline.
+
+    Args:
+        students: a row for each student, all fit to be compared: the columns of ``SETTING``, ``method``, ``name``
+            (tells distillations of one method apart, and pairs each with the baseline of its name, or else of ""), ``baseline``,
+            ``distillation_seed``, ``student_seed`` and ``metrics`` (fractions).
+
+    Returns:
+        Accuracies and differences as fractions: ``top1``, ``top1_half_width``, the same of ``top5``; the counts
+        ``distillation_seeds``, ``student_seeds``, ``n``; ``difference``, ``low``, ``high``, ``p``, ``pairs`` and
+        ``paired_distillation_seeds``; ``p_holm``, adjusted over the methods of the setting. Missing where there is
+        nothing to say.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for setting, group in students.groupby(SETTING):
+        cells = dict(list(group.groupby(["method", "name"])))
+        top1 = {key: _by_seeds(cell, "top1") for key, cell in cells.items()}
+        references = {name: values for (method, name), values in top1.items() if method == REFERENCE}
+        compared: list[dict[str, Any]] = []
+        # The methods in question come first, then what they are held against.
+        order = sorted(cells, key=lambda key: (key[0] == REFERENCE, bool(cells[key]["baseline"].iloc[0]), key))
+        for method, name in order:
+            cell = cells[method, name]
+            row = dict(zip(SETTING, setting, strict=True)) | {"method": method, "name": name}
+            row |= {"baseline": bool(cell["baseline"].iloc[0]), "n": len(cell)}
+            row |= {f"{seed}s": cell[seed].nunique() for seed in ("distillation_seed", "student_seed")}
+            for metric in ("top1", "top5"):
+                if values := list(_by_seeds(cell, metric).values()):
+                    found = interval(values)
+                    row |= {metric: found.mean, f"{metric}_half_width": found.half_width}
+            reference = references.get(name) or references.get("", {})
+            if method != REFERENCE and (pairs := paired_by_seed(top1[method, name], reference)):
+                row |= {"difference": pairs.mean, "low": pairs.low, "high": pairs.high, "p": pairs.p, "pairs": pairs.n}
+                row["paired_distillation_seeds"] = pairs.distillation_seeds
+                if not math.isnan(pairs.p):
+                    compared.append(row)
+            rows.append(row)
+        for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
+            row["p_holm"] = p
+    columns = [*SETTING, "method", "name", "baseline", "top1", "top1_half_width", "top5", "top5_half_width"]
+    columns += ["distillation_seeds", "student_seeds", "n", "difference", "low", "high", "p", "p_holm", "pairs"]
+    return pd.DataFrame(rows, columns=[*columns, "paired_distillation_seeds"])
+
+
+def _by_seeds(cell: "pd.DataFrame", metric: str) -> dict[Seeds, float]:
+    seeds = zip(cell["distillation_seed"], cell["student_seed"], cell["metrics"], strict=True)
+    return {(int(d), int(s)): metrics[metric] for d, s, metrics in seeds if metric in metrics}

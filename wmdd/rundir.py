@@ -1,0 +1,167 @@
+"""The run folder: what is done, what is missing, and where it lies.
+
+RUN/config.json                  the resolved config, its fingerprint, the data and the teacher it is bound to
+RUN/blocks/block-00007.*         one file and one sidecar of each block, written whole
+RUN/groups/group-00012.*         finished groups of a block that is not yet whole, and checkpoints of the others
+RUN/manifest.json                derived from the sidecars, never the truth
+RUN/records/*.jsonl              what was measured
+RUN/baselines/METHOD/            a run folder of its own
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wmdd.config import Config
+from wmdd.errors import InputError, WmddError
+from wmdd.files import digest, read_json, sha256, write_json
+
+
+@dataclass(frozen=True)
+class Group:
+    """Classes that are synthesised together."""
+
+    index: int
+    classes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Contiguous classes, a whole number of groups: one file, one array task."""
+
+    index: int
+    groups: tuple[Group, ...]
+
+    @property
+    def classes(self) -> list[int]:
+        """Class indices of the block, in order."""
+        return [index for group in self.groups for index in group.classes]
+
+
+def plan(config: Config, classes: int) -> list[Block]:
+    """Split the classes into blocks of groups; depends on the config alone.
+
+    Raises:
+        InputError: more blocks than groups.
+    """
+    size = config.synthesis.classes_per_group or max(1, 100 // config.ipc)
+    groups = [
+        Group(index, tuple(range(start, min(start + size, classes))))
+        for index, start in enumerate(range(0, classes, size))
+    ]
+    if config.blocks > len(groups):
+        raise InputError(
+            f"blocks = {config.blocks}: {classes} classes in groups of {size} make {len(groups)} groups, and a block"
+            f" holds at least one; use blocks <= {len(groups)} or a smaller synthesis.classes_per_group"
+        )
+    bounds = [index * len(groups) // config.blocks for index in range(config.blocks + 1)]
+    return [Block(index, tuple(groups[low:high])) for index, (low, high) in enumerate(itertools.pairwise(bounds))]
+
+
+class RunFolder:
+    """Paths and state of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def block_file(self, block: int) -> Path:
+        """Return the tensors of a block."""
+        return self.path / "blocks" / f"block-{block:05d}.safetensors"
+
+    def sidecar_file(self, block: int) -> Path:
+        """Return the sidecar of a block."""
+        return self.path / "blocks" / f"block-{block:05d}.json"
+
+    def group_file(self, group: int) -> Path:
+        """Return the finished images of a group whose block is not yet whole."""
+        return self.path / "groups" / f"group-{group:05d}.safetensors"
+
+    def checkpoint_file(self, group: int) -> Path:
+        """Return the checkpoint of a group in synthesis."""
+        return self.path / "groups" / f"group-{group:05d}.checkpoint.safetensors"
+
+    def bind(self, config: Config, data: str) -> None:
+        """Bind the folder to a config and a data set, or check that it is bound to these.
+
+        Raises:
+            InputError: the folder belongs to another config; the message names the keys that differ.
+        """
+        path = self.path / "config.json"
+        wanted: dict[str, Any] = {
+            "config": config.model_dump(mode="json"),
+            "fingerprint": config.fingerprint(),
+            "data": data,
+        }
+        if path.exists():
+            found = read_json(path)
+            if found.get("data") != data and found.get("fingerprint") == wanted["fingerprint"]:
+                raise InputError(f"{self.path}: was made from other images than those in data.root; use another --out")
+            if found.get("fingerprint") != wanted["fingerprint"] or found["config"]["blocks"] != config.blocks:
+                keys = ", ".join(_differences(found.get("config", {}), wanted["config"])) or "version"
+                raise InputError(f"{self.path}: belongs to another config (differs in {keys}); use another --out")
+            if found == wanted:
+                return
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise InputError(f"{self.path}: is not empty and holds no run (no config.json); use another --out")
+        write_json(path, wanted)
+
+    def sidecar(self, block: int) -> dict[str, Any] | None:
+        """Return the sidecar of a finished block, or None when the block is missing or its sidecar is damaged."""
+        try:
+            found: dict[str, Any] = read_json(self.sidecar_file(block))
+        except WmddError:
+            return None
+        return found if isinstance(found, dict) and {"sha256", "class_sha256"} <= found.keys() else None
+
+    def damaged(self, block: int) -> str | None:
+        """Return why the files of a block cannot be believed, or None: they are whole, or the block is missing."""
+        path, sidecar = self.block_file(block), self.sidecar(block)
+        if sidecar is None:
+            return f"{self.sidecar_file(block)}: is not a whole sidecar" if self.sidecar_file(block).exists() else None
+        if not path.exists():
+            return f"{path}: is gone, its sidecar is there"
+        if sha256(path) != sidecar["sha256"]:
+            return f"{path}: its SHA-256 is not the one in its sidecar"
+        return None
+
+    def missing(self, blocks: Sequence[Block]) -> list[Block]:
+        """Return the blocks that have no whole sidecar and file."""
+        return [block for block in blocks if self.sidecar(block.index) is None or self.damaged(block.index)]
+
+    def merge(self) -> dict[str, Any]:
+        """Derive the manifest from the sidecars, write and return it.
+
+        ``sha256`` names the distilled set: it hangs on the images, labels and weights of each class and not on how
+        they were spread over blocks.
+        """
+        config = read_json(self.path / "config.json")
+        expected = config["config"]["blocks"]
+        sidecars = {index: self.sidecar(index) for index in range(expected)}
+        present = [sidecar for sidecar in sidecars.values() if sidecar is not None]
+        contents = {name: sha for sidecar in present for name, sha in sidecar["class_sha256"].items()}
+        manifest = {
+            "fingerprint": config["fingerprint"],
+            "classes": list(contents),
+            "blocks": {f"{index:05d}": sidecar["sha256"] for index, sidecar in sidecars.items() if sidecar},
+            "missing": [index for index, sidecar in sidecars.items() if sidecar is None],
+            "sha256": digest(list(contents.items())) if len(present) == expected else None,
+        }
+        write_json(self.path / "manifest.json", manifest)
+        return manifest
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key in {**old, **new}:
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys += _differences(left, right, f"{prefix}{key}.")
+        elif left != right and not f"{prefix}{key}".startswith(_FREE):
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+_FREE = ("name", "data.root", "compute.device", "compute.workers", "compute.checkpoint_seconds", "labels.", "student.")
+"""Keys that a run folder may change: they decide no image."""

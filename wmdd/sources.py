@@ -1,0 +1,409 @@
+"""Where images lie: trees of files and arrays in memory, behind one way to list them, look at them and read them.
+
+Names of images are relative, with forward slashes (``train/n01443537/images/n01443537_0.JPEG``, ``train/17``), so that
+nothing derived from them depends on where a data set is kept.
+"""
+
+import os
+import re
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from wmdd.config import Data
+from wmdd.errors import InputError, WmddError, nearest
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+TINY_ARCHIVE = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+"""Address and MD5 of the official archive of Tiny-ImageNet."""
+
+_NESTED = {
+    "imagenette": ("imagenette2", "imagenette2-320", "imagenette2-160"),
+    "tiny-imagenet": ("tiny-imagenet-200",),
+}
+_END = 64
+"""Bytes at the end of a file in which its end mark must lie; some writers pad after it."""
+
+
+class BrokenImage(InputError):
+    """An image that cannot be decoded: which file, and why."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file = file
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}; data.on_error=skip leaves out such images"
+
+
+class Look(NamedTuple):
+    """What a first look at one image tells, short of decoding it."""
+
+    identity: int
+    """Size of the file in bytes, or the CRC-32 of an array."""
+    changed: int
+    """Time of the file's last change, in nanoseconds since 1970; 0 for an array."""
+    fault: str | None
+    """Why it cannot be an image, if so."""
+
+
+class Source(ABC):
+    """The images of one data set, by split and class."""
+
+    @abstractmethod
+    def classes(self, split: Split) -> list[str]:
+        """Return the names of the classes of a split, in order."""
+
+    @abstractmethod
+    def members(self, split: Split, label: str) -> list[str]:
+        """Return the names of the images of one class, sorted.
+
+        Raises:
+            InputError: there are none.
+        """
+
+    @abstractmethod
+    def look(self, name: str) -> Look:
+        """Return what can be told of an image without decoding it."""
+
+    @abstractmethod
+    def read(self, name: str) -> Image.Image:
+        """Return an image, wholly decoded.
+
+        Raises:
+            BrokenImage: its content cannot be decoded.
+            WmddError: the machine failed to deliver the file, whatever it contains.
+        """
+
+    @abstractmethod
+    def where(self, name: str) -> str:
+        """Return what a message calls an image."""
+
+
+class Tree(Source):
+    """Files below ``root/train/CLASS`` and ``root/val/CLASS`` (``root/test/CLASS`` where there is no ``val``)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folders: dict[Split, str] = {"train": "train", "test": "val" if (root / "val").is_dir() else "test"}
+        for folder in self.folders.values():
+            if not (root / folder).is_dir():
+                raise InputError(f"{root}: has no folder {folder!r}; expected train/CLASS/ and val/CLASS/ (or test/)")
+
+    def classes(self, split: Split) -> list[str]:
+        """Return the names of the class folders, sorted."""
+        return [entry.name for entry in _entries(self.root / self.folders[split]) if entry.is_dir()]
+
+    def members(self, split: Split, label: str) -> list[str]:
+        """Return the images below a class folder, at any depth, sorted."""
+        folder = f"{self.folders[split]}/{label}"
+        names = sorted(self._walk(folder))
+        if not names:
+            raise InputError(f"{self.root / folder}: no images in this class folder ({', '.join(EXTENSIONS)})")
+        return names
+
+    def _walk(self, folder: str) -> Iterator[str]:
+        for entry in _entries(self.root / folder):
+            name = f"{folder}/{entry.name}"
+            if entry.is_dir():
+                yield from self._walk(name)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                yield name
+
+    def look(self, name: str) -> Look:
+        """Read the first and last bytes; a file that does not end as its format asks is decoded to be sure."""
+        try:
+            with open(self.where(name), "rb", buffering=0) as file:
+                stat = os.fstat(file.fileno())
+                head = file.read(16)
+                file.seek(-min(stat.st_size, _END), os.SEEK_END)
+                tail = file.read()
+        except OSError as error:
+            return Look(0, 0, f"cannot be read: {error.strerror}")
+        fault = None
+        if not head:
+            fault = "is empty"
+        elif (whole := _is_whole(head, tail, stat.st_size)) is None:
+            fault = "is not a JPEG, PNG, BMP or WebP image"
+        elif not whole:
+            try:
+                self.read(name)
+            except BrokenImage as error:
+                fault = error.reason
+        return Look(stat.st_size, stat.st_mtime_ns, fault)
+
+    def read(self, name: str) -> Image.Image:
+        """Decode a file; its extension, its profile and its EXIF orientation play no part."""
+        path = self.where(name)
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except MemoryError:
+            raise
+        except UnidentifiedImageError:
+            raise BrokenImage(path, "is not an image that can be decoded") from None
+        except Exception as error:
+            # The decoders raise errors of many types; only those of the operating system carry a number.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+            raise BrokenImage(path, str(error) or type(error).__name__) from error
+        if image.mode == "F" or image.mode.startswith("I"):
+            # Pillow would clip such pixels to 255 and leave a white image.
+            raise BrokenImage(path, f"has more than 8 bits a channel (mode {image.mode})")
+        return image
+
+    def where(self, name: str) -> str:
+        """Return the path of a file."""
+        return os.path.join(self.root, name)
+
+
+class TinyImageNet(Tree):
+    """Tiny-ImageNet as published: the classes of ``val/images`` stand in ``val/val_annotations.txt``."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._test: dict[str, list[str]] = {}
+        path = root / "val" / "val_annotations.txt"
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            fields = line.split("\t")
+            if len(fields) < 2:
+                raise InputError(f"{path}:{number}: expected a file and a class, separated by a tab; found {line!r}")
+            self._test.setdefault(fields[1], []).append(f"val/images/{fields[0]}")
+
+    def classes(self, split: Split) -> list[str]:
+        """Return the WordNet ids, sorted."""
+        return super().classes(split) if split == "train" else sorted(self._test)
+
+    def members(self, split: Split, label: str) -> list[str]:
+        """Return the images of a class: of its folder in ``train``, of the annotations in ``val``."""
+        return super().members(split, label) if split == "train" else sorted(self._test[label])
+
+
+class Arrays(Source):
+    """Images that are held in memory; the name of one is its split and its position there."""
+
+    def __init__(self, title: str, classes: list[str], splits: Mapping[Split, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Keep, for each split, images (uint8, [N, H, W] or [N, H, W, 3]) and class indices ([N])."""
+        self.title = title
+        self._classes = classes
+        self._splits = splits
+
+    def classes(self, split: Split) -> list[str]:
+        """Return the names of the classes; every split has all of them."""
+        return self._classes
+
+    def members(self, split: Split, label: str) -> list[str]:
+        """Return names such as ``train/17``, in the order of the array."""
+        positions = np.flatnonzero(self._splits[split][1] == self._classes.index(label))
+        return [f"{split}/{position}" for position in positions]
+
+    def look(self, name: str) -> Look:
+        """Return the checksum of the pixels; an array has no faults."""
+        return Look(zlib.crc32(self._pixels(name).tobytes()), 0, None)
+
+    def read(self, name: str) -> Image.Image:
+        """Return one image of the array."""
+        return Image.fromarray(self._pixels(name))
+
+    def where(self, name: str) -> str:
+        """Return the data set and the name."""
+        return f"{self.title} {name}"
+
+    def _pixels(self, name: str) -> np.ndarray:
+        split, position = name.split("/")
+        return self._splits["train" if split == "train" else "test"][0][int(position)]
+
+
+def open_source(config: Data) -> Source:
+    """Find the data set of a config.
+
+    Raises:
+        InputError: it is not there, or not laid out as expected; the message says what would help.
+    """
+    if config.source == "digits":
+        return _digits()
+    root = _place(config.source, config.root)
+    remedy = "give its place with data.root=..."
+    if config.source != "folder":
+        remedy = f"run `wmdd data fetch {config.source}`, or {remedy}"
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; {remedy}")
+    if config.source == "cifar10":
+        return _cifar10(root, remedy)
+    root = _unnested(config.source, root)
+    if not (root / "train").is_dir():
+        raise InputError(f"{root}: has no folder 'train'; {remedy}")
+    annotated = config.source == "tiny-imagenet" and (root / "val" / "val_annotations.txt").is_file()
+    # Some scripts move the images of val into class folders and leave the annotations behind.
+    rearranged = annotated and any(entry.is_dir() and entry.name != "images" for entry in _entries(root / "val"))
+    return TinyImageNet(root) if annotated and not rearranged else Tree(root)
+
+
+def fetch(name: str, root: Path | None = None) -> Path:
+    """Download a data set, or unpack the archives that lie in its folder, and return that folder.
+
+    What is there already is left as it is.  Imagenette comes in its 320-pixel edition.
+
+    Args:
+        name: as in ``data.source``.
+        root: its folder; None: ``data/NAME``.
+
+    Raises:
+        InputError: no such data set, or one that has to be downloaded by hand.
+        WmddError: the download failed.
+    """
+    if name == "folder":
+        raise InputError("folder: your own images; give their place with data.root=...")
+    makers: dict[str, Callable[[Path], None]] = {
+        "cifar10": _fetch_cifar10,
+        "imagenette": _fetch_imagenette,
+        "tiny-imagenet": _fetch_tiny,
+        "imagenet-1k": _fetch_imagenet,
+    }
+    place = _place(name, root)
+    if name == "digits":  # comes with scikit-learn
+        return place
+    if name not in makers:
+        raise InputError(f"{name}: no such data set; {nearest(name, ['digits', *makers])}")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        makers[name](place)
+    except (OSError, RuntimeError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise WmddError(f"{name}: cannot be fetched into {place}: {error}") from error
+    return place
+
+
+def _place(name: str, root: str | Path | None) -> Path:
+    return Path("data") / name if root is None else Path(root).expanduser()
+
+
+def _unnested(name: str, root: Path) -> Path:
+    """Return the folder that holds ``train``: the root, or the folder that the archive unpacks to."""
+    places = [root, *(root / inner for inner in _NESTED.get(name, ()))]
+    return next((place for place in places if (place / "train").is_dir()), root)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder by name, without hidden entries (which archivers of some systems leave beside images)."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((entry for entry in found if entry.name[0] != "."), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
+    for entry in entries:
+        if re.search("[\ud800-\udfff]", entry.name):
+            raise InputError(f"{folder}: the name {entry.name!a} is not UTF-8; rename it")
+    return entries
+
+
+def _is_whole(head: bytes, tail: bytes, size: int) -> bool | None:
+    """Tell from a file's first and last bytes whether it ends as its format asks; None: no known format.
+
+    The content decides, not the extension: ImageNet has a PNG named .JPEG.
+    """
+    if head.startswith(b"\xff\xd8\xff"):
+        return b"\xff\xd9" in tail
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return b"IEND" in tail
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return size >= 8 + int.from_bytes(head[4:8], "little")
+    if head.startswith(b"BM"):
+        return size >= int.from_bytes(head[2:6], "little")
+    return None
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    scans, labels = load_digits(return_X_y=True)
+    images = np.rint(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    held = np.zeros(len(labels), dtype=bool)
+    for label in range(10):
+        held[np.flatnonzero(labels == label)[4::5]] = True
+    splits: dict[Split, tuple[np.ndarray, np.ndarray]] = {
+        "train": (images[~held], labels[~held]),
+        "test": (images[held], labels[held]),
+    }
+    return Arrays("digits", [str(label) for label in range(10)], splits)
+
+
+def _cifar10(root: Path, remedy: str) -> Source:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
+    except RuntimeError:
+        raise InputError(f"{root}: the files of CIFAR-10 are missing or damaged; {remedy}") from None
+    splits: dict[Split, tuple[np.ndarray, np.ndarray]] = {
+        "train": (train.data, np.asarray(train.targets)),
+        "test": (test.data, np.asarray(test.targets)),
+    }
+    return Arrays("cifar10", list(train.classes), splits)
+
+
+def _make_whole(target: Path, make: Callable[[Path], object]) -> None:
+    """Let ``make`` fill a temporary folder beside ``target``, then move its ``target.name`` there: whole or absent."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
+        make(Path(temporary))
+        os.replace(Path(temporary) / target.name, target)
+
+
+def _fetch_cifar10(root: Path) -> None:
+    from torchvision.datasets import CIFAR10
+
+    CIFAR10(root, download=True)
+
+
+def _fetch_imagenette(root: Path) -> None:
+    from torchvision.datasets import Imagenette
+
+    if not (_unnested("imagenette", root) / "train").is_dir():
+        _make_whole(root / "imagenette2-320", lambda folder: Imagenette(folder, size="320px", download=True))
+
+
+def _fetch_tiny(root: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    url, md5 = TINY_ARCHIVE
+    if not (_unnested("tiny-imagenet", root) / "train").is_dir():
+        _make_whole(
+            root / "tiny-imagenet-200",
+            lambda folder: download_and_extract_archive(url, str(root), extract_root=str(folder), md5=md5),
+        )
+
+
+def _fetch_imagenet(root: Path) -> None:
+    """Unpack the archives as torchvision.datasets.ImageNet does, but so that an interruption leaves nothing half."""
+    from torchvision.datasets import imagenet
+
+    wanted = [split for split in ("train", "val") if not (root / split).is_dir()]
+    if not wanted:
+        return
+    archives = [imagenet.ARCHIVE_META[key][0] for key in ("devkit", *wanted)]
+    missing = [archive for archive in archives if not (root / archive).is_file()]
+    if missing:
+        raise InputError(
+            f"imagenet-1k: its licence asks every user to download it in person from https://image-net.org/download; "
+            f"put {', '.join(missing)} into {root} and run this again"
+        )
+    imagenet.parse_devkit_archive(root)
+    parsers = {"train": imagenet.parse_train_archive, "val": imagenet.parse_val_archive}
+    for split in wanted:
+        _make_whole(root / split, partial(_unpack, parsers[split], root, split))
+
+
+def _unpack(parse: Callable[..., None], root: Path, split: str, temporary: Path) -> None:
+    parse(root, folder=f"{temporary.name}/{split}")  # torchvision joins the folder to the root

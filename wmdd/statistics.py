@@ -1,0 +1,183 @@
+"""Class statistics: one pass over the real images gives features and per-class BatchNorm moments, exactly."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wmdd import augment, store
+from wmdd.config import Config
+from wmdd.data import Dataset, normalise
+from wmdd.distributed import Ranks, generator
+from wmdd.errors import WmddError
+from wmdd.files import digest, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from wmdd.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations (M2) of vectors, merged exactly.
+
+    Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983), eq. 2.1.
+    """
+
+    count: int
+    mean: Tensor
+    """[M] float64"""
+    m2: Tensor
+    """[M] float64"""
+
+    @staticmethod
+    def of(values: Tensor) -> "Moments":
+        """Return the moments of the rows of ``values`` [n, M]."""
+        values = values.double()
+        mean = values.mean(0)
+        return Moments(len(values), mean, (values - mean).square().sum(0))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Return the moments of both sets of rows together."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + delta * (other.count / count),
+            self.m2 + other.m2 + delta.square() * (self.count * other.count / count),
+        )
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """What the teacher sees in the n real images of one class.
+
+    The variance of a BatchNorm input over images and positions is ``within + between``: the mean over images of their
+    own variances, and the variance of their means (both biased).
+    """
+
+    features: Tensor
+    """[n, D] float32"""
+    mean: Tensor
+    """[M] float32, over images and positions"""
+    within: Tensor
+    """[M] float32"""
+    between: Tensor
+    """[M] float32"""
+
+    def variance(self, weights: Tensor, matched: bool) -> Tensor:
+        """Return the target variance [M] for K images of such weights (they sum to one).
+
+        The total variance of the class, or with ``matched`` the one that K independent images of the class have on
+        average, ``within + (1 − Σ w²) between``: one image has no variance between images.
+        """
+        share = 1 - weights.square().sum().item() if matched else 1.0
+        return self.within + share * self.between
+
+
+def summarise(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]], between: str) -> ClassStatistics:
+    """Combine the batches of one class, in order.
+
+    Args:
+        features: of each batch, [b, D].
+        moments: per-image means and variances of each batch, each [b, M].
+        between: ``exact`` over the class, or ``batchwise``: the mean over batches of their variance (public code).
+    """
+    parts = [Moments.of(means) for means, _ in moments]
+    inner = [Moments.of(variances) for _, variances in moments]
+    total, within = parts[0], inner[0]
+    for part, spread in zip(parts[1:], inner[1:], strict=True):
+        total, within = total.merge(part), within.merge(spread)
+    if between == "exact":
+        inside, across = within.mean, total.m2 / total.count
+    else:
+        inside = torch.stack([part.mean for part in inner]).mean(0)
+        across = torch.stack([part.m2 / part.count for part in parts]).mean(0)
+    return ClassStatistics(torch.cat(list(features)).float(), total.mean.float(), inside.float(), across.float())
+
+
+def key(config: Config, dataset: Dataset, teacher: "Teacher") -> str:
+    """Return the store's key for the statistics of a data set under a teacher."""
+    parts = {
+        "teacher": teacher.sha256,
+        "data": dataset.fingerprint,
+        "settings": config.fingerprint("statistics"),
+        "augment": config.fingerprint("seed", "synthesis") if config.statistics.augment else None,
+    }
+    return digest(parts)
+
+
+def measure(
+    config: Config,
+    dataset: Dataset,
+    teacher: "Teacher",
+    ranks: Ranks,
+    classes: Sequence[int],
+    advance: Callable[[int], None] = lambda images: None,
+) -> Iterator[tuple[int, ClassStatistics]]:
+    """Yield (class index, statistics) in the order of ``classes``, from the store or in one decode of their images.
+
+    Every batch holds images of one class and its size is the config's, so that neither ranks nor blocks change a bit.
+    ``advance`` is called with the number of images done.
+    """
+    folder = store.folder("statistics", key(config, dataset, teacher))
+    paths = {index: folder / f"{index:05d}.safetensors" for index in classes}
+    known = {index: _load(path) for index, path in paths.items() if path.exists()}
+    missing = [index for index in classes if known.get(index) is None]
+    fresh = _compute(config, dataset, teacher, ranks, missing, advance)
+    for index in classes:
+        found = known.pop(index, None)
+        if found is None:
+            found = next(fresh)
+            write_tensors(paths[index], vars(found))
+        else:
+            advance(len(found.features))
+        yield index, found
+
+
+def _load(path: Path) -> ClassStatistics | None:
+    try:
+        return ClassStatistics(**read_tensors(path))
+    except (WmddError, TypeError):
+        path.unlink(missing_ok=True)  # damaged: measured anew
+        return None
+
+
+def _compute(
+    config: Config,
+    dataset: Dataset,
+    teacher: "Teacher",
+    ranks: Ranks,
+    classes: Sequence[int],
+    advance: Callable[[int], None],
+) -> Iterator[ClassStatistics]:
+    size = config.statistics.batch_size
+    plan: list[list[int]] = []
+    sizes: list[int] = []
+    for index in classes:
+        images = list(dataset.train.of_class(index))
+        batches = [images[start : start + size] for start in range(0, len(images), size)]
+        plan += batches
+        sizes.append(len(batches))
+    decoded = iter(dataset.train.batches(plan, config.compute.workers))
+    for index, count in zip(classes, sizes, strict=True):
+        source = generator(config.seed, "statistics", dataset.classes[index])
+        features: list[Tensor] = []
+        moments: list[tuple[Tensor, Tensor]] = []
+        for _ in range(count):
+            shown = normalise(next(decoded).to(ranks.device), config.data)
+            if config.statistics.augment:
+                shown = augment.warp(shown, _draws(config, len(shown), source).to(ranks.device))
+            with torch.inference_mode(), ranks.autocast():
+                seen = teacher.network(shown.contiguous(memory_format=torch.channels_last))
+            features.append(seen.features.cpu())
+            moments.append((seen.means.cpu(), seen.variances.cpu()))
+            advance(len(shown))
+        yield summarise(features, moments, config.statistics.between)
+
+
+def _draws(config: Config, count: int, source: torch.Generator) -> augment.Draws:
+    synthesis = config.synthesis
+    return augment.draw((count,), config.data.resolution, synthesis.crop_scale, synthesis.flip, 0, source)

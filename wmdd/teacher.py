@@ -1,0 +1,193 @@
+"""The frozen teacher: trained here or loaded strictly, kept in the store, named by the SHA-256 of its weights."""
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from wmdd import augment, networks, store, weights
+from wmdd.config import Config
+from wmdd.console import progress, say
+from wmdd.data import Dataset, normalise
+from wmdd.distributed import Ranks, generator, seed_of
+from wmdd.errors import Interrupted, WmddError
+from wmdd.files import digest, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from wmdd.networks import FrozenNetwork
+from wmdd.validation import Validation, decode_all
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen classifier whose outputs are the data's classes in order."""
+
+    network: FrozenNetwork
+    sha256: str
+    """Of its weights file in the store: the teacher's name"""
+    facts: dict[str, Any]
+    """Network, origin, top-1 and top-5 (fractions) and what they were measured on, seconds of training, bytes"""
+
+
+def obtain(config: Config, dataset: Dataset, validation: Validation, ranks: Ranks, stop: Callable[[], bool]) -> Teacher:
+    """Return the teacher from the store; it is trained or imported there first if it is not yet known.
+
+    Raises:
+        InputError: no such network, or weights that do not fit it.
+        Interrupted: a stop was requested; training goes on from its checkpoint next time.
+    """
+    settings = config.teacher
+    origin = weights.locate(settings.weights, settings.network)
+    key = digest([config.fingerprint("teacher", "data"), dataset.fingerprint, origin and sha256(origin)])
+    folder = store.folder("teachers", key)
+    file, facts = folder / "teacher.safetensors", folder / "teacher.json"
+    if ranks.main:
+        with store.locked(folder):
+            if not _whole(file, facts):
+                _make(config, dataset, validation, ranks, folder, origin, stop)
+    ranks.barrier()
+    known = read_json(facts)
+    network = _create(config, known["all_outputs"])
+    network.load_state_dict(read_tensors(file))
+    frozen = FrozenNetwork(network, known["outputs"]).to(ranks.device)
+    return Teacher(frozen, known["sha256"], known)
+
+
+def _create(config: Config, classes: int) -> nn.Module:
+    data, settings = config.data, config.teacher
+    return networks.create(settings.network, classes, data.channels, data.resolution, settings.stem)
+
+
+def _whole(file: Path, facts: Path) -> bool:
+    try:
+        return bool(read_json(facts)["sha256"] == sha256(file))
+    except (WmddError, OSError, KeyError, TypeError):
+        return False
+
+
+def _import(config: Config, dataset: Dataset, path: Path) -> tuple[nn.Module, list[int] | None]:
+    state, names = weights.read(path)
+    outputs = weights.output_count(state, path)
+    network = _create(config, outputs)
+    weights.fit(network, state, path)
+    return network, weights.class_map(dataset, outputs, names, config.teacher.outputs, path)
+
+
+def _make(
+    config: Config,
+    dataset: Dataset,
+    validation: Validation,
+    ranks: Ranks,
+    folder: Path,
+    origin: Path | None,
+    stop: Callable[[], bool],
+) -> None:
+    """Train or import the teacher and put it into the store, with what is to be known of it."""
+    begun = time.perf_counter()
+    if origin is None:
+        network, outputs = _train(config, dataset, ranks, folder, stop), None
+    else:
+        network, outputs = _import(config, dataset, origin)
+    seconds = time.perf_counter() - begun
+    state = network.state_dict()
+    accuracy = validation(FrozenNetwork(network, outputs).to(ranks.device).predict)
+    file = folder / "teacher.safetensors"
+    name = config.teacher.network
+    facts: dict[str, Any] = {
+        "sha256": write_tensors(file, state, {"classes": "\n".join(dataset.classes)} if origin is None else None),
+        "network": name,
+        "origin": config.teacher.weights or "trained here",
+        **accuracy,
+        "evaluated_on": validation.on,
+        "seconds": round(seconds, 3),
+        "bytes": file.stat().st_size,
+        "all_outputs": weights.output_count(state, file),
+        "outputs": outputs,
+    }
+    write_json(folder / "teacher.json", facts)  # last: it is what makes the entry count
+    say(f"teacher {name}: top-1 {accuracy['top1']:.1%} ({validation.on}), SHA-256 {facts['sha256'][:12]}")
+
+
+def _train(config: Config, dataset: Dataset, ranks: Ranks, folder: Path, stop: Callable[[], bool]) -> nn.Module:
+    """Train on the decoded images with crops and flips, cosine to zero; checkpoints after the epochs it must."""
+    settings, data = config.teacher, config.data
+    torch.manual_seed(seed_of(settings.seed, "teacher"))
+    network = _create(config, len(dataset.classes)).to(ranks.device)
+    FrozenNetwork(network)  # refuses a network without BatchNorm before it is trained
+    optimizer = _optimizer(network, config)
+    batches = -(-len(dataset.train) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
+    checkpoint = folder / "checkpoint.pt"
+    begin = _resume(checkpoint, network, optimizer, schedule, ranks.device)
+    images = decode_all(dataset.train, config, "decoding the training images")
+    labels = dataset.train.labels.to(ranks.device)
+    saved = time.monotonic()
+    network.train()
+    with progress("teacher: training", settings.epochs * batches, "updates") as advance:
+        advance(begin * batches)
+        for epoch in range(begin, settings.epochs):
+            if stop() or time.monotonic() - saved > config.compute.checkpoint_seconds:
+                _checkpoint(checkpoint, network, optimizer, schedule, epoch)
+                saved = time.monotonic()
+                if stop():
+                    raise Interrupted(f"teacher checkpointed after {epoch} of {settings.epochs} epochs")
+            source = generator(settings.seed, "teacher", epoch)
+            order = torch.randperm(len(images), generator=source)
+            draws = augment.draw(
+                (len(images),), data.resolution, (settings.crop_scale, 1.0), settings.flip, 0, source
+            ).to(ranks.device)
+            for start in range(0, len(images), settings.batch_size):
+                chosen = order[start : start + settings.batch_size]
+                if len(chosen) == 1:
+                    continue  # BatchNorm cannot train on one image
+                here = chosen.to(ranks.device)
+                batch = augment.warp(
+                    normalise(images[chosen].to(ranks.device), data), draws[start : start + len(chosen)]
+                )
+                with ranks.autocast():
+                    logits = network(batch)
+                loss = functional.cross_entropy(logits.float(), labels[here], label_smoothing=settings.label_smoothing)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                advance(1)
+    checkpoint.unlink(missing_ok=True)
+    return network.cpu()
+
+
+def _optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer:
+    settings = config.teacher
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        network.parameters(),
+        settings.lr,
+        settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.momentum > 0,
+    )
+
+
+def _checkpoint(path: Path, network: nn.Module, optimizer: Any, schedule: Any, epoch: int) -> None:
+    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    buffer = io.BytesIO()
+    torch.save({**state, "epoch": epoch}, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def _resume(path: Path, network: nn.Module, optimizer: Any, schedule: Any, device: torch.device) -> int:
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        return int(state["epoch"])
+    except Exception as error:  # torch raises many types for a file that is not whole
+        raise WmddError(f"{path}: is damaged ({error}); delete it to train the teacher anew") from error

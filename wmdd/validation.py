@@ -1,0 +1,60 @@
+"""Accuracy of a classifier on the images it is judged by, decoded once for all networks of a run."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wmdd.config import Config
+from wmdd.console import progress
+from wmdd.data import Dataset, ImageSet, normalise
+from wmdd.distributed import Ranks
+
+_BATCH = 256
+
+
+class Validation:
+    """Measures classifiers on the hold-out if the config keeps one, else on the test set.
+
+    Args:
+        config: normalisation and decoding workers.
+        dataset: the images; they are decoded to uint8 and kept when first needed.
+        ranks: device and precision.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, ranks: Ranks) -> None:
+        self._config, self._ranks = config, ranks
+        self._source = dataset.validation
+        self._images: Tensor | None = None
+        self.on = "test" if dataset.holdout is None else "holdout"
+        """``test`` or ``holdout``"""
+
+    def __call__(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return top-1 and top-5 accuracy (fractions) and mean cross-entropy of ``predict`` (images -> logits)."""
+        if self._images is None:
+            self._images = decode_all(self._source, self._config, f"decoding the {self.on} images")
+        right = torch.zeros(2, dtype=torch.long)
+        loss = 0.0
+        for raw, labels in zip(self._images.split(_BATCH), self._source.labels.split(_BATCH), strict=True):
+            with torch.inference_mode(), self._ranks.autocast():
+                shown = normalise(raw.to(self._ranks.device), self._config.data)
+                logits = predict(shown.contiguous(memory_format=torch.channels_last)).float().cpu()
+            ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            right += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum()])
+            loss += functional.cross_entropy(logits, labels, reduction="sum").item()
+        count = len(self._source)
+        top1, top5 = (right.double() / count).tolist()
+        return {"top1": top1, "top5": top5, "loss": loss / count}
+
+
+def decode_all(images: ImageSet, config: Config, title: str) -> Tensor:
+    """Return all images of a split, uint8 [N, channels, H, W], decoded in workers."""
+    plan = [list(range(start, min(start + _BATCH, len(images)))) for start in range(0, len(images), _BATCH)]
+    side = config.data.resolution
+    out = torch.empty(len(images), config.data.channels, side, side, dtype=torch.uint8)
+    with progress(title, len(images), "images") as advance:
+        for chosen, batch in zip(plan, images.batches(plan, config.compute.workers), strict=True):
+            out[chosen[0] : chosen[-1] + 1] = batch
+            advance(len(chosen))
+    return out
