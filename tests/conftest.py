@@ -56,6 +56,4 @@ def blocks_of(run: Path) -> dict[str, bytes]:
     from wmdd.distilled import DistilledSet
 
     found = DistilledSet.load(run)
-    return {
-        name: found.images[found.labels == index].numpy().tobytes() for index, name in enumerate(found.classes)
-    }
+    return {name: found.images[found.labels == index].numpy().tobytes() for index, name in enumerate(found.classes)}

@@ -55,9 +55,7 @@ def test_torchvision_classifiers_with_batchnorm_serve_as_teachers(name: str) -> 
     assert seen.means.shape == (2, sum(frozen.layer_sizes))
 
 
-@pytest.mark.parametrize(
-    ("stem", "side"), [("standard", 16), ("small", 64), ("stride2", 32), ("auto", 32)]
-)
+@pytest.mark.parametrize(("stem", "side"), [("standard", 16), ("small", 64), ("stride2", 32), ("auto", 32)])
 def test_stem_of_a_resnet_decides_the_resolution_of_its_first_stage(stem: str, side: int) -> None:
     network = networks.create("resnet18", 10, 1, 64, stem)
     sides: list[int] = []

@@ -193,6 +193,10 @@ def test_the_revision_is_that_of_a_checkout_of_this_package_only(
         assert checkout() == (git("rev-parse", "HEAD"), False)
 
         (package / "__init__.py").write_text("changed = True\n")
-        assert checkout() == (git("rev-parse", "HEAD"), True)
+        revision = git("rev-parse", "HEAD")
+        assert checkout() == (revision, True)
+
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))
+        assert checkout() == (revision, True)
     finally:
         records._checkout.cache_clear()

@@ -150,7 +150,9 @@ def plain_synthesis(classifier: nn.Module, start: Tensor, target: list[Any], set
     return images.detach()
 
 
-def test_a_whole_trajectory_equals_the_plain_loop_in_float64(classifier: nn.Module, images: Tensor, alone: Ranks) -> None:
+def test_a_whole_trajectory_equals_the_plain_loop_in_float64(
+    classifier: nn.Module, images: Tensor, alone: Ranks
+) -> None:
     # In float64, because Adam amplifies the rounding of fp32.
     classifier = classifier.double()
     target, plain = targets(classifier.float())
@@ -162,7 +164,14 @@ def test_a_whole_trajectory_equals_the_plain_loop_in_float64(classifier: nn.Modu
     settings = Synthesis(iterations=25, lr=0.05, jitter=3, bn_weight=2.0)
     limits = torch.full((3, 1, 1), -2.0, dtype=torch.float64), torch.full((3, 1, 1), 2.0, dtype=torch.float64)
     own = synthesise(
-        FrozenNetwork(classifier), State(images.double()), target, Objective.of(settings), settings, limits, (0, "g"), alone
+        FrozenNetwork(classifier),
+        State(images.double()),
+        target,
+        Objective.of(settings),
+        settings,
+        limits,
+        (0, "g"),
+        alone,
     )
     expected = plain_synthesis(classifier, images.double(), plain, settings, (0, "g"))
     assert (own.images - expected).abs().max() < 1e-7
@@ -203,6 +212,8 @@ def test_curriculum_goes_from_whole_images_to_small_crops() -> None:
 
 
 def test_draws_per_image_and_per_group() -> None:
-    shapes = {kind: _schedule(Synthesis(iterations=7, augment=kind), 4, 16, (0,)).boxes.shape for kind in ("group", "image")}
+    shapes = {
+        kind: _schedule(Synthesis(iterations=7, augment=kind), 4, 16, (0,)).boxes.shape for kind in ("group", "image")
+    }
     assert shapes == {"group": (7, 1, 4), "image": (7, 4, 4)}
     assert isinstance(_schedule(Synthesis(iterations=0), 4, 16, (0,)), augment.Draws)

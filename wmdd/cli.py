@@ -71,7 +71,8 @@ def run(
     blocks = None if only_blocks is None else parse_blocks(only_blocks)
     from wmdd import pipeline
 
-    pipeline.run(config, out, override or [], blocks)
+    share = pipeline.Share() if blocks is None else pipeline.Share(("teacher", "distill"), tuple(blocks))
+    pipeline.run(config, out, override or [], share)
 
 
 def parse_blocks(text: str) -> list[int]:

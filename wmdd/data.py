@@ -107,6 +107,8 @@ class Dataset:
     """Training images kept apart to choose recipes on, if ``holdout_per_class`` asks for them."""
     test: ImageSet
     classes: tuple[str, ...]
+    all_classes: tuple[str, ...]
+    """Those of the whole data set, of which ``classes`` were chosen."""
     fingerprint: str
     """SHA-256 of what identifies the images and their decoding: never of the place where they lie."""
     skipped: tuple[str, ...]
@@ -176,7 +178,8 @@ def load_dataset(config: Data, workers: int = 0) -> Dataset:
         config.model_dump(mode="json", include=fields)
         | {"classes": classes, "images": {part: listing.digest() for part, listing in parts.items()}}
     )
-    return Dataset(sets["train"], sets.get("holdout"), sets["test"], classes, fingerprint, tuple(faults))
+    known = tuple(source.classes("train"))
+    return Dataset(sets["train"], sets.get("holdout"), sets["test"], classes, known, fingerprint, tuple(faults))
 
 
 def check_files(

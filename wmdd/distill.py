@@ -89,6 +89,99 @@ def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
     job.ranks.barrier()
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A group before synthesis: where its images start and what they are matched to."""
+
+    group: Group
+    names: list[str]
+    """Of its classes"""
+    images: Tensor
+    """[G·K, channels, H, W] float32, normalised"""
+    labels: Tensor
+    """[G·K] int64"""
+    weights: Tensor
+    """[G, K] float32, each row sums to one"""
+    w2: dict[str, float]
+    """Squared Wasserstein-2 distance of each class's barycenter, where there is one"""
+    target: Target | None
+    """None for methods that optimise nothing"""
+
+    @property
+    def seed(self) -> tuple[object, ...]:
+        """Names the group for ``seed_of``: by its classes, which no cut into blocks changes."""
+        return ("group", *self.names)
+
+
+def prepare(job: Job, method: methods.Method, group: Group, found: dict[int, statistics.ClassStatistics]) -> Prepared:
+    """Let the method plan each class of a group, and put the plans together.
+
+    Args:
+        job: of the run.
+        method: who plans.
+        group: the classes.
+        found: statistics of each class, by index; empty for methods that use none.
+    """
+    config, count = job.config, job.config.ipc
+    names = [job.dataset.classes[index] for index in group.classes]
+    plans = [
+        method.prepare(methods.ClassData(index, name, config, job.dataset, found.get(index)))
+        for index, name in zip(group.classes, names, strict=True)
+    ]
+    own = zip(group.classes, plans, strict=True)
+    labels = torch.cat([torch.full((count,), index) if plan.labels is None else plan.labels for index, plan in own])
+    even = torch.full((count,), 1 / count)
+    weights = torch.stack([even if plan.weights is None else plan.weights for plan in plans])
+    objective = method.objective()
+    target = None
+    if objective is not None:
+        if objective.per_class:
+            matched = config.synthesis.bn_variance == "matched"
+            own_stats = [found[index] for index in group.classes]
+            mean = torch.stack([one.mean for one in own_stats])
+            pairs = zip(own_stats, weights, strict=True)
+            variance = torch.stack([one.variance(share, matched) for one, share in pairs])
+        else:
+            mean, variance = (moment[None].cpu() for moment in job.teacher.network.running_moments())
+        atoms = [plan.atoms for plan in plans if plan.atoms is not None]
+        target = Target(labels, weights, mean, variance, torch.stack(atoms) if len(atoms) == len(plans) else None)
+    w2 = {name: plan.w2 for name, plan in zip(names, plans, strict=True) if plan.w2 is not None}
+    return Prepared(group, names, torch.cat([plan.images for plan in plans]), labels, weights, w2, target)
+
+
+def optimise(
+    job: Job,
+    method: methods.Method,
+    prepared: Prepared,
+    state: State | None = None,
+    advance: Callable[[int], None] = lambda iterations: None,
+    save: Callable[[State], None] | None = None,
+    due: Callable[[], bool] = lambda: False,
+) -> State:
+    """Synthesise a prepared group, from its start or from a state; a selection is done as it is."""
+    config = job.config
+    objective = method.objective()
+    state = state or State(prepared.images)
+    if objective is None or prepared.target is None:
+        return state
+    limits, seed = pixel_range(config.data), (config.seed, *prepared.seed)
+    return synthesise(
+        job.teacher.network,
+        state,
+        prepared.target,
+        objective,
+        config.synthesis,
+        limits,
+        seed,
+        job.ranks,
+        config.compute.compile,
+        advance,
+        save,
+        due,
+        job.stop,
+    )
+
+
 def _distill_group(
     job: Job,
     method: methods.Method,
@@ -96,75 +189,27 @@ def _distill_group(
     found: dict[int, statistics.ClassStatistics],
     advance: Callable[[int], None],
 ) -> None:
-    config = job.config
+    """Synthesise a group, with checkpoints, and write its file."""
     begun = time.perf_counter()
-    names = [job.dataset.classes[index] for index in group.classes]
-    plans = [
-        method.prepare(methods.ClassData(index, name, config, job.dataset, found.get(index)))
-        for index, name in zip(group.classes, names, strict=True)
-    ]
-    count = config.ipc
-    even = torch.full((count,), 1 / count)
-    weights = torch.stack([even if plan.weights is None else plan.weights for plan in plans])
-    labels = torch.cat(
-        [
-            torch.full((count,), index) if plan.labels is None else plan.labels
-            for index, plan in zip(group.classes, plans, strict=True)
-        ]
-    )
-    images = torch.cat([plan.images for plan in plans])
-    objective = method.objective()
-    curve: dict[str, list[float]] = {}
-    if objective is not None and config.synthesis.iterations:
-        target = _target(job, objective.per_class, plans, [found[index] for index in group.classes], weights, labels)
-        clock = _Clock(config.compute.checkpoint_seconds)
+    prepared = prepare(job, method, group, found)
+    clock = _Clock(job.config.compute.checkpoint_seconds)
 
-        def save(state: State) -> None:
-            _write_checkpoint(job, group, state)
-            clock.restart()
+    def save(state: State) -> None:
+        _write_checkpoint(job, group, state)
+        clock.restart()
 
-        state = _read_checkpoint(job, group) or State(images)
-        advance(state.iteration)
-        final = synthesise(
-            job.teacher.network,
-            state,
-            target,
-            objective,
-            config.synthesis,
-            pixel_range(config.data),
-            (config.seed, "group", *names),
-            job.ranks,
-            config.compute.compile,
-            advance,
-            save,
-            clock.due,
-            job.stop,
-        )
-        images, curve = final.images, final.curve
-    seconds = time.perf_counter() - begun
-    w2 = {name: plan.w2 for name, plan in zip(names, plans, strict=True) if plan.w2 is not None}
-    meta = {"classes": names, "seconds": round(seconds, 3), "curve": curve, "w2": w2}
-    tensors = {"images": quantise(images, config.data), "labels": labels, "weights": weights.flatten()}
+    state = _read_checkpoint(job, group)
+    advance(state.iteration if state else 0)
+    final = optimise(job, method, prepared, state, advance, save, clock.due)
+    seconds = round(time.perf_counter() - begun, 3)
+    meta = {"classes": prepared.names, "seconds": seconds, "curve": final.curve, "w2": prepared.w2}
+    tensors = {
+        "images": quantise(final.images, job.config.data),
+        "labels": prepared.labels,
+        "weights": prepared.weights.flatten(),
+    }
     write_tensors(job.folder.group_file(group.index), tensors, {"group": json.dumps(meta), "run": _identity(job)})
     job.folder.checkpoint_file(group.index).unlink(missing_ok=True)
-
-
-def _target(
-    job: Job,
-    per_class: bool,
-    plans: list[methods.Plan],
-    found: list[statistics.ClassStatistics],
-    weights: Tensor,
-    labels: Tensor,
-) -> Target:
-    if per_class:
-        matched = job.config.synthesis.bn_variance == "matched"
-        mean = torch.stack([one.mean for one in found])
-        variance = torch.stack([one.variance(share, matched) for one, share in zip(found, weights, strict=True)])
-    else:
-        mean, variance = (moment[None].cpu() for moment in job.teacher.network.running_moments())
-    atoms = [plan.atoms for plan in plans if plan.atoms is not None]
-    return Target(labels, weights, mean, variance, torch.stack(atoms) if len(atoms) == len(plans) else None)
 
 
 class _Clock:

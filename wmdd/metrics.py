@@ -130,8 +130,8 @@ def compare(students: "pd.DataFrame") -> "pd.DataFrame":
 
     Args:
         students: a row for each student, all fit to be compared: the columns of ``SETTING``, ``method``, ``name``
-            (tells distillations of one method apart, and pairs each with the baseline of its name, or else of ""), ``baseline``,
-            ``distillation_seed``, ``student_seed`` and ``metrics`` (fractions).
+            (tells distillations of one method apart; each is paired with the random baseline of its name, or else with
+            that of name ""), ``baseline``, ``distillation_seed``, ``student_seed`` and ``metrics`` (fractions).
 
     Returns:
         Accuracies and differences as fractions: ``top1``, ``top1_half_width``, the same of ``top5``; the counts

@@ -3,7 +3,9 @@
 import shutil
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from wmdd import console, distill, methods, rundir, student
 from wmdd.config import Config, load_config
@@ -18,12 +20,25 @@ from wmdd.signals import StopRequest, stop_on
 from wmdd.teacher import Teacher, obtain
 from wmdd.validation import Validation
 
+T = TypeVar("T")
+
+STAGES = ("teacher", "distill", "students", "report")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a run that one process does: all of it, or one task of an array."""
+
+    stages: tuple[str, ...] = STAGES
+    """What to do; the teacher is always obtained, from the store if it is there"""
+    blocks: tuple[int, ...] | None = None
+    """Blocks to distil; None for all"""
+    students: tuple[int, ...] | None = None
+    """Positions in ``students_of``; None for all"""
+
 
 def run(
-    config: Config | str,
-    out: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    only_blocks: Sequence[int] | None = None,
+    config: Config | str, out: str | Path | None = None, overrides: Sequence[str] = (), share: Share | None = None
 ) -> Path:
     """Distil a data set, train students on it and on the baselines, and write the report.
 
@@ -33,7 +48,7 @@ def run(
         config: a resolved config, or what ``load_config`` takes (``"digits"``, ``"digits+paper"``, ``"mine.toml"``).
         out: the run folder; ``runs/NAME`` by default.
         overrides: as in ``load_config``; only for a config given by name.
-        only_blocks: distil these blocks and stop there, as one task of an array does.
+        share: the part to do; all by default.
 
     Returns:
         the run folder.
@@ -55,23 +70,18 @@ def run(
     folder = RunFolder(Path(out) if out is not None else Path("runs") / config.name)
     with ranks(config.compute) as job, stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop:
         console.quiet = not job.main
-        _run(config, folder, job, stop, only_blocks)
+        _run(config, folder, job, stop, share or Share())
     return folder.path
 
 
-def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, only_blocks: Sequence[int] | None) -> None:
-    runs = {folder: config} | {
-        RunFolder(folder.path / "baselines" / name): baseline(config, name) for name in config.student.baselines
-    }
+def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share: Share) -> None:
+    runs = runs_of(config, folder)
     for one in runs.values():
         methods.create(one)
     dataset = load_dataset(config.data, config.compute.workers)
     _check(config, dataset)
-    blocks = rundir.plan(config, len(dataset.classes))
-    if only_blocks is not None:
-        if unknown := [index for index in only_blocks if not 0 <= index < len(blocks)]:
-            raise InputError(f"--only-blocks: no block {unknown[0]}; the run has blocks 0 to {len(blocks) - 1}")
-        blocks = [blocks[index] for index in only_blocks]
+    blocks = _chosen(rundir.plan(config, len(dataset.classes)), share.blocks, "block")
+    todo = _chosen(students_of(config, folder), share.students, "student")
     if job.main:
         for place, one in runs.items():
             place.bind(one, dataset.fingerprint)
@@ -83,19 +93,42 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, only_
     for place, one in runs.items():
         if job.main:
             write_json(place.path / "teacher.json", teacher.facts)
-        distill.distill(distill.Job(one, dataset, teacher, job, place, stop), blocks)
-    if only_blocks is not None:
-        return
-    for place, one in runs.items():
-        _students(one, place, dataset, teacher, validation, job, stop)
+        if "distill" in share.stages:
+            distill.distill(distill.Job(one, dataset, teacher, job, place, stop), blocks)
+    if "students" in share.stages:
+        for place, one in runs.items():
+            tasks = [task for owner, task in todo if owner == place]
+            _students(one, place, tasks, dataset, teacher, validation, job, stop)
     job.barrier()
-    if job.main:
+    if "report" in share.stages and job.main:
         from wmdd import report
 
         collected = report.collect([folder.path])
         report.write_html(collected, folder.path / "report.html")
         report.render_terminal(collected, console.console)
         console.say(f"report: {folder.path / 'report.html'}")
+
+
+def runs_of(config: Config, folder: RunFolder) -> dict[RunFolder, Config]:
+    """Return the run and its baselines, each with its folder."""
+    baselines = {
+        RunFolder(folder.path / "baselines" / name): baseline(config, name) for name in config.student.baselines
+    }
+    return {folder: config} | baselines
+
+
+def students_of(config: Config, folder: RunFolder) -> list[tuple[RunFolder, student.Task]]:
+    """Return all students of a run and of its baselines, in an order that the config alone decides."""
+    tasks = student.tasks(config.student, config.labels.regimes)
+    return [(place, task) for place in runs_of(config, folder) for task in tasks]
+
+
+def _chosen(items: list[T], positions: Sequence[int] | None, kind: str) -> list[T]:
+    if positions is None:
+        return items
+    if unknown := [position for position in positions if not 0 <= position < len(items)]:
+        raise InputError(f"no {kind} {unknown[0]}: the run has {kind}s 0 to {len(items) - 1}")
+    return [items[position] for position in positions]
 
 
 def baseline(config: Config, method: str) -> Config:
@@ -123,6 +156,7 @@ def _check_room(config: Config, dataset: Dataset, path: Path) -> None:
 def _students(
     config: Config,
     folder: RunFolder,
+    tasks: list[student.Task],
     dataset: Dataset,
     teacher: Teacher,
     validation: Validation,
@@ -133,7 +167,7 @@ def _students(
     job.barrier()
     distilled = distilled or DistilledSet.load(folder.path)
     updates = student.update_count(config, len(distilled))
-    recipe = _recipe(config, teacher, updates)
+    recipe = _recipe(config, teacher, updates, job)
     protocol = digest(recipe)
     records = read_records(folder.path / "records")[0] if (folder.path / "records").exists() else []
     known = {
@@ -141,11 +175,7 @@ def _students(
         for record in records
         if record.protocol == protocol and record.artefact == distilled.sha256
     }
-    todo = [
-        task
-        for task in job.share(student.tasks(config.student, config.labels.regimes))
-        if (task.network, task.regime, task.seed) not in known
-    ]
+    todo = [task for task in job.share(tasks) if (task.network, task.regime, task.seed) not in known]
     with console.progress(f"{len(todo)} students on {config.method}", len(todo) * updates, "updates") as advance:
         for task in todo:
             result = student.train(
@@ -176,7 +206,7 @@ def _students(
             write_records(folder.path / "records" / name, [record])
 
 
-def _recipe(config: Config, teacher: Teacher, updates: int) -> dict[str, object]:
+def _recipe(config: Config, teacher: Teacher, updates: int, job: Ranks) -> dict[str, object]:
     """Return all that two students must have in common to be compared."""
     settings = config.student.model_dump(mode="json", exclude={"networks", "seeds", "baselines"})
     labels = config.labels.model_dump(mode="json", exclude={"regimes"})
@@ -188,5 +218,5 @@ def _recipe(config: Config, teacher: Teacher, updates: int) -> dict[str, object]
         "checkpoint": "last",
         "teacher": teacher.sha256,
         "threads": config.compute.threads,
-        "precision": config.compute.precision,
+        "precision": job.precision,
     }

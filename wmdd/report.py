@@ -61,6 +61,11 @@ class Run:
         """Name of the method."""
         return str(self.config.get("method", self.folder.name))
 
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """What the sidecars say about groups: classes, seconds, curve."""
+        return [group for _, sidecar in sorted(self.blocks.items()) for group in sidecar.get("groups", ())]
+
 
 @dataclass(frozen=True)
 class Table:
@@ -168,13 +173,12 @@ def _students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
     latest = frame.drop_duplicates([*cell, *seeds, "images"], keep="last")
     if repeated := len(frame) - len(latest):
         problems.append(f"{repeated} measurements were repeated on the same images; the latest of each counts")
-    for (*setting, method, _), group in latest.groupby(cell):
-        what = f"distilled sets of {method} on {_where(setting)}"
-        refuse_unlike(f"{what}, of runs with one name,", _distillations(group))
-        twice = group[group.duplicated(seeds, keep=False)]
-        refuse_unlike(
-            f"{what}, of one seed,", ((row.run.label, {"artefact": row.images}) for row in twice.itertuples())
-        )
+    for (*setting, method, name), group in latest.groupby(cell):
+        what = f"runs of {method} that go by one name ({name or method}) on {_where(setting)}"
+        refuse_unlike(what, _distillations(group))
+        for _, twice in group.groupby(seeds):
+            images = zip(twice["run"], twice["images"], strict=True)
+            refuse_unlike(f"{what} and one seed", ((run.label, {"artefact": artefact}) for run, artefact in images))
     return latest
 
 
@@ -185,8 +189,9 @@ def _recipes(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _distillations(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
     for run in {run.folder: run for run in group["run"] if run.config}.values():
-        # Selections of real images do not depend on what else the run that owns them does.
-        terms = {key: run.config.get(key) for key in (_SELECTION if run.owner else _DISTILLATION)}
+        # A baseline that selects real images does not depend on how the run that owns it synthesises.
+        sections = _SELECTION if run.owner and not any(group.get("curve") for group in run.groups) else _DISTILLATION
+        terms = {key: run.config.get(key) for key in sections}
         data = {key: value for key, value in (terms["data"] or {}).items() if key != "root"}
         arithmetic = {key: run.config.get("compute", {}).get(key) for key in ("threads", "precision", "compile")}
         yield run.label, terms | {"data": data, "compute": arithmetic}
@@ -241,10 +246,10 @@ def _coverage(runs: list[Run]) -> pd.DataFrame:
 def _cost(runs: list[Run]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for run in runs:
-        groups = [group.get("seconds", 0.0) for sidecar in run.blocks.values() for group in sidecar.get("groups", ())]
+        spent = [group.get("seconds", 0.0) for group in run.groups]
         costs = [record.cost for record in run.records if record.kind == "student"]
         row: dict[str, Any] = {"run": run.label, "teacher": run.teacher.get("seconds")}
-        row["distillation"] = sum(groups) if groups else None
+        row["distillation"] = sum(spent) if spent else None
         row["students"] = sum(cost.get("seconds", 0.0) for cost in costs) if costs else None
         row["total"] = sum(row[stage] or 0.0 for stage in ("teacher", "distillation", "students"))
         row["peak_bytes"] = max((cost["peak_bytes"] for cost in costs if "peak_bytes" in cost), default=None)
@@ -285,7 +290,7 @@ def headlines(report: Report) -> list[tuple[str, str, str]]:
         reference = references.get(row["name"]) or references.get("")
         if reference and not pd.isna(row["difference"]):
             result += f" vs {reference['method']} {_percent(reference, 'top1')} %, {_difference(row)} points"
-            result += " (a tie: the interval holds 0)" if row["low"] <= 0 <= row["high"] else ""
+            result += " (the interval holds 0)" if row["low"] <= 0 <= row["high"] else ""
         held = "" if row["recipe"]["evaluated_on"] == "test" else f", on the {row['recipe']['evaluated_on']} images"
         lines.append((_where([row[key] for key in SETTING]), row["method"], f"{result}, n = {_count(row)}{held}"))
     return lines
@@ -351,15 +356,15 @@ def _cost_table(report: Report) -> Table:
     total = {"run": "all runs, each teacher once", "teacher": once, "peak_bytes": cost["peak_bytes"].max()}
     total |= {stage: cost[stage].sum() for stage in stages[1:]}
     total["total"] = sum(total[stage] for stage in stages)
-    return Table(
-        title="Cost",
-        caption="Seconds of wall-clock time, summed over groups and students; peak memory of a student.",
-        columns=["Run", "Teacher, s", "Distillation, s", "Students, s", "Total, s", "Peak, GiB"],
-        rows=[
-            [row["run"], *(_number(row[stage]) for stage in (*stages, "total")), _number(row["peak_bytes"], 2**30)]
-            for row in (*cost.to_dict("records"), total)
-        ],
-    )
+    columns = ["Run", "Teacher, s", "Distillation, s", "Students, s", "Total, s"]
+    rows = [
+        [row["run"], *(_number(row[stage]) for stage in (*stages, "total")), _number(row["peak_bytes"], 2**30)]
+        for row in (*cost.to_dict("records"), total)
+    ]
+    caption = "Seconds of wall-clock time, summed over groups and students."
+    if pd.isna(total["peak_bytes"]):
+        return Table("Cost", caption, columns, [row[:-1] for row in rows])
+    return Table("Cost", f"{caption} Peak memory of a student.", [*columns, "Peak, GiB"], rows)
 
 
 def _provenance_table(report: Report) -> Table:
@@ -373,7 +378,7 @@ def _provenance_table(report: Report) -> Table:
 
 
 def render_terminal(report: Report, console: "Console") -> None:
-    """Print the report, without provenance, on a rich console."""
+    """Print the report, without provenance, on a rich console; what a whole column shares goes below the table."""
     from rich import box
     from rich.table import Table as Grid
     from rich.text import Text
@@ -381,12 +386,18 @@ def render_terminal(report: Report, console: "Console") -> None:
     for where, method, result in headlines(report):
         console.print(Text(f"{where}: "), Text(method, style="bold"), Text(result), sep=" ")
     for table in tables(report)[:-1]:
-        grid = Grid(title=table.title, caption=_caption(table), box=box.SIMPLE_HEAD, title_justify="left")
+        values = [{row[index] for row in table.rows} for index in range(table.words)]
+        shared = [index for index in range(table.words) if len(values[index]) == 1 < len(table.rows)]
+        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        grid.collapse_padding = True
         for index, column in enumerate(table.columns):
-            grid.add_column(column, justify="left" if index < table.words else "right")
+            if index not in shared:
+                words = index < table.words
+                grid.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
         for row in table.rows:
-            grid.add_row(*map(Text, row))
-        console.print(grid)
+            grid.add_row(*(Text(cell) for index, cell in enumerate(row) if index not in shared))
+        common = " ".join(f"{table.columns[index]}: {table.rows[0][index]}." for index in shared)
+        console.print(grid, Text(f"{common} {_caption(table)}\n".lstrip(), style="dim"))
     for problem in report.problems:
         console.print(Text(problem, style="yellow"))
 
@@ -491,8 +502,7 @@ def _curves(runs: list[Run]) -> dict[str, Any]:
     groups = [
         (f"{run.label}: {', '.join(map(str, group.get('classes', ())))}", group["curve"])
         for run in runs
-        for _, sidecar in sorted(run.blocks.items())
-        for group in sidecar.get("groups", ())
+        for group in run.groups
         if len((group.get("curve") or {}).get("iteration", ())) > 1
     ]
     drawn = [{"title": title, "svg": _plot(curve, n)} for n, (title, curve) in enumerate(groups[:MAX_CURVES])]
@@ -516,9 +526,10 @@ def _plot(curve: dict[str, list[float]], number: int) -> str:
         axes = figure.add_subplot()
         for name, colour in _LINES.items():
             if any(curve.get(name, ())):
-                axes.plot(curve["iteration"], curve[name], color=colour, linewidth=1.5)
+                axes.plot(curve["iteration"], curve[name], color=colour, linewidth=3 if name == "total" else 1.5)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)

@@ -60,11 +60,11 @@ def plan(config: Config, classes: int) -> list[Block]:
     return [Block(index, tuple(groups[low:high])) for index, (low, high) in enumerate(itertools.pairwise(bounds))]
 
 
+@dataclass(frozen=True)
 class RunFolder:
     """Paths and state of one run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def block_file(self, block: int) -> Path:
         """Return the tensors of a block."""
