@@ -85,6 +85,8 @@ class RunFolder:
     def bind(self, config: Config, data: str) -> None:
         """Bind the folder to a config and a data set, or check that it is bound to these.
 
+        A folder in which nothing was distilled yet may be bound anew: its first config was perhaps a wrong one.
+
         Raises:
             InputError: the folder belongs to another config; the message names the keys that differ.
         """
@@ -94,7 +96,7 @@ class RunFolder:
             "fingerprint": config.fingerprint(),
             "data": data,
         }
-        if path.exists():
+        if path.exists() and any(self.path.rglob("*.safetensors")):
             found = read_json(path)
             if found.get("data") != data and found.get("fingerprint") == wanted["fingerprint"]:
                 raise InputError(f"{self.path}: was made from other images than those in data.root; use another --out")
@@ -103,7 +105,7 @@ class RunFolder:
                 raise InputError(f"{self.path}: belongs to another config (differs in {keys}); use another --out")
             if found == wanted:
                 return
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(self.path.iterdir()) and not path.exists():
             raise InputError(f"{self.path}: is not empty and holds no run (no config.json); use another --out")
         write_json(path, wanted)
 

@@ -1,0 +1,154 @@
+"""Batches replay, labels can be stored, and what is stored is what would have been computed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wmdd import labels, student
+from wmdd.config import Compute, Config, Labels, load_config
+from wmdd.distilled import DistilledSet
+from wmdd.distributed import Ranks, ranks
+from wmdd.networks import FrozenNetwork
+from wmdd.student import Task
+from wmdd.teacher import Teacher
+
+
+@pytest.fixture
+def alone() -> Any:
+    with ranks(Compute(device="cpu")) as job:
+        yield job
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config(
+        "digits",
+        [
+            "data.channels=3",
+            "data.mean=[0.5, 0.5, 0.5]",
+            "data.std=[0.5, 0.5, 0.5]",
+            "student.epochs=3",
+            "student.batch_size=4",
+            "labels.stored=true",
+            "compute.threads=1",
+        ],
+    )
+
+
+@pytest.fixture
+def distilled(config: Config) -> DistilledSet:
+    torch.manual_seed(5)
+    images = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8)
+    return DistilledSet(images, torch.arange(10) % 5, torch.ones(10), tuple("abcde"), config.data, "set")
+
+
+@pytest.fixture
+def teacher(classifier: nn.Module) -> Teacher:
+    return Teacher(FrozenNetwork(classifier), "teacher", {})
+
+
+def plan(seed: int = 0, epoch: int = 0, count: int = 10, size: int = 4, **changes: Any) -> list[labels.Batch]:
+    return labels.batches(seed, epoch, count, 16, size, Labels(**changes))
+
+
+def test_an_epoch_visits_every_image_once_and_replays() -> None:
+    first, again = plan(), plan()
+    assert torch.cat([batch.images for batch in first]).sort().values.tolist() == list(range(10))
+    for one, two in zip(first, again, strict=True):
+        assert torch.equal(one.images, two.images) and torch.equal(one.draws.boxes, two.draws.boxes)
+        assert torch.equal(one.partners, two.partners) and one.share == two.share
+    assert [batch.share for batch in plan(seed=1)] != [batch.share for batch in first]
+    assert not torch.equal(plan(epoch=1)[0].images, first[0].images)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(10, [4, 4, 2]), (9, [4, 5]), (3, [3]), (1, [1]), (8, [4, 4])])
+def test_no_batch_of_one_image_is_left_over(count: int, sizes: list[int]) -> None:
+    assert [len(batch.images) for batch in plan(count=count)] == sizes
+    config = load_config("digits", ["student.batch_size=4", "student.epochs=2"])
+    assert student.update_count(config, count) == 2 * len(sizes)
+
+
+def test_cutmix_share_is_the_area_that_is_kept(config: Config) -> None:
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    images[:, 0] = torch.tensor([0, 60, 120, 180], dtype=torch.uint8)[:, None, None]
+    for epoch in range(5):
+        (batch,) = plan(epoch=epoch, count=4, size=4, crop_scale=1.0, flip=False)
+        seen = labels.view(images, batch, config)[:, 0] * 0.5 + 0.5
+        own = images[batch.images, 0].float() / 255
+        partner = own[batch.partners]
+        for image, pixels, other in zip(seen, own, partner, strict=True):
+            if not torch.equal(pixels, other):
+                kept = torch.isclose(image, pixels, atol=1e-3).float().mean()
+                assert kept.item() == pytest.approx(batch.share, abs=1e-6)
+
+
+def test_mixup_is_the_weighted_mean(config: Config) -> None:
+    config = config.model_copy(update={"labels": Labels(mix="mixup", crop_scale=1.0, flip=False)})
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    (batch,) = labels.batches(0, 0, 4, 16, 4, config.labels)
+    own = (images[batch.images].float() / 255 - 0.5) / 0.5
+    expected = batch.share * own + (1 - batch.share) * own[batch.partners]
+    assert 0 < batch.share < 1
+    torch.testing.assert_close(labels.view(images, batch, config), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_stored_labels_are_the_online_ones_rounded_to_fp16(
+    config: Config, distilled: DistilledSet, teacher: Teacher, alone: Ranks, tmp_path: Path
+) -> None:
+    soft = labels.SoftLabels(config, distilled, teacher, 3, alone, tmp_path)
+    soft.store(distilled.images, 1)
+    batches = labels.batches(3, 1, len(distilled), 16, 4, config.labels)
+    online = [soft.online(labels.view(distilled.images, batch, config)) for batch in batches]
+    for stored, computed in zip(soft.read(1), online, strict=True):
+        assert torch.equal(stored, computed.half().float())
+
+
+def test_labels_of_another_set_seed_or_recipe_lie_elsewhere(
+    config: Config, distilled: DistilledSet, teacher: Teacher, alone: Ranks, tmp_path: Path
+) -> None:
+    warmer = config.model_copy(update={"labels": config.labels.model_copy(update={"crop_scale": 0.5})})
+    other = DistilledSet(**{**vars(distilled), "sha256": "other"})
+    folders = {
+        labels.SoftLabels(one, images, teacher, seed, alone, tmp_path).folder
+        for one, images, seed in [
+            (config, distilled, 0),
+            (config, distilled, 1),
+            (config, other, 0),
+            (warmer, distilled, 0),
+        ]
+    }
+    assert len(folders) == 4
+
+
+def test_a_student_on_stored_labels_equals_one_on_rounded_online_labels(
+    config: Config,
+    distilled: DistilledSet,
+    teacher: Teacher,
+    alone: Ranks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights: list[torch.Tensor] = []
+
+    def judge(network: nn.Module) -> dict[str, float]:
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+        return {"top1": 0.0, "top5": 0.0, "loss": 0.0}
+
+    def train(one: Config) -> None:
+        student.train(one, Task("convnet2x8", "soft", 0), distilled, teacher, judge, alone, tmp_path)  # type: ignore[arg-type]
+
+    train(config)
+    online = labels.SoftLabels.online
+    monkeypatch.setattr(labels.SoftLabels, "online", lambda self, views: online(self, views).half().float())
+    train(config.model_copy(update={"labels": config.labels.model_copy(update={"stored": False})}))
+    assert torch.equal(weights[0], weights[1])
+
+
+def test_soft_loss_is_the_kl_divergence_at_the_temperature() -> None:
+    student_logits, teacher_logits = torch.randn(3, 5), torch.randn(3, 5)
+    p, q = (torch.softmax(logits / 4, 1) for logits in (teacher_logits, student_logits))
+    expected = 16 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(student._soft_loss(student_logits, teacher_logits, 4.0), expected)

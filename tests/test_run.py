@@ -1,0 +1,328 @@
+"""Whole runs on digits: what they promise, and how they refuse wrong input."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, blocks_of
+from PIL import Image
+
+import wmdd
+from wmdd import pipeline, rundir
+from wmdd.config import Config, load_config
+from wmdd.distilled import DistilledSet, export, verify
+from wmdd.errors import InputError, WmddError
+from wmdd.records import read_records
+from wmdd.rundir import RunFolder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run."""
+    return wmdd.run("digits", tmp_path_factory.mktemp("runs") / "finished", TINY)
+
+
+def images_only(config: Config, out: Path, **changes: object) -> dict[str, bytes]:
+    """Distil without students, and return the images of each class."""
+    pipeline.run(config.model_copy(update=changes), out, share=pipeline.Share(("teacher", "distill")))
+    return blocks_of(out)
+
+
+def test_a_run_ends_with_images_students_records_and_a_report(finished: Path) -> None:
+    found = DistilledSet.load(finished)
+    assert found.images.shape == (8, 1, 8, 8) and found.images.dtype == torch.uint8
+    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    torch.testing.assert_close(found.weights, torch.full((8,), 0.5))
+    records, problems = read_records(finished / "records")
+    assert problems == [] and len(records) == 4
+    assert {(record.regime, record.student_seed) for record in records} == {
+        (regime, seed) for regime in ("hard", "soft") for seed in (0, 1)
+    }
+    assert {record.artefact for record in records} == {found.sha256}
+    random = read_records(finished / "baselines" / "random" / "records")[0]
+    assert {record.protocol for record in random} == {record.protocol for record in records}
+    page = (finished / "report.html").read_text()
+    assert "wmdd" in page and "random" in page and "data:image/png" in page
+
+
+def test_baseline_holds_real_training_images_byte_for_byte(finished: Path) -> None:
+    from wmdd.data import load_dataset
+
+    train = load_dataset(load_config("digits", TINY).data).train
+    real = {image.numpy().tobytes() for image in train.decode(range(len(train)))}
+    chosen = [image.numpy().tobytes() for image in DistilledSet.load(finished / "baselines" / "random").images]
+    assert set(chosen) <= real and len(set(chosen)) == 8
+    assert not {image.numpy().tobytes() for image in DistilledSet.load(finished).images} & real
+
+
+def test_doing_it_again_does_nothing(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "blocks").iterdir()}
+    records = sorted((finished / "records").iterdir())
+    times = [path.stat().st_mtime_ns for path in records]
+    wmdd.run("digits", finished, TINY)
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "blocks").iterdir()}
+    assert times == [path.stat().st_mtime_ns for path in records]
+
+
+def test_more_students_join_a_finished_run(finished: Path) -> None:
+    wmdd.run("digits", finished, [*TINY, "student.seeds=3", "labels.regimes=['hard']"])
+    assert len(read_records(finished / "records")[0]) == 5
+
+
+def test_same_seed_same_bytes_and_another_seed_other_images(tiny: Config, tmp_path: Path) -> None:
+    first = images_only(tiny, tmp_path / "a")
+    assert images_only(tiny, tmp_path / "b") == first
+    other = images_only(tiny, tmp_path / "c", seed=1)
+    assert all(other[name] != first[name] for name in first)
+
+
+def test_blocks_change_no_byte_in_any_order(tiny: Config, tmp_path: Path) -> None:
+    # 4 classes in groups of 1: up to 4 blocks.
+    tiny = tiny.model_copy(update={"synthesis": tiny.synthesis.model_copy(update={"classes_per_group": 1})})
+    whole = images_only(tiny, tmp_path / "one")
+    assert images_only(tiny, tmp_path / "three", blocks=3) == whole
+    four = tiny.model_copy(update={"blocks": 4})
+    for block in (2, 0, 3, 1):
+        pipeline.run(four, tmp_path / "four", share=pipeline.Share(("distill",), (block,)))
+    assert blocks_of(tmp_path / "four") == whole
+    names = {DistilledSet.load(tmp_path / name).sha256 for name in ("one", "three", "four")}
+    assert len(names) == 1
+
+
+def test_a_missing_block_is_named(tiny: Config, tmp_path: Path) -> None:
+    tiny = tiny.model_copy(update={"blocks": 2})
+    pipeline.run(tiny, tmp_path / "run", share=pipeline.Share(("distill",), (1,)))
+    with pytest.raises(WmddError, match="of 2 blocks these are missing: 0"):
+        DistilledSet.load(tmp_path / "run")
+
+
+def test_plan_keeps_groups_whole_and_classes_in_order(tiny: Config) -> None:
+    config = tiny.model_copy(
+        update={"blocks": 3, "synthesis": tiny.synthesis.model_copy(update={"classes_per_group": 3})}
+    )
+    blocks = rundir.plan(config, 20)
+    assert [index for block in blocks for index in block.classes] == list(range(20))
+    assert [len(group.classes) for block in blocks for group in block.groups] == [3] * 6 + [2]
+    with pytest.raises(InputError, match="blocks = 8: 20 classes in groups of 3 make 7 groups"):
+        rundir.plan(config.model_copy(update={"blocks": 8}), 20)
+
+
+@pytest.mark.parametrize("ipc", [1, 3])
+@pytest.mark.parametrize("method", ["wmdd", "ce-pcbn", "barycenter-global", "ce-global", "random"])
+def test_every_method_distils_at_any_ipc(tiny: Config, tmp_path: Path, method: str, ipc: int) -> None:
+    synthesis = tiny.synthesis.model_copy(update={"classes_per_group": 3, "start": "noise", "iterations": 3})
+    images = images_only(tiny, tmp_path / "run", method=method, ipc=ipc, synthesis=synthesis)
+    assert {len(content) for content in images.values()} == {ipc * 64}
+
+
+@pytest.mark.parametrize("weights", ["uniform", "free", "alternating"])
+def test_barycenter_weights_reach_the_distilled_set(tiny: Config, tmp_path: Path, weights: str) -> None:
+    barycenter = tiny.barycenter.model_copy(update={"weights": weights})
+    images_only(tiny, tmp_path / "run", barycenter=barycenter)
+    found = DistilledSet.load(tmp_path / "run").weights.view(4, 2)
+    torch.testing.assert_close(found.sum(1), torch.ones(4))
+    assert bool((found == 0.5).all()) == (weights == "uniform")
+    sidecar = RunFolder(tmp_path / "run").sidecar(0)
+    assert sidecar is not None and all(value > 0 for value in sidecar["w2"].values())
+
+
+def test_statistics_under_augmentation_differ(tiny: Config, tmp_path: Path) -> None:
+    plain = images_only(tiny, tmp_path / "plain")
+    augmented = tiny.statistics.model_copy(update={"augment": True})
+    assert images_only(tiny, tmp_path / "augmented", statistics=augmented) != plain
+
+
+@pytest.mark.parametrize("format", ["imagefolder", "parquet"])
+def test_export_is_lossless(finished: Path, tmp_path: Path, format: str) -> None:
+    import io
+
+    import numpy as np
+    import pandas
+
+    found = DistilledSet.load(finished)
+    export(found, format, tmp_path / "out")
+    if format == "imagefolder":
+        pictures = [Image.open(path) for path in sorted((tmp_path / "out").rglob("*.png"))]
+    else:
+        table = pandas.read_parquet(tmp_path / "out" / "distilled.parquet")
+        assert table["label"].tolist() == found.labels.tolist()
+        pictures = [Image.open(io.BytesIO(row["bytes"])) for row in table["image"]]
+    assert np.array_equal(np.stack([np.array(picture) for picture in pictures]), found.images[:, 0].numpy())
+    with pytest.raises(InputError, match="not empty"):
+        export(found, format, tmp_path / "out")
+
+
+def test_a_distilled_set_feeds_a_data_loader(finished: Path) -> None:
+    loader = torch.utils.data.DataLoader(DistilledSet.load(finished), batch_size=3)
+    images, labels = next(iter(loader))
+    assert images.shape == (3, 1, 8, 8) and images.dtype == torch.float32 and labels.tolist() == [0, 0, 1]
+
+
+def test_a_flipped_byte_is_found_named_and_redone(
+    tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = images_only(tiny, tmp_path / "run")
+    file = RunFolder(tmp_path / "run").block_file(0)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert verify(RunFolder(tmp_path / "run")) == [f"{file}: its SHA-256 is not the one in its sidecar"]
+    with pytest.raises(WmddError, match=re.escape(f"{file}: its SHA-256")):
+        DistilledSet.load(tmp_path / "run")
+    assert images_only(tiny, tmp_path / "run") == before
+    assert f"{file}: its SHA-256" in capfd.readouterr().err
+
+
+def test_the_documented_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example in README.md and in the docstring of ``wmdd.run``, word for word but for the budget."""
+    monkeypatch.chdir(tmp_path)
+    folder = wmdd.run("digits", out="runs/example", overrides=[*TINY, "ipc=1", "student.seeds=1"])
+    assert wmdd.DistilledSet.load(folder).images.shape == (4, 1, 8, 8)
+
+
+def test_importing_wmdd_is_light() -> None:
+    code = (
+        "import sys, wmdd, wmdd.pipeline, wmdd.cli;"
+        "heavy = {'ray', 'submitit', 'bench', 'slurm', 'sweeps'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    light = "import sys, wmdd, wmdd.cli; assert not {'torch', 'pandas', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", light], check=True)
+
+
+def wmdd_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "wmdd", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def test_a_refusal_on_the_command_line_is_one_line_and_exit_code_2() -> None:
+    result = wmdd_command("run", "digits", "--set", "ipc=0")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines() == [
+        "wmdd: config digits: ipc: Input should be greater than or equal to 1 (given: 0)"
+    ]
+
+
+def folder_of_images(root: Path, size: int = 16) -> None:
+    """Write an ImageFolder of 3 classes, 6 training and 2 validation images each."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("ant", "bee", "cat"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=generator).numpy()
+                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg", quality=95)
+
+
+FOLDER = [
+    "data.source=folder",
+    "data.channels=3",
+    "data.mean=[0.5,0.5,0.5]",
+    "data.std=[0.5,0.5,0.5]",
+    "data.classes=none",
+    "compute.workers=1",
+]
+
+
+def test_a_folder_of_jpegs_runs_and_its_damaged_file_is_named_or_skipped(tmp_path: Path) -> None:
+    folder_of_images(tmp_path / "data")
+    overrides = [*TINY, *FOLDER, f"data.root={tmp_path / 'data'}"]
+    assert len(DistilledSet.load(wmdd.run("digits", tmp_path / "run", overrides))) == 6
+    damaged = tmp_path / "data" / "train" / "bee" / "3.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    with pytest.raises(InputError, match=re.escape(str(damaged))):
+        wmdd.run("digits", tmp_path / "other", overrides)
+    assert not (tmp_path / "other").exists()
+    wmdd.run("digits", tmp_path / "skipped", [*overrides, "data.on_error=skip"])
+    assert len(DistilledSet.load(tmp_path / "skipped")) == 6
+
+
+def weights_file(path: Path, network: torch.nn.Module) -> Path:
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=wmd"], "did you mean 'wmdd'"),
+        (["student.baselines=['randam']"], "did you mean 'random'"),
+        (["teacher.network=alexnet", "data.resolution=64"], "no BatchNorm2d layer"),
+        (["student.networks=['resnet19']"], "did you mean 'resnet18'"),
+        (["data.classes=11"], "only 10 classes"),
+        (["ipc=1000"], "class '0' has"),
+        (["blocks=9"], "blocks = 9: 4 classes in groups of 2 make 2 groups"),
+        (["data.source=folder", "data.root=nowhere"], "nowhere"),
+        (["data.source=folder"], "data/folder"),
+        (["teacher.weights=none.pt"], "no such file"),
+        (["teacher.weights=torchvision:V1", "teacher.network=resnet18"], "valid: IMAGENET1K_V1"),
+        (["compute.device=cuda:7"], "this machine has"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_work(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        wmdd.run("digits", tmp_path / "run", [*TINY, *overrides])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("block-*"))
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    from wmdd.networks import create
+
+    path = weights_file(tmp_path / "other.pt", create("convnet3x8", 4, 1, 8))
+    with pytest.raises(InputError, match=r"other.pt: does not fit ConvNet: unexpected .*; shape"):
+        wmdd.run("digits", tmp_path / "run", [*TINY, f"teacher.weights={path}"])
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(InputError, match="is not a state dict"):
+        wmdd.run("digits", tmp_path / "run", [*TINY, f"teacher.weights={tmp_path / 'text.pt'}"])
+
+
+def test_weights_of_more_classes_need_a_map_and_take_one(tmp_path: Path) -> None:
+    from wmdd.networks import create
+
+    torch.manual_seed(0)
+    path = weights_file(tmp_path / "twelve.pt", create("convnet2x8", 12, 1, 8))
+    share = pipeline.Share(("teacher",))
+    overrides = [*TINY, f"teacher.weights={path}"]
+    with pytest.raises(InputError, match=r"set teacher.outputs"):
+        wmdd.run("digits", tmp_path / "run", overrides, share)
+    outputs = "teacher.outputs=[11, 10, 9, 8, 7, 6, 5, 4, 3, 2]"
+    wmdd.run("digits", tmp_path / "run", [*overrides, outputs], share)
+    assert '"outputs": [\n    11,\n    10,\n    9,\n    8\n  ]' in (tmp_path / "run" / "teacher.json").read_text()
+
+
+def test_a_folder_of_another_config_or_of_something_else_is_refused(tiny: Config, tmp_path: Path) -> None:
+    images_only(tiny, tmp_path / "run")
+    with pytest.raises(InputError, match=r"belongs to another config \(differs in ipc\)"):
+        images_only(tiny, tmp_path / "run", ipc=3)
+    with pytest.raises(InputError, match="differs in blocks"):
+        images_only(tiny, tmp_path / "run", blocks=2)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").touch()
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        images_only(tiny, tmp_path / "thesis")
+
+
+def test_too_little_disk_is_refused_before_any_work(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="make room"):
+        images_only(tiny, tmp_path / "run")
+
+
+def test_command_line_tells_and_exports(finished: Path, tmp_path: Path) -> None:
+    assert wmdd_command("verify", str(finished)).stdout.startswith(f"{finished}: 8 images of 4 classes are whole")
+    assert wmdd_command("export", str(finished), "--out", str(tmp_path / "out")).returncode == 0
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 8
+    assert "random" in wmdd_command("methods").stdout
+    assert "bn_weight = 10.0" in wmdd_command("config", "show", "digits").stdout
+    assert "upstream" in wmdd_command("config", "list").stdout
+    assert "torch" in wmdd_command("doctor").stdout
