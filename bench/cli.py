@@ -22,11 +22,11 @@ def protocol(
     from rich.console import Console
 
     from bench import protocol as protocols
-    from wmdd import report
+    from wmdd import page, report
 
     chosen = protocols.load_protocol(file)
     folder = out or Path("runs") / chosen.name
     collected = report.collect(protocols.run(chosen, folder))
-    report.write_html(collected, folder / "report.html")
+    page.write_html(collected, folder / "report.html")
     report.render_terminal(collected, Console())
     typer.echo(f"report: {folder / 'report.html'}")

@@ -124,13 +124,14 @@ def report(
     """Consolidate runs into tables: on the terminal, and as HTML, CSV or Markdown."""
     from rich.console import Console
 
+    from wmdd import page
     from wmdd import report as reporter
     from wmdd.files import write_bytes
 
     collected = reporter.collect(runs)
     reporter.render_terminal(collected, Console())
     if html:
-        reporter.write_html(collected, html)
+        page.write_html(collected, html)
     if csv:
         write_bytes(csv, reporter.to_csv(collected).encode())
     if markdown:

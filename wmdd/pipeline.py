@@ -101,10 +101,10 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
             _students(one, place, tasks, dataset, teacher, validation, job, stop)
     job.barrier()
     if "report" in share.stages and job.main:
-        from wmdd import report
+        from wmdd import page, report
 
         collected = report.collect([folder.path])
-        report.write_html(collected, folder.path / "report.html")
+        page.write_html(collected, folder.path / "report.html")
         report.render_terminal(collected, console.console)
         console.say(f"report: {folder.path / 'report.html'}")
 
