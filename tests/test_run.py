@@ -223,7 +223,7 @@ FOLDER = [
     "data.channels=3",
     "data.mean=[0.5,0.5,0.5]",
     "data.std=[0.5,0.5,0.5]",
-    "data.classes=none",
+    "data.classes=null",
     "compute.workers=1",
 ]
 

@@ -384,7 +384,7 @@ def _nest(keys: list[str], value: Any) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    if text in ("None", "none", "null"):
+    if text in ("None", "null"):
         return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
