@@ -10,7 +10,7 @@ from torch import nn
 from wmdd import labels, student
 from wmdd.config import Compute, Config, Labels, load_config
 from wmdd.distilled import DistilledSet
-from wmdd.distributed import Ranks, ranks
+from wmdd.distributed import ALONE, Ranks, ranks
 from wmdd.networks import FrozenNetwork
 from wmdd.student import Task
 from wmdd.teacher import Teacher
@@ -133,12 +133,12 @@ def test_a_student_on_stored_labels_equals_one_on_rounded_online_labels(
 ) -> None:
     weights: list[torch.Tensor] = []
 
-    def judge(network: nn.Module) -> dict[str, float]:
+    def judge(network: nn.Module, team: object) -> dict[str, float]:
         weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
         return {"top1": 0.0, "top5": 0.0, "loss": 0.0}
 
     def train(one: Config) -> None:
-        student.train(one, Task("convnet2x8", "soft", 0), distilled, teacher, judge, alone, tmp_path)  # type: ignore[arg-type]
+        student.train(one, Task("convnet2x8", "soft", 0), distilled, teacher, judge, alone, ALONE, tmp_path)  # type: ignore[arg-type]
 
     train(config)
     online = labels.SoftLabels.online
@@ -150,5 +150,5 @@ def test_a_student_on_stored_labels_equals_one_on_rounded_online_labels(
 def test_soft_loss_is_the_kl_divergence_at_the_temperature() -> None:
     student_logits, teacher_logits = torch.randn(3, 5), torch.randn(3, 5)
     p, q = (torch.softmax(logits / 4, 1) for logits in (teacher_logits, student_logits))
-    expected = 16 * (p * (p / q).log()).sum(1).mean()
+    expected = 16 * (p * (p / q).log()).sum()
     torch.testing.assert_close(student._soft_loss(student_logits, teacher_logits, 4.0), expected)

@@ -24,7 +24,7 @@ class Draws:
     shifts: Tensor
     """[..., B, 2] int64: cyclic shift down and right, after resizing and mirroring"""
 
-    def __getitem__(self, index: int | slice) -> "Draws":
+    def __getitem__(self, index: int | slice | Tensor) -> "Draws":
         return Draws(self.boxes[index], self.flips[index], self.shifts[index])
 
     def to(self, device: torch.device) -> "Draws":

@@ -143,6 +143,9 @@ class Synthesis(Section):
 
     classes_per_group: Count = 0
     """Classes synthesised together; 0 takes as many as make up 100 images. Part of the recipe, never of the machine."""
+    split_class: Positive = 1
+    """Ranks that share the images of every class of a group and all-reduce its moments, for classes that do not fit one
+    device; a number of ranks that divides the IPC."""
     iterations: Count = 2000
     """Optimiser steps."""
     lr: Rate = 0.25
@@ -214,6 +217,8 @@ class Student(Section):
     """Architectures, named as for the teacher."""
     seeds: Positive = 3
     """Students of each architecture and label regime; seeds 0 to N−1."""
+    ranks: Positive = 1
+    """Ranks that train each student together under DistributedDataParallel; another number is another recipe."""
     epochs: Positive = 300
     """Passes over the distilled set."""
     batch_size: Positive = 100
@@ -249,6 +254,12 @@ class Config(Section):
     synthesis: Synthesis = Synthesis()
     labels: Labels = Labels()
     student: Student = Student()
+
+    @model_validator(mode="after")
+    def _classes_split_evenly(self) -> "Config":
+        if self.ipc % self.synthesis.split_class:
+            raise ValueError(f"synthesis.split_class = {self.synthesis.split_class} does not divide ipc = {self.ipc}")
+        return self
 
     def fingerprint(self, *sections: str) -> str:
         """Return the SHA-256 of all that may change a result in ``sections`` (top keys; default: what decides images).

@@ -16,7 +16,7 @@ from wmdd import methods, statistics
 from wmdd.config import Config
 from wmdd.console import progress, say
 from wmdd.data import Dataset, pixel_range, quantise
-from wmdd.distributed import Ranks
+from wmdd.distributed import ALONE, Ranks, Team
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.files import digest, read_tensors, write_json, write_tensors
 from wmdd.records import provenance
@@ -60,14 +60,17 @@ def distill(job: Job, blocks: list[Block]) -> None:
     method = check(job.config, job.dataset)
     for block in blocks:
         reason = job.folder.damaged(block.index)
-        if reason and job.ranks.main:
+        if reason:
             say(f"{reason}: the block is made anew")
-        if reason or job.folder.sidecar(block.index) is None:
+        # Rank 0 decides for all: ranks on different machines may see a shared folder at different times.
+        if job.ranks.agree(bool(reason) or job.folder.sidecar(block.index) is None):
             _distill_block(job, method, block)
 
 
 def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
-    todo = [group for group in job.ranks.share(block.groups) if _finished(job, group) is None]
+    team = job.ranks.team(job.config.synthesis.split_class, "synthesis.split_class")
+    missing = job.ranks.agree({group.index for group in block.groups if _finished(job, group) is None})
+    todo = [group for group in team.deal(block.groups) if group.index in missing]
     classes = [index for group in todo for index in group.classes] if method.uses_statistics else []
     images = sum(len(job.dataset.train.of_class(index)) for index in classes)
     steps = job.config.synthesis.iterations * len(todo) if method.objective() else 0
@@ -80,9 +83,9 @@ def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
         stream = statistics.measure(job.config, job.dataset, job.teacher, job.ranks, classes, measured)
         for group in todo:
             found = dict(itertools.islice(stream, len(group.classes) if classes else 0))
-            if job.stop():
+            if team.sum(torch.tensor(float(job.stop()))):
                 raise Interrupted(f"stopped before group {group.index}")
-            _distill_group(job, method, group, found, optimised)
+            _distill_group(job, method, team, group, found, optimised)
     job.ranks.barrier()
     if job.ranks.main:
         _assemble(job, block)
@@ -154,6 +157,7 @@ def optimise(
     method: methods.Method,
     prepared: Prepared,
     state: State | None = None,
+    team: Team = ALONE,
     advance: Callable[[int], None] = lambda iterations: None,
     save: Callable[[State], None] | None = None,
     due: Callable[[], bool] = lambda: False,
@@ -174,6 +178,7 @@ def optimise(
         limits,
         seed,
         job.ranks,
+        team,
         config.compute.compile,
         advance,
         save,
@@ -185,6 +190,7 @@ def optimise(
 def _distill_group(
     job: Job,
     method: methods.Method,
+    team: Team,
     group: Group,
     found: dict[int, statistics.ClassStatistics],
     advance: Callable[[int], None],
@@ -195,12 +201,15 @@ def _distill_group(
     clock = _Clock(job.config.compute.checkpoint_seconds)
 
     def save(state: State) -> None:
-        _write_checkpoint(job, group, state)
+        if team.rank == 0:
+            _write_checkpoint(job, group, state)
         clock.restart()
 
     state = _read_checkpoint(job, group)
     advance(state.iteration if state else 0)
-    final = optimise(job, method, prepared, state, advance, save, clock.due)
+    final = optimise(job, method, prepared, state, team, advance, save, clock.due)
+    if team.rank:
+        return
     seconds = round(time.perf_counter() - begun, 3)
     meta = {"classes": prepared.names, "seconds": seconds, "curve": final.curve, "w2": prepared.w2}
     tensors = {

@@ -52,7 +52,7 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
         if not (folder.path / "config.json").exists():
             raise InputError(f"{folder.path}: holds no run (no config.json)")
         config = Config.model_validate(read_json(folder.path / "config.json")["config"])
-        manifest = folder.merge()
+        manifest = folder.manifest()
         if manifest["missing"]:
             missing = ", ".join(map(str, manifest["missing"]))
             raise WmddError(f"{folder.path}: of {config.blocks} blocks these are missing: {missing}; run it again")

@@ -2,18 +2,85 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from wmdd.config import Compute
-from wmdd.errors import InputError
+from wmdd.errors import InputError, WmddError
 
 T = TypeVar("T")
+
+
+class PeerLost(WmddError):
+    """A collective could not finish because another rank is gone."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """Ranks that work on one thing together (a student, a class), among ``count`` teams of the job."""
+
+    index: int
+    """Which team"""
+    count: int
+    rank: int
+    """This process within its team"""
+    size: int
+    group: Any = None
+    """Process group; None for a team of one"""
+
+    def deal(self, items: Sequence[T]) -> list[T]:
+        """Return this team's items: every ``count``-th one."""
+        return list(items[self.index :: self.count])
+
+    def shard(self, rows: Tensor) -> Tensor:
+        """Return this rank's rows: every ``size``-th one."""
+        return rows[self.rank :: self.size] if self.size > 1 else rows
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Return the network under DistributedDataParallel when the team has more than one rank.
+
+        DDP averages over ranks: a loss summed over this rank's rows, times ``size / rows of the batch``, is the mean.
+        """
+        if self.size == 1:
+            return network
+        return nn.parallel.DistributedDataParallel(network, process_group=self.group)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the team, the same on every rank.  Its gradient is the local one: all ranks hold the
+        same loss, and each wants the derivative by its own part."""
+        return _TeamSum.apply(values, self.group) if self.size > 1 else values
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks of the team, which must be of one shape, in the order of the ranks."""
+        if self.size == 1:
+            return [values]
+        found = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(found, values.contiguous(), group=self.group)
+        return found
+
+
+class _TeamSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        total = values.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+ALONE = Team(0, 1, 0, 1)
+"""The team of a process that works by itself."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +92,69 @@ class Ranks:
     device: torch.device
     precision: str
     """``fp32`` or ``bf16``, resolved for this device."""
+    store: Any = None
+    """Key-value store of the job; None when there is one rank"""
+    _groups: dict[int, list[Any]] = field(default_factory=dict)
 
     @property
     def main(self) -> bool:
         """Whether this is the rank that writes what is shared."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """Return this rank's items: every ``size``-th one."""
-        return list(items[self.rank :: self.size])
-
     def barrier(self) -> None:
-        """Wait for all ranks; free when there is one."""
-        if self.size > 1:
+        """Wait for all ranks; free when there is one.
+
+        Raises:
+            PeerLost: another rank is gone; the message names it.
+        """
+        self.agree(None)
+
+    def agree(self, value: T) -> T:
+        """Return rank 0's value on every rank, so that all take the same decision.
+
+        Raises:
+            PeerLost: another rank is gone; the message names it.
+        """
+        if self.size == 1:
+            return value
+        held = [value]
+        try:
+            dist.broadcast_object_list(held, src=0)
             dist.barrier()
+        except RuntimeError as error:
+            raise PeerLost(f"rank {self.rank} of {self.size}: {self._lost()}; start the same command again") from error
+        return held[0]
+
+    def _lost(self) -> str:
+        """Say which ranks do not answer: those that are alive all come here, because the collective failed for all."""
+        try:
+            self.store.set(f"alive/{self.rank}", "yes")
+            time.sleep(_ROLL_CALL)
+            gone = [rank for rank in range(self.size) if not self.store.check([f"alive/{rank}"])]
+        except RuntimeError:
+            return "the rank that keeps the job's store is gone"
+        named = " and ".join(f"rank {rank}" for rank in gone)
+        return f"{named} is gone" if len(gone) == 1 else f"{named} are gone" if gone else "the network failed"
+
+    def team(self, size: int, key: str) -> Team:
+        """Return this rank's team when the job is cut into teams of ``size`` consecutive ranks; all ranks must ask.
+
+        Args:
+            size: ranks of a team.
+            key: of the config, for the message.
+
+        Raises:
+            InputError: the number of ranks is no multiple of ``size``.
+        """
+        if self.size % size:
+            raise InputError(
+                f"{key} = {size}: the job has {self.size} ranks, which is no multiple; start it with torchrun"
+                f" --nproc-per-node {size}, or set {key}=1"
+            )
+        if size > 1 and size not in self._groups:
+            self._groups[size] = [dist.new_group(list(range(i, i + size))) for i in range(0, self.size, size)]
+        index, rank = divmod(self.rank, size)
+        return Team(index, self.size // size, rank, size, self._groups[size][index] if size > 1 else None)
 
     def autocast(self) -> torch.autocast:
         """Return the context under which networks run: bf16 autocast, or nothing at fp32."""
@@ -57,16 +173,24 @@ def ranks(compute: Compute) -> Iterator[Ranks]:
     torch.set_num_threads(compute.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    store = None
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=_JOINING))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
     try:
-        yield Ranks(rank, size, device, _precision(compute.precision, device))
+        yield Ranks(rank, size, device, _precision(compute.precision, device), store)
     finally:
         if size > 1:
             dist.destroy_process_group()
 
 
 _JOB = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+_JOINING = timedelta(minutes=10)
+_LONGEST_WAIT = timedelta(days=2)
+"""A rank may wait long for another's group or for the teacher; a dead one closes its connections and ends the wait."""
+_ROLL_CALL = 3.0
+"""Seconds that living ranks have to answer before the others are called lost."""
 
 
 def native_bf16() -> bool:

@@ -79,7 +79,7 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
     for one in runs.values():
         methods.create(one)
     dataset = load_dataset(config.data, config.compute.workers)
-    _check(config, dataset)
+    check(config, dataset)
     blocks = _chosen(rundir.plan(config, len(dataset.classes)), share.blocks, "block")
     todo = _chosen(students_of(config, folder), share.students, "student")
     if job.main:
@@ -137,8 +137,12 @@ def baseline(config: Config, method: str) -> Config:
     return config.model_copy(update={"name": f"{config.name}/{method}", "method": method, "student": unbranched})
 
 
-def _check(config: Config, dataset: Dataset) -> None:
-    """Refuse what could only fail later: networks that do not exist, classes smaller than the IPC."""
+def check(config: Config, dataset: Dataset) -> None:
+    """Refuse what could only fail later.
+
+    Raises:
+        InputError: a network or a method does not exist, or a class is smaller than the IPC.
+    """
     student.check(config, len(dataset.classes))
     distill.check(config, dataset)
 
@@ -163,9 +167,11 @@ def _students(
     job: Ranks,
     stop: StopRequest,
 ) -> None:
-    distilled = DistilledSet.load(folder.path) if job.main else None
+    if job.main:
+        folder.merge()
     job.barrier()
-    distilled = distilled or DistilledSet.load(folder.path)
+    distilled = DistilledSet.load(folder.path)
+    team = job.team(config.student.ranks, "student.ranks")
     updates = student.update_count(config, len(distilled))
     recipe = _recipe(config, teacher, updates, job)
     protocol = digest(recipe)
@@ -175,12 +181,15 @@ def _students(
         for record in records
         if record.protocol == protocol and record.artefact == distilled.sha256
     }
-    todo = [task for task in job.share(tasks) if (task.network, task.regime, task.seed) not in known]
+    missing = [task for task in tasks if (task.network, task.regime, task.seed) not in known]
+    todo = team.deal(job.agree(missing))
     with console.progress(f"{len(todo)} students on {config.method}", len(todo) * updates, "updates") as advance:
         for task in todo:
             result = student.train(
-                config, task, distilled, teacher, validation, job, folder.path / "labels", advance, stop
+                config, task, distilled, teacher, validation, job, team, folder.path / "labels", advance, stop
             )
+            if team.rank:
+                continue
             record = Record(
                 kind="student",
                 run=config.name,

@@ -132,8 +132,12 @@ class RunFolder:
         """Return the blocks that have no whole sidecar and file."""
         return [block for block in blocks if self.sidecar(block.index) is None or self.damaged(block.index)]
 
-    def merge(self) -> dict[str, Any]:
-        """Derive the manifest from the sidecars, write and return it.
+    def merge(self) -> None:
+        """Write ``manifest.json`` for people and tools; nothing here reads it, the sidecars are the truth."""
+        write_json(self.path / "manifest.json", self.manifest())
+
+    def manifest(self) -> dict[str, Any]:
+        """Derive the manifest from the sidecars.
 
         ``sha256`` names the distilled set: it hangs on the images, labels and weights of each class and not on how
         they were spread over blocks.
@@ -143,15 +147,13 @@ class RunFolder:
         sidecars = {index: self.sidecar(index) for index in range(expected)}
         present = [sidecar for sidecar in sidecars.values() if sidecar is not None]
         contents = {name: sha for sidecar in present for name, sha in sidecar["class_sha256"].items()}
-        manifest = {
+        return {
             "fingerprint": config["fingerprint"],
             "classes": list(contents),
             "blocks": {f"{index:05d}": sidecar["sha256"] for index, sidecar in sidecars.items() if sidecar},
             "missing": [index for index, sidecar in sidecars.items() if sidecar is None],
             "sha256": digest(list(contents.items())) if len(present) == expected else None,
         }
-        write_json(self.path / "manifest.json", manifest)
-        return manifest
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

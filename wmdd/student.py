@@ -13,7 +13,7 @@ from torch.nn import functional
 from wmdd import labels, networks
 from wmdd.config import Config, Student
 from wmdd.distilled import DistilledSet
-from wmdd.distributed import Ranks, seed_of
+from wmdd.distributed import Ranks, Team, seed_of
 from wmdd.errors import Interrupted
 from wmdd.teacher import Teacher
 from wmdd.validation import Validation
@@ -57,6 +57,7 @@ def train(
     teacher: Teacher,
     validation: Validation,
     ranks: Ranks,
+    team: Team,
     folder: Path,
     advance: Callable[[int], None] = lambda updates: None,
     stop: Callable[[], bool] = lambda: False,
@@ -74,6 +75,7 @@ def train(
         teacher: labels the batches of the soft regime.
         validation: judges the student.
         ranks: device and precision.
+        team: the ranks that train it together; each takes its share of every batch.
         folder: where soft labels are stored if the config says so.
         advance: called with the number of updates done.
         stop: whether to leave between two epochs.
@@ -88,31 +90,31 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
     soft = labels.SoftLabels(config, distilled, teacher, task.seed, ranks, folder) if task.regime == "soft" else None
     images, classes = distilled.images.to(ranks.device), distilled.labels.to(ranks.device)
+    parallel = team.wrap(network.train())
     updates = 0
-    network.train()
     for epoch in range(settings.epochs):
-        if stop():
+        if team.sum(torch.tensor(float(stop()))):
             raise Interrupted("stopped between two epochs of a student")
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
         plan = labels.batches(task.seed, epoch, len(images), data.resolution, settings.batch_size, config.labels)
         stored = _stored(soft, images, epoch) if soft and config.labels.stored else None
         for position, batch in enumerate(plan):
-            seen = labels.view(images, batch, config)
+            seen = team.shard(labels.view(images, batch, config))
             with ranks.autocast():
-                logits = network(seen)
+                logits = parallel(seen)
             if soft is None:
-                loss = _hard_loss(logits.float(), classes[batch.images.to(ranks.device)], batch)
+                loss = _hard_loss(logits.float(), classes, batch, team)
             else:
-                wanted = stored[position] if stored else soft.online(seen)
+                wanted = team.shard(stored[position]) if stored else soft.online(seen)
                 loss = _soft_loss(logits.float(), wanted, config.labels.temperature)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss * (team.size / len(batch.images))).backward()
             optimizer.step()
             updates += 1
             advance(1)
     network.eval()
-    return Result(validation(network), updates, time.perf_counter() - begun)
+    return Result(validation(network, team), updates, time.perf_counter() - begun)
 
 
 def update_count(config: Config, images: int) -> int:
@@ -122,24 +124,27 @@ def update_count(config: Config, images: int) -> int:
 
 
 def _stored(soft: labels.SoftLabels, images: Tensor, epoch: int) -> list[Tensor]:
+    # In a team each rank may write the file: they write the same bytes, each under a name of its own first.
     if not soft.file(epoch).exists():
         soft.store(images, epoch)
     return soft.read(epoch)
 
 
-def _hard_loss(logits: Tensor, classes: Tensor, batch: labels.Batch) -> Tensor:
-    own = functional.cross_entropy(logits, classes)
-    if batch.share == 1:
-        return own
-    others = functional.cross_entropy(logits, classes[batch.partners.to(classes.device)])
-    return batch.share * own + (1 - batch.share) * others
+def _hard_loss(logits: Tensor, classes: Tensor, batch: labels.Batch, team: Team) -> Tensor:
+    """Cross-entropy with the classes of both images of a mix, summed over this rank's images."""
+    own = classes[batch.images.to(classes.device)]
+    loss = batch.share * functional.cross_entropy(logits, team.shard(own), reduction="sum")
+    if batch.share < 1:
+        others = team.shard(own[batch.partners.to(classes.device)])
+        loss = loss + (1 - batch.share) * functional.cross_entropy(logits, others, reduction="sum")
+    return loss
 
 
 def _soft_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """KL divergence at a temperature, times its square so that gradients keep their size (Hinton et al. 2015)."""
+    """KL divergence at a temperature, summed over images, times T² so that gradients keep their size (Hinton 2015)."""
     student = functional.log_softmax(logits / temperature, dim=1)
     teacher = functional.softmax(wanted / temperature, dim=1)
-    return functional.kl_div(student, teacher, reduction="batchmean") * temperature**2
+    return functional.kl_div(student, teacher, reduction="sum") * temperature**2
 
 
 def _smoothed_cosine(epoch: int, settings: Student) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from wmdd import augment
 from wmdd.config import Synthesis
-from wmdd.distributed import Ranks, generator
+from wmdd.distributed import ALONE, Ranks, Team, generator
 from wmdd.errors import Interrupted
 from wmdd.networks import FrozenNetwork, Observation
 
@@ -63,6 +63,22 @@ class Target:
         labels, weights = self.labels.to(device), self.weights.to(device)
         return Target(labels, weights, self.mean.to(device), self.variance.to(device), atoms)
 
+    def part(self, team: Team) -> "Target":
+        """Return the target of this rank's images: as many of each class on every rank of the team."""
+        classes, count = self.weights.shape
+        own = own_rows(classes, count, team).view(classes, -1) % count
+        atoms = (
+            None if self.atoms is None else self.atoms.gather(1, own[..., None].expand(-1, -1, self.atoms.shape[-1]))
+        )
+        labels = self.labels.view(classes, count).gather(1, own).flatten()
+        return Target(labels, self.weights.gather(1, own), self.mean, self.variance, atoms)
+
+
+def own_rows(classes: int, count: int, team: Team) -> Tensor:
+    """Return which of the G·K images of a group this rank holds: consecutive ones of each class."""
+    share = count // team.size
+    return torch.arange(classes * count).view(classes, count)[:, team.rank * share : (team.rank + 1) * share].flatten()
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -74,8 +90,13 @@ class Loss:
     ce: Tensor
 
 
-def evaluate(objective: Objective, seen: Observation, target: Target, layer_sizes: list[int]) -> Loss:
+def evaluate(
+    objective: Objective, seen: Observation, target: Target, layer_sizes: list[int], team: Team = ALONE
+) -> Loss:
     """Return the objective for the images that ``seen`` observed.
+
+    The ranks of a team each see a part of every class; sums over images run over all of them, so that every rank holds
+    the loss of the whole group and the gradient of its own images.
 
     L_feature = Σ_c Σ_k ‖f(x_ck) − b_ck‖²;  L_BN = Σ_c Σ_l ‖mean_l − BNmean_cl‖² + ‖var_l − BNvar_cl‖², with the class's
     moments weighted by the barycenter weights (method section of the paper).  With ``squared`` off: one Frobenius norm
@@ -83,33 +104,38 @@ def evaluate(objective: Objective, seen: Observation, target: Target, layer_size
 
     Args:
         objective: weights of the terms.
-        seen: of G·K images.
+        seen: of G·K images, or of this rank's part of them.
         target: of the same images.
         layer_sizes: channels of each BatchNorm layer, which sum to M.
+        team: the ranks among which each class is split.
     """
     zero = seen.features.new_zeros(())
     feature = bn = ce = zero
     if objective.feature and target.atoms is not None:
         gap = seen.features.view_as(target.atoms) - target.atoms
-        feature = gap.square().sum() if objective.squared else gap.norm()
+        feature = team.sum(gap.square().sum())
+        feature = feature if objective.squared else feature.sqrt()
     if objective.bn:
-        mean, variance = group_moments(seen, target.weights, objective.per_class)
+        mean, variance = group_moments(seen, target.weights, objective.per_class, team)
         bn = _bn_distance(objective, mean - target.mean, variance - target.variance, layer_sizes)
     if objective.ce:
-        ce = functional.cross_entropy(seen.logits, target.labels)
+        ce = team.sum(functional.cross_entropy(seen.logits, target.labels) / team.size)
     return Loss(objective.feature * feature + objective.bn * bn + objective.ce * ce, feature, bn, ce)
 
 
-def group_moments(seen: Observation, weights: Tensor, per_class: bool) -> tuple[Tensor, Tensor]:
+def group_moments(seen: Observation, weights: Tensor, per_class: bool, team: Team = ALONE) -> tuple[Tensor, Tensor]:
     """Return the BatchNorm means and variances over the images of each class, [G, M], or of the group, [1, M].
 
     From per-image moments: var = Σ w_k var_k + Σ w_k (mean_k − mean)², which loses no digits to cancellation.
     """
-    shape = (*weights.shape, -1) if per_class else (1, weights.numel(), -1)
-    share = weights[..., None] if per_class else torch.full_like(weights, 1 / weights.numel()).view(1, -1, 1)
+    count = weights.numel()
+    shape = (*weights.shape, -1) if per_class else (1, count, -1)
+    share = weights[..., None] if per_class else torch.full_like(weights, 1 / (count * team.size)).view(1, -1, 1)
     means, variances = seen.means.view(shape), seen.variances.view(shape)
-    mean = (share * means).sum(1)
-    return mean, (share * (variances + (means - mean[:, None]).square())).sum(1)
+    mean = team.sum((share * means).sum(1))
+    # The variance's derivative by the mean is zero, Σ w_k (mean_k − mean) = 0, and only in the sum over all ranks.
+    gaps = means - mean.detach()[:, None]
+    return mean, team.sum((share * (variances + gaps.square())).sum(1))
 
 
 def _bn_distance(objective: Objective, mean: Tensor, variance: Tensor, layer_sizes: list[int]) -> Tensor:
@@ -148,6 +174,7 @@ def synthesise(
     limits: tuple[Tensor, Tensor],
     seed: tuple[object, ...],
     ranks: Ranks,
+    team: Team = ALONE,
     compiled: bool = False,
     advance: Callable[[int], None] = lambda iterations: None,
     save: Callable[[State], None] | None = None,
@@ -169,6 +196,7 @@ def synthesise(
         limits: smallest and largest normalised pixel value, each [channels, 1, 1].
         seed: names the group; given to ``seed_of``.
         ranks: device and precision.
+        team: the ranks that hold the images of each class together; all get the whole state and return it.
         compiled: run the step through torch.compile.
         advance: called with the number of iterations done.
         save: writes a checkpoint; called when ``due()`` or ``stop()`` says so.
@@ -182,21 +210,29 @@ def synthesise(
         Interrupted: ``stop`` asked for it; the state was saved.
     """
     device = ranks.device
-    target = target.to(device)
+    classes, count = target.weights.shape
+    rows = own_rows(classes, count, team)
+    target = target.part(team).to(device)
     low, high = (limit.to(device) for limit in limits)
-    images = state.images.to(device).clone().requires_grad_(True)
+    images = state.images[rows].to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([images], lr=settings.lr, betas=settings.betas, fused=True)
     if state.first is not None and state.second is not None:
         step = torch.tensor(float(state.iteration), device=device)
-        moments = {"exp_avg": state.first.to(device), "exp_avg_sq": state.second.to(device)}
+        moments = {"exp_avg": state.first[rows].to(device), "exp_avg_sq": state.second[rows].to(device)}
         optimizer.state[images] = {"step": step, **moments}
-    draws = _schedule(settings, images.shape[0], images.shape[-1], seed).to(device)
+    draws = _schedule(settings, classes * count, images.shape[-1], seed, rows).to(device)
     sizes = network.layer_sizes
 
     def loss_of(pixels: Tensor, boxes: augment.Draws) -> Loss:
         with ranks.autocast():
             seen = network(augment.warp(pixels, boxes))
-        return evaluate(objective, seen, target, sizes)
+        return evaluate(objective, seen, target, sizes, team)
+
+    def whole(part: Tensor) -> Tensor:
+        out = torch.empty(classes * count, *part.shape[1:], dtype=part.dtype)
+        for rank, piece in enumerate(team.gather(part.detach())):
+            out[own_rows(classes, count, replace(team, rank=rank))] = piece.cpu()
+        return out
 
     step_loss = torch.compile(loss_of) if compiled else loss_of
     every = max(1, settings.iterations // 50)
@@ -208,13 +244,15 @@ def synthesise(
         for index, loss in logged:
             for name, value in {"iteration": float(index), **vars(loss)}.items():
                 curve.setdefault(name, []).append(float(value))
-        first, second = (moments[name].cpu() if name in moments else None for name in ("exp_avg", "exp_avg_sq"))
-        return State(images.detach().cpu(), iteration, first, second, curve)
+        first, second = (whole(moments[name]) if name in moments else None for name in ("exp_avg", "exp_avg_sq"))
+        return State(whole(images), iteration, first, second, curve)
 
     for iteration in range(state.iteration, settings.iterations):
-        if save and (stopping := stop() or due()):
-            save(snapshot(iteration))
-            if stopping and stop():
+        if save:
+            stopping, saving = team.sum(torch.tensor([float(stop()), float(due())])).tolist()
+            if stopping or saving:
+                save(snapshot(iteration))
+            if stopping:
                 raise Interrupted(f"checkpointed at iteration {iteration} of {settings.iterations}")
         loss = step_loss(images, draws[iteration])
         (images.grad,) = torch.autograd.grad(loss.total, images)
@@ -229,16 +267,22 @@ def synthesise(
     return snapshot(settings.iterations)
 
 
-def _schedule(settings: Synthesis, count: int, size: int, seed: tuple[object, ...]) -> augment.Draws:
-    """Draw all crops, flips and rolls of a synthesis: [iterations, 1 or N]."""
-    shape = (settings.iterations, 1 if settings.augment == "group" else count)
+def _schedule(
+    settings: Synthesis, count: int, size: int, seed: tuple[object, ...], rows: Tensor | None = None
+) -> augment.Draws:
+    """Draw all crops, flips and rolls of a synthesis: [iterations, 1 or N], then those of the given rows."""
+    grouped = settings.augment == "group"
+    shape = (settings.iterations, 1 if grouped else count)
     low, high = settings.crop_scale
     smallest: float | Tensor = low
     if settings.crop_curriculum:
         # CDA (Yin & Shen 2023): from global views to local ones, along a cosine.
         progress = torch.arange(shape[0]) / max(1.0, settings.crop_curriculum * shape[0])
         smallest = high - (high - low) * (1 - torch.cos(torch.pi * progress.clamp_max(1.0)))[:, None] / 2
-    return augment.draw(shape, size, (smallest, high), settings.flip, settings.jitter, generator(*seed, "augment"))
+    draws = augment.draw(shape, size, (smallest, high), settings.flip, settings.jitter, generator(*seed, "augment"))
+    if grouped or rows is None:
+        return draws
+    return augment.Draws(draws.boxes[:, rows], draws.flips[:, rows], draws.shifts[:, rows])
 
 
 def _cosine(progress: float) -> float:

@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from wmdd import augment, networks, store, weights
 from wmdd.config import Config
 from wmdd.console import progress, say
 from wmdd.data import Dataset, normalise
-from wmdd.distributed import Ranks, generator, seed_of
+from wmdd.distributed import Ranks, Team, generator, seed_of
 from wmdd.errors import Interrupted, WmddError
 from wmdd.files import digest, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
 from wmdd.networks import FrozenNetwork
@@ -40,21 +41,31 @@ def obtain(config: Config, dataset: Dataset, validation: Validation, ranks: Rank
         InputError: no such network, or weights that do not fit it.
         Interrupted: a stop was requested; training goes on from its checkpoint next time.
     """
-    settings = config.teacher
-    origin = weights.locate(settings.weights, settings.network)
-    key = digest([config.fingerprint("teacher", "data"), dataset.fingerprint, origin and sha256(origin)])
-    folder = store.folder("teachers", key)
+    folder, origin = _entry(config, dataset)
     file, facts = folder / "teacher.safetensors", folder / "teacher.json"
-    if ranks.main:
-        with store.locked(folder):
-            if not _whole(file, facts):
-                _make(config, dataset, validation, ranks, folder, origin, stop)
-    ranks.barrier()
+    with store.locked(folder) if ranks.main else nullcontext():
+        if ranks.agree(not _whole(file, facts)):
+            _make(config, dataset, validation, ranks, folder, origin, stop)
+        ranks.barrier()
     known = read_json(facts)
     network = _create(config, known["all_outputs"])
     network.load_state_dict(read_tensors(file))
     frozen = FrozenNetwork(network, known["outputs"]).to(ranks.device)
     return Teacher(frozen, known["sha256"], known)
+
+
+def is_stored(config: Config, dataset: Dataset) -> bool:
+    """Return whether the store holds this teacher, so that nobody has to train or import it."""
+    folder, _ = _entry(config, dataset)
+    return _whole(folder / "teacher.safetensors", folder / "teacher.json")
+
+
+def _entry(config: Config, dataset: Dataset) -> tuple[Path, Path | None]:
+    """Return the teacher's folder in the store, and the file it is imported from if it is not trained here."""
+    settings = config.teacher
+    origin = weights.locate(settings.weights, settings.network)
+    key = digest([config.fingerprint("teacher", "data"), dataset.fingerprint, origin and sha256(origin)])
+    return store.folder("teachers", key), origin
 
 
 def _create(config: Config, classes: int) -> nn.Module:
@@ -88,10 +99,16 @@ def _make(
 ) -> None:
     """Train or import the teacher and put it into the store, with what is to be known of it."""
     begun = time.perf_counter()
+    outputs = None
     if origin is None:
-        network, outputs = _train(config, dataset, ranks, folder, stop), None
-    else:
+        team = ranks.team(config.teacher.ranks, "teacher.ranks")
+        if team.index:
+            return  # one team trains, the others wait
+        network = _train(config, dataset, ranks, team, folder, stop)
+    elif ranks.main:
         network, outputs = _import(config, dataset, origin)
+    if not ranks.main:
+        return
     seconds = time.perf_counter() - begun
     state = network.state_dict()
     accuracy = validation(FrozenNetwork(network, outputs).to(ranks.device).predict)
@@ -112,8 +129,10 @@ def _make(
     say(f"teacher {name}: top-1 {accuracy['top1']:.1%} ({validation.on}), SHA-256 {facts['sha256'][:12]}")
 
 
-def _train(config: Config, dataset: Dataset, ranks: Ranks, folder: Path, stop: Callable[[], bool]) -> nn.Module:
-    """Train on the decoded images with crops and flips, cosine to zero; checkpoints after the epochs it must."""
+def _train(
+    config: Config, dataset: Dataset, ranks: Ranks, team: Team, folder: Path, stop: Callable[[], bool]
+) -> nn.Module:
+    """Train on the decoded images with crops and flips, cosine to zero; checkpoints between epochs when it is due."""
     settings, data = config.teacher, config.data
     torch.manual_seed(seed_of(settings.seed, "teacher"))
     network = _create(config, len(dataset.classes)).to(ranks.device)
@@ -125,34 +144,35 @@ def _train(config: Config, dataset: Dataset, ranks: Ranks, folder: Path, stop: C
     begin = _resume(checkpoint, network, optimizer, schedule, ranks.device)
     images = decode_all(dataset.train, config, "decoding the training images")
     labels = dataset.train.labels.to(ranks.device)
+    parallel = team.wrap(network.train())
     saved = time.monotonic()
-    network.train()
     with progress("teacher: training", settings.epochs * batches, "updates") as advance:
         advance(begin * batches)
         for epoch in range(begin, settings.epochs):
-            if stop() or time.monotonic() - saved > config.compute.checkpoint_seconds:
+            stopping = bool(team.sum(torch.tensor(float(stop()))))
+            if team.rank == 0 and (stopping or time.monotonic() - saved > config.compute.checkpoint_seconds):
                 _checkpoint(checkpoint, network, optimizer, schedule, epoch)
                 saved = time.monotonic()
-                if stop():
-                    raise Interrupted(f"teacher checkpointed after {epoch} of {settings.epochs} epochs")
+            if stopping:
+                raise Interrupted(f"teacher checkpointed after {epoch} of {settings.epochs} epochs")
             source = generator(settings.seed, "teacher", epoch)
             order = torch.randperm(len(images), generator=source)
-            draws = augment.draw(
-                (len(images),), data.resolution, (settings.crop_scale, 1.0), settings.flip, 0, source
-            ).to(ranks.device)
+            size, scale = data.resolution, (settings.crop_scale, 1.0)
+            draws = augment.draw((len(images),), size, scale, settings.flip, 0, source).to(ranks.device)
             for start in range(0, len(images), settings.batch_size):
-                chosen = order[start : start + settings.batch_size]
-                if len(chosen) == 1:
+                rows = torch.arange(start, min(start + settings.batch_size, len(images)))
+                own = team.shard(rows)
+                if len(rows) < 2 * team.size:
                     continue  # BatchNorm cannot train on one image
-                here = chosen.to(ranks.device)
-                batch = augment.warp(
-                    normalise(images[chosen].to(ranks.device), data), draws[start : start + len(chosen)]
-                )
+                chosen = order[own]
+                shown = augment.warp(normalise(images[chosen].to(ranks.device), data), draws[own.to(ranks.device)])
                 with ranks.autocast():
-                    logits = network(batch)
-                loss = functional.cross_entropy(logits.float(), labels[here], label_smoothing=settings.label_smoothing)
+                    logits = parallel(shown)
+                wanted = labels[chosen.to(ranks.device)]
+                smoothing = settings.label_smoothing
+                loss = functional.cross_entropy(logits.float(), wanted, label_smoothing=smoothing, reduction="sum")
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                (loss * (team.size / len(rows))).backward()
                 optimizer.step()
                 schedule.step()
                 advance(1)

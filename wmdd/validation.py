@@ -9,7 +9,7 @@ from torch.nn import functional
 from wmdd.config import Config
 from wmdd.console import progress
 from wmdd.data import Dataset, ImageSet, normalise
-from wmdd.distributed import Ranks
+from wmdd.distributed import Ranks, Team
 
 _BATCH = 256
 
@@ -30,22 +30,24 @@ class Validation:
         self.on = "test" if dataset.holdout is None else "holdout"
         """``test`` or ``holdout``"""
 
-    def __call__(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return top-1 and top-5 accuracy (fractions) and mean cross-entropy of ``predict`` (images -> logits)."""
+    def __call__(self, predict: Callable[[Tensor], Tensor], team: Team | None = None) -> dict[str, float]:
+        """Return top-1 and top-5 accuracy (fractions) and mean cross-entropy of ``predict`` (images -> logits).
+
+        The ranks of a team, which must all call it, share the batches.
+        """
         if self._images is None:
             self._images = decode_all(self._source, self._config, f"decoding the {self.on} images")
-        right = torch.zeros(2, dtype=torch.long)
-        loss = 0.0
-        for raw, labels in zip(self._images.split(_BATCH), self._source.labels.split(_BATCH), strict=True):
+        totals = torch.zeros(3, dtype=torch.float64)
+        batches = list(zip(self._images.split(_BATCH), self._source.labels.split(_BATCH), strict=True))
+        for raw, labels in batches[team.rank :: team.size] if team else batches:
             with torch.inference_mode(), self._ranks.autocast():
                 shown = normalise(raw.to(self._ranks.device), self._config.data)
                 logits = predict(shown.contiguous(memory_format=torch.channels_last)).float().cpu()
             ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            right += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum()])
-            loss += functional.cross_entropy(logits, labels, reduction="sum").item()
-        count = len(self._source)
-        top1, top5 = (right.double() / count).tolist()
-        return {"top1": top1, "top5": top5, "loss": loss / count}
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            totals += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss])
+        means = ((team.sum(totals) if team else totals) / len(self._source)).tolist()
+        return dict(zip(("top1", "top5", "loss"), means, strict=True))
 
 
 def decode_all(images: ImageSet, config: Config, title: str) -> Tensor:
