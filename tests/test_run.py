@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import TINY, blocks_of
 from PIL import Image
+from typer.testing import CliRunner
 
 import wmdd
 from wmdd import pipeline, rundir
+from wmdd.cli import app
 from wmdd.config import Config, load_config
 from wmdd.distilled import DistilledSet, export, verify
 from wmdd.errors import InputError, WmddError
@@ -319,10 +321,24 @@ def test_too_little_disk_is_refused_before_any_work(
 
 
 def test_command_line_tells_and_exports(finished: Path, tmp_path: Path) -> None:
-    assert wmdd_command("verify", str(finished)).stdout.startswith(f"{finished}: 8 images of 4 classes are whole")
-    assert wmdd_command("export", str(finished), "--out", str(tmp_path / "out")).returncode == 0
+    def told(*arguments: str) -> str:
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert told("verify", str(finished)).startswith(f"{finished}: 8 images of 4 classes are whole")
+    told("export", str(finished), "--out", str(tmp_path / "out"))
     assert len(list((tmp_path / "out").rglob("*.png"))) == 8
-    assert "random" in wmdd_command("methods").stdout
-    assert "bn_weight = 10.0" in wmdd_command("config", "show", "digits").stdout
-    assert "upstream" in wmdd_command("config", "list").stdout
-    assert "torch" in wmdd_command("doctor").stdout
+    told("report", str(finished), "--html", str(tmp_path / "page.html"), "--csv", str(tmp_path / "table.csv"))
+    assert "top1" in (tmp_path / "table.csv").read_text()
+    assert "random" in told("methods")
+    assert "bn_weight = 10.0" in told("config", "show", "digits")
+    assert "upstream" in told("config", "list")
+    assert "torch" in told("doctor")
+    assert "every image can be read" in told("data", "check", "digits")
+    assert "teachers" in told("cache", "list")
+
+
+def test_help_lists_the_commands_of_the_other_packages() -> None:
+    assert "protocol" in CliRunner().invoke(app, ["bench", "--help"]).output
+    assert "bench" in CliRunner().invoke(app, ["--help"]).output

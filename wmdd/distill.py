@@ -69,7 +69,7 @@ def distill(job: Job, blocks: list[Block]) -> None:
 
 def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
     team = job.ranks.team(job.config.synthesis.split_class, "synthesis.split_class")
-    missing = job.ranks.agree({group.index for group in block.groups if _finished(job, group) is None})
+    missing = job.ranks.agree([group.index for group in block.groups if _finished(job, group) is None])
     todo = [group for group in team.deal(block.groups) if group.index in missing]
     classes = [index for group in todo for index in group.classes] if method.uses_statistics else []
     images = sum(len(job.dataset.train.of_class(index)) for index in classes)
@@ -206,6 +206,8 @@ def _distill_group(
         clock.restart()
 
     state = _read_checkpoint(job, group)
+    if state:
+        say(f"group {group.index}: goes on at iteration {state.iteration}")
     advance(state.iteration if state else 0)
     final = optimise(job, method, prepared, state, team, advance, save, clock.due)
     if team.rank:

@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,13 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wmdd.config import Compute
-from wmdd.errors import InputError, WmddError
+from wmdd.errors import InputError, Interrupted
+from wmdd.roll import PeerLost, Roll, describe
 
 T = TypeVar("T")
-
-
-class PeerLost(WmddError):
-    """A collective could not finish because another rank is gone."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,8 @@ class Ranks:
     device: torch.device
     precision: str
     """``fp32`` or ``bf16``, resolved for this device."""
-    store: Any = None
-    """Key-value store of the job; None when there is one rank"""
+    roll: Roll | None = None
+    """Of the job's ranks; None when there is one"""
     _groups: dict[int, list[Any]] = field(default_factory=dict)
 
     @property
@@ -106,35 +102,18 @@ class Ranks:
 
         Raises:
             PeerLost: another rank is gone; the message names it.
+            Interrupted: a stop was asked for while waiting.
         """
         self.agree(None)
 
     def agree(self, value: T) -> T:
-        """Return rank 0's value on every rank, so that all take the same decision.
+        """Return rank 0's value (anything JSON holds) on every rank, so that all take the same decision.
 
         Raises:
             PeerLost: another rank is gone; the message names it.
+            Interrupted: a stop was asked for while waiting.
         """
-        if self.size == 1:
-            return value
-        held = [value]
-        try:
-            dist.broadcast_object_list(held, src=0)
-            dist.barrier()
-        except RuntimeError as error:
-            raise PeerLost(f"rank {self.rank} of {self.size}: {self._lost()}; start the same command again") from error
-        return held[0]
-
-    def _lost(self) -> str:
-        """Say which ranks do not answer: those that are alive all come here, because the collective failed for all."""
-        try:
-            self.store.set(f"alive/{self.rank}", "yes")
-            time.sleep(_ROLL_CALL)
-            gone = [rank for rank in range(self.size) if not self.store.check([f"alive/{rank}"])]
-        except RuntimeError:
-            return "the rank that keeps the job's store is gone"
-        named = " and ".join(f"rank {rank}" for rank in gone)
-        return f"{named} is gone" if len(gone) == 1 else f"{named} are gone" if gone else "the network failed"
+        return value if self.roll is None else self.roll.agree(value)  # type: ignore[no-any-return]
 
     def team(self, size: int, key: str) -> Team:
         """Return this rank's team when the job is cut into teams of ``size`` consecutive ranks; all ranks must ask.
@@ -162,35 +141,46 @@ class Ranks:
 
 
 @contextmanager
-def ranks(compute: Compute) -> Iterator[Ranks]:
+def ranks(compute: Compute, stop: Callable[[], bool] = lambda: False) -> Iterator[Ranks]:
     """Join the job that torchrun or srun started (or stand alone), with threads and precision from the config.
+
+    Args:
+        compute: device, threads, precision.
+        stop: whether this process was asked to stop; looked at while it waits for other ranks.
 
     Raises:
         InputError: the device does not exist here.
+        PeerLost: another rank is gone.
     """
     rank, size, local = (int(os.environ.get(key, default)) for key, default in _JOB)
     device = _device(compute.device, local)
+    precision = _precision(compute.precision, device)
     torch.set_num_threads(compute.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = None
-    if size > 1:
-        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=_JOINING))
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
+    if size == 1:
+        yield Ranks(rank, size, device, precision)
+        return
+    store, *_ = next(dist.rendezvous("env://", rank, size, timeout=_JOINING))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    roll = Roll(dist.PrefixStore("roll", store), rank, size, stop)
     try:
-        yield Ranks(rank, size, device, _precision(compute.precision, device), store)
+        yield Ranks(rank, size, device, precision, roll)
+    except (RuntimeError, Interrupted) as error:
+        # A collective that broke, or a launcher that ends all ranks because it lost one: say which.
+        if gone := roll.missing():
+            raise PeerLost(
+                f"rank {rank} of {size}: {describe(gone)} ({error}); start the same command again"
+            ) from error
+        raise
     finally:
-        if size > 1:
-            dist.destroy_process_group()
+        roll.leave()
+        dist.destroy_process_group()
 
 
 _JOB = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 _JOINING = timedelta(minutes=10)
-_LONGEST_WAIT = timedelta(days=2)
-"""A rank may wait long for another's group or for the teacher; a dead one closes its connections and ends the wait."""
-_ROLL_CALL = 3.0
-"""Seconds that living ranks have to answer before the others are called lost."""
 
 
 def native_bf16() -> bool:

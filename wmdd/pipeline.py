@@ -68,7 +68,7 @@ def run(
     elif overrides:
         raise InputError("overrides go with a config that is given by name")
     folder = RunFolder(Path(out) if out is not None else Path("runs") / config.name)
-    with ranks(config.compute) as job, stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop:
+    with stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop, ranks(config.compute, stop) as job:
         console.quiet = not job.main
         _run(config, folder, job, stop, share or Share())
     return folder.path
@@ -181,8 +181,8 @@ def _students(
         for record in records
         if record.protocol == protocol and record.artefact == distilled.sha256
     }
-    missing = [task for task in tasks if (task.network, task.regime, task.seed) not in known]
-    todo = team.deal(job.agree(missing))
+    missing = [position for position, task in enumerate(tasks) if (task.network, task.regime, task.seed) not in known]
+    todo = [tasks[position] for position in team.deal(job.agree(missing))]
     with console.progress(f"{len(todo)} students on {config.method}", len(todo) * updates, "updates") as advance:
         for task in todo:
             result = student.train(

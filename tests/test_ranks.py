@@ -1,0 +1,271 @@
+"""Many ranks: the same bytes, the same losses, and no rank left waiting for one that is gone."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, blocks_of
+from test_synthesis import targets
+from torch import Tensor, nn
+
+from wmdd import pipeline, synthesis
+from wmdd.config import Compute, Config, Synthesis, load_config
+from wmdd.distilled import DistilledSet
+from wmdd.distributed import ALONE, Ranks, Team, ranks
+from wmdd.networks import FrozenNetwork
+from wmdd.records import read_records
+from wmdd.synthesis import Objective, State, evaluate, own_rows, synthesise
+
+fork = multiprocessing.get_context("fork")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def in_ranks(size: int, work: Callable[[], Any]) -> list[Any]:
+    """Call ``work`` in so many processes with the environment that torchrun gives, and return what each returned."""
+    port = str(free_port())
+    results = fork.SimpleQueue()
+
+    def member(rank: int) -> None:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
+        try:
+            results.put((rank, work(), None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+
+    processes = [fork.Process(target=member, args=(rank,), daemon=True) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found = sorted((results.get() for _ in processes), key=lambda item: item[0])
+    for process in processes:
+        process.join()
+    assert [error for *_, error in found if error] == []
+    return [value for _, value, _ in found]
+
+
+@pytest.fixture
+def ungrouped(tiny: Config) -> Config:
+    """Return a run whose 4 classes are 4 groups."""
+    return tiny.model_copy(update={"synthesis": tiny.synthesis.model_copy(update={"classes_per_group": 1})})
+
+
+def test_any_number_of_ranks_writes_the_same_bytes(ungrouped: Config, tmp_path: Path) -> None:
+    images = {}
+    for size in (1, 2, 3, 4):
+        in_ranks(size, lambda size=size: pipeline.run(ungrouped, tmp_path / str(size)))  # type: ignore[misc]
+        images[size] = blocks_of(tmp_path / str(size))
+        records = read_records(tmp_path / str(size) / "records")[0]
+        assert len(records) == 4 and {record.provenance["world_size"] for record in records} == {size}
+    assert images[1] == images[2] == images[3] == images[4]
+    accuracies = {
+        tuple(sorted((r.regime, r.student_seed, r.metrics["loss"]) for r in read_records(tmp_path / n / "records")[0]))
+        for n in "1234"
+    }
+    assert len(accuracies) == 1
+
+
+def test_blocks_and_ranks_together_write_the_same_bytes(ungrouped: Config, tmp_path: Path) -> None:
+    share = pipeline.Share(("teacher", "distill"))
+    pipeline.run(ungrouped, tmp_path / "one", share=share)
+    in_ranks(2, lambda: pipeline.run(ungrouped.model_copy(update={"blocks": 3}), tmp_path / "two", share=share))
+    assert blocks_of(tmp_path / "two") == blocks_of(tmp_path / "one")
+
+
+def moments_of_ranks(network: FrozenNetwork, images: Tensor, target: Any, objective: Objective, size: int) -> Any:
+    """Return loss and gradient of the whole group, computed in parts."""
+
+    def work() -> Any:
+        with ranks(Compute(device="cpu")) as job:
+            team = job.team(size, "test")
+            rows = own_rows(2, 4, team)
+            own = images[rows].requires_grad_(True)
+            loss = evaluate(objective, network(own), target.part(team), network.layer_sizes, team).total
+            (gradient,) = torch.autograd.grad(loss, own)
+            return loss.item(), rows.tolist(), gradient.tolist()
+
+    return in_ranks(size, work)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Objective(1.0, 20.0, 0.5), Objective(1.0, 20.0, 0.5, squared=False), Objective(1.0, 20.0, 0.5, per_class=False)],
+)
+def test_a_split_class_has_the_loss_and_gradient_of_the_whole(classifier: nn.Module, objective: Objective) -> None:
+    network = FrozenNetwork(classifier)
+    target, _ = targets(classifier, torch.tensor([0.4, 0.3, 0.2, 0.1]), count=4)
+    if not objective.per_class:
+        mean, variance = network.running_moments()
+        target = synthesis.Target(target.labels, target.weights, mean[None], variance[None], target.atoms)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = images.clone().requires_grad_(True)
+    loss = evaluate(objective, network(whole), target, network.layer_sizes).total
+    (gradient,) = torch.autograd.grad(loss, whole)
+    for size in (2, 4):
+        for value, rows, part in moments_of_ranks(network, images, target, objective, size):
+            assert value == pytest.approx(loss.item(), rel=1e-5)
+            assert (torch.tensor(part) - gradient[rows]).norm() < 1e-5 * gradient.norm()
+
+
+def test_a_split_synthesis_follows_the_unsplit_one_and_resumes(classifier: nn.Module) -> None:
+    target, _ = targets(classifier, torch.full((4,), 0.25), count=4)
+    network = FrozenNetwork(classifier)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    settings = Synthesis(iterations=6, lr=0.01, augment="image")
+    limits = torch.full((3, 1, 1), -3.0), torch.full((3, 1, 1), 3.0)
+
+    def work(size: int, state: State) -> State:
+        with ranks(Compute(device="cpu")) as job:
+            team = job.team(size, "test")
+            return synthesise(network, state, target, Objective.of(settings), settings, limits, (0,), job, team)
+
+    whole = work(1, State(images))
+    halves = in_ranks(2, lambda: work(2, State(images)).images.tolist())
+    assert halves[0] == halves[1]
+    # Along six steps rounding has no time to grow: images differ by less than a hundredth of a step.
+    assert (torch.tensor(halves[0]) - whole.images).abs().max() < 1e-4
+
+
+def test_a_run_with_split_classes_ends_and_its_teams_share_the_groups(tiny: Config, tmp_path: Path) -> None:
+    split = tiny.model_copy(update={"synthesis": tiny.synthesis.model_copy(update={"split_class": 2})})
+    in_ranks(4, lambda: pipeline.run(split, tmp_path / "run", share=pipeline.Share(("teacher", "distill"))))
+    assert len(DistilledSet.load(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize("key", ["synthesis.split_class", "teacher.ranks", "student.ranks"])
+def test_too_few_ranks_for_a_team_are_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=rf"{key} = 2: the job has 1 ranks.*nproc-per-node 2"):
+        pipeline.run("digits", tmp_path / "run", [*TINY, f"{key}=2", "teacher.seed=99"])
+
+
+def test_ddp_gradients_are_those_of_the_whole_batch() -> None:
+    images, classes = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    torch.manual_seed(0)
+    network = nn.Linear(4, 3)
+
+    def gradient(team: Team) -> list[list[float]]:
+        parallel = team.wrap(network)
+        loss = nn.functional.cross_entropy(parallel(team.shard(images)), team.shard(classes), reduction="sum")
+        network.zero_grad()
+        (loss * (team.size / len(images))).backward()
+        assert network.weight.grad is not None
+        found: list[list[float]] = network.weight.grad.tolist()
+        return found
+
+    def work() -> list[list[float]]:
+        with ranks(Compute(device="cpu")) as job:
+            return gradient(job.team(2, "test"))
+
+    whole = torch.tensor(gradient(ALONE))
+    for found in in_ranks(2, work):
+        torch.testing.assert_close(torch.tensor(found), whole)
+
+
+def test_teacher_and_students_train_under_ddp_and_learn_as_well(tmp_path: Path) -> None:
+    changes = [
+        "data.classes=4",
+        "ipc=5",
+        "teacher.epochs=4",
+        "student.epochs=30",
+        "student.seeds=3",
+        "student.lr=0.005",
+    ]
+    base = [*TINY, *changes, "labels.regimes=['hard']", "student.baselines=[]", "teacher.network=convnet2x16"]
+    accuracy = {}
+    for size in (1, 2):
+        config = load_config("digits", [*base, f"teacher.ranks={size}", f"student.ranks={size}"])
+        in_ranks(size, lambda config=config, size=size: pipeline.run(config, tmp_path / str(size)))  # type: ignore[misc]
+        records = read_records(tmp_path / str(size) / "records")[0]
+        teacher = (tmp_path / str(size) / "teacher.json").read_text()
+        students = torch.tensor([record.metrics["top1"] for record in records])
+        accuracy[size] = students
+        assert '"network": "convnet2x16"' in teacher and len(records) == 3
+    print("students at 1 and 2 ranks:", accuracy)
+    spread = 3 * max(float(values.std()) for values in accuracy.values()) + 0.02
+    assert abs(float(accuracy[1].mean() - accuracy[2].mean())) < spread
+    assert min(float(values.mean()) for values in accuracy.values()) > 0.7
+
+
+def test_a_lost_rank_is_named_within_seconds() -> None:
+    def work() -> str:
+        with ranks(Compute(device="cpu")) as job:
+            job.barrier()
+            if job.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            begun = time.monotonic()
+            try:
+                job.barrier()
+            except Exception as error:
+                return f"{time.monotonic() - begun < 60} {error}"
+            return "no error"
+
+    port = str(free_port())
+    results = fork.SimpleQueue()
+
+    def member(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_PORT=port, MASTER_ADDR="127.0.0.1")
+        results.put(work())
+
+    processes = [fork.Process(target=member, args=(rank,), daemon=True) for rank in range(3)]
+    for process in processes:
+        process.start()
+    messages = [results.get() for _ in range(2)]
+    for process in processes:
+        process.kill()
+    assert all(message.startswith("True rank ") and "rank 1 is gone" in message for message in messages), messages
+
+
+def torchrun(*arguments: str, signals: bool = False) -> subprocess.Popen[str]:
+    """Start two ranks as a user would."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port())]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR2"] if signals else []
+    return subprocess.Popen([*command, "-m", "wmdd", *arguments], stderr=subprocess.PIPE, text=True, env=os.environ)
+
+
+def overrides(extra: list[str]) -> list[str]:
+    return [word for value in [*TINY, *extra] for word in ("--set", value)]
+
+
+def test_torchrun_writes_what_one_process_writes_and_is_resumed_after_a_signal(tmp_path: Path) -> None:
+    extra = ["synthesis.classes_per_group=1", "synthesis.iterations=400", "student.baselines=[]"]
+    pipeline.run("digits", tmp_path / "one", [*TINY, *extra])
+    arguments = [
+        "run",
+        "digits",
+        "--out",
+        str(tmp_path / "two"),
+        *overrides([*extra, "compute.checkpoint_seconds=0.2"]),
+    ]
+    process = torchrun(*arguments, signals=True)
+    while not list((tmp_path / "two").glob("groups/*.checkpoint.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR2)
+    _, errors = process.communicate(timeout=90)
+    # torchrun itself exits with 1 whatever its ranks return; what they did is in the run folder.
+    assert process.returncode == 1 and "checkpointed at iteration" in errors, errors
+    assert not list((tmp_path / "two" / "blocks").glob("*.json"))
+    again = torchrun(*arguments)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert blocks_of(tmp_path / "two") == blocks_of(tmp_path / "one")
+
+
+def test_ranks_take_their_own_share() -> None:
+    assert [Team(index, 3, 0, 1).deal(list(range(7))) for index in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert isinstance(Ranks(0, 1, torch.device("cpu"), "fp32").agree([1]), list)
