@@ -1,9 +1,9 @@
 """A throw-away SLURM cluster on this machine: real daemons, virtual nodes, one folder, no root needed.
 
 Everything (configuration, keys, sockets, state, logs) lies below one folder and listens on the loopback interface only.
-The nodes are called 127.0.0.11 and so on, names that resolve without an entry in ``/etc/hosts``, and all run here.  It is
-made to try submissions on a laptop and to test them: scheduling, dependencies, requeues and failures are SLURM's own;
-cgroups, isolation of GPUs (they are stand-ins) and users are not.
+The nodes are called 127.0.0.11 and so on, names that resolve without an entry in ``/etc/hosts``, and all run here.  It
+is made to try submissions on a laptop and to test them: scheduling, dependencies, requeues and failures are SLURM's
+own; cgroups, isolation of GPUs (they are stand-ins) and users are not.
 
 A process is known by its id and its start time, and only processes that this module started are ever signalled.
 """
@@ -215,12 +215,22 @@ class LocalCluster:
         self._call([*client, "-e", statements])
         conf = self.root / "etc" / "slurmdbd.conf"
         conf.touch(0o600)
-        conf.write_text(
-            f"AuthType=auth/munge\nAuthInfo=cred_expire=5,socket={self.root / 'run' / 'munge.sock'}\n"
-            f"DbdHost={socket.gethostname().partition('.')[0]}\nDbdAddr=127.0.0.1\nDbdPort={port + 1}\nSlurmUser={user}\n"
-            f"PidFile={self.root / 'run' / 'slurmdbd.pid'}\nStorageType=accounting_storage/mysql\n"
-            f"StorageHost=127.0.0.1\nStoragePort={port + 2}\nStorageUser=slurm\nStoragePass={password}\nStorageLoc=slurm\n"
-        )
+        lines = f"""
+            AuthType=auth/munge
+            AuthInfo=cred_expire=5,socket={self.root}/run/munge.sock
+            DbdHost={socket.gethostname().partition(".")[0]}
+            DbdAddr=127.0.0.1
+            DbdPort={port + 1}
+            SlurmUser={user}
+            PidFile={self.root}/run/slurmdbd.pid
+            StorageType=accounting_storage/mysql
+            StorageHost=127.0.0.1
+            StoragePort={port + 2}
+            StorageUser=slurm
+            StoragePass={password}
+            StorageLoc=slurm
+        """
+        conf.write_text("\n".join(line.strip() for line in lines.strip().splitlines()) + "\n")
         self._daemon("slurmdbd", ["slurmdbd", "-D"])
         self._await("slurmdbd", "", ["sacctmgr", "-n", "-i", "list", "cluster"])
         self._call(["sacctmgr", "-i", "add", "cluster", "wmdd"])

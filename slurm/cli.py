@@ -1,0 +1,150 @@
+"""``wmdd slurm ...``.  Heavy imports wait for the command that needs them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wmdd.cli import ConfigArgument, RunArgument, SetOption
+
+app = typer.Typer(
+    help="Run on a SLURM cluster: one array task per block of classes.", no_args_is_help=True, rich_markup_mode=None
+)
+local = typer.Typer(
+    help="A throw-away cluster on this machine, to try things.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(local, name="local")
+
+RootOption = Annotated[Path | None, typer.Option(help="Folder of the cluster; a short path, by default under /tmp.")]
+
+
+@app.command(
+    epilog="Examples:  wmdd slurm submit imagenet-1k --profile a100 --dry-run   |   "
+    "wmdd slurm submit digits --profile mine.toml --blocks 5"
+)
+def submit(
+    config: ConfigArgument,
+    profile: Annotated[str, typer.Option(help="Name of a profile that ships (a100, preemptible, cpu, local) or file.")],
+    override: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder, on a shared disk; runs/NAME by default.")] = None,
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="Blocks of classes; by default from --task-minutes.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Students of each kind (student.seeds).")] = None,
+    task_minutes: Annotated[float, typer.Option(min=0.1, help="Target length of a task, in minutes.")] = 30.0,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Image-iterations per second of one rank, if you know them.")
+    ] = None,
+    rate_from: Annotated[Path | None, typer.Option(help="Take speeds from this run, done on the same nodes.")] = None,
+    stages: Annotated[str, typer.Option(help="Part of the graph.")] = "teacher,distill,students,report",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show plan, scripts and estimate; submit nothing.")
+    ] = False,
+) -> None:
+    """Submit what is missing of a run: teacher, array of blocks, array of students, report."""
+    from slurm import plan, present, scheduler
+    from slurm import submit as submission
+    from slurm.profile import load_profile, parse_stages
+    from wmdd.config import load_config
+
+    known = load_profile(profile)
+    wanted = parse_stages(stages)
+    if not dry_run:
+        scheduler.require("sbatch")
+    overrides = [*(override or []), *([f"student.seeds={seeds}"] if seeds else [])]
+    settings = load_config(config, overrides)
+    if blocks is None and any(one.partition("=")[0].strip() == "blocks" for one in overrides):
+        blocks = settings.blocks
+    speed = plan.measured(rate_from) if rate_from else plan.Speed()
+    speed = plan.Speed(rate or speed.rate, speed.student_minutes)
+    request = submission.prepare(settings, out, known, blocks, task_minutes, speed, wanted)
+    if dry_run:
+        typer.echo(present.dry_run(request))
+        return
+    if not request.arrays:
+        typer.echo(
+            f"{request.folder.path}: nothing is missing" + (", or it is in the queue" if request.waiting else "")
+        )
+        return
+    typer.echo(present.submitted(request, submission.submit(request)))
+
+
+@app.command()
+def status(
+    run: RunArgument,
+    all_tasks: Annotated[bool, typer.Option("--all", help="Show the tasks that are done, too.")] = False,
+    watch: Annotated[float | None, typer.Option(min=1, help="Ask again every so many seconds, until it ends.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print plain values instead of a table.")] = False,
+) -> None:
+    """Show where a submitted run stands; exit 1 if a task is over without its result."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from slurm import status as reporter
+
+    found = reporter.status(run)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(found.as_json(), indent=2))
+    elif watch:
+        with Live(reporter.render(found, all_tasks), console=Console(), auto_refresh=False) as live:
+            while found.active:
+                time.sleep(watch)
+                found = reporter.status(run)
+                live.update(reporter.render(found, all_tasks), refresh=True)
+    else:
+        Console().print(reporter.render(found, all_tasks))
+    lost = [row for row in found.rows if row.over]
+    if lost:
+        typer.echo(f"{len(lost)} tasks are over without their result; submit again to do what is missing", err=True)
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Examples:  wmdd slurm logs runs/digits 3   |   wmdd slurm logs runs/digits 0 --stage report")
+def logs(
+    run: RunArgument,
+    block: Annotated[int, typer.Argument(min=0, metavar="BLOCK", help="Block, or position of a student.")] = 0,
+    stage: Annotated[str, typer.Option(help="teacher, distill, students or report.")] = "distill",
+    lines: Annotated[int, typer.Option(min=1, help="Last lines of each log.")] = 40,
+) -> None:
+    """Print the end of the log of the task that last worked on a block."""
+    from slurm.profile import parse_stages
+    from slurm.status import log_files
+
+    for file in log_files(run.absolute(), parse_stages(stage)[0], block):
+        text = file.read_text(errors="replace").splitlines()
+        typer.echo("\n".join([f"==> {file} <==", *text[-lines:]]))
+
+
+@app.command()
+def cancel(run: RunArgument) -> None:
+    """Take every task of a run out of the queue; what is finished is kept."""
+    from slurm import history, scheduler
+
+    gone = scheduler.cancel_all([one.job for one in history.read(run)])
+    typer.echo(f"{run}: {gone} tasks were cancelled" if gone else f"{run}: no task was in the queue")
+
+
+@local.command("start", epilog='Then:  eval "$(wmdd slurm local start)"  sets SLURM_CONF for this shell.')
+def local_start(
+    root: RootOption = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Virtual nodes.")] = 4,
+    accounting: Annotated[bool, typer.Option("--accounting", help="Also slurmdbd and MariaDB, for sacct.")] = False,
+) -> None:
+    """Boot the cluster and print the line that makes this shell use it."""
+    from slurm.local_cluster import LocalCluster, default_root
+
+    cluster = LocalCluster(root or default_root(), nodes=nodes, accounting=accounting)
+    cluster.start()
+    typer.echo(f"export SLURM_CONF={cluster.conf}")
+
+
+@local.command("stop")
+def local_stop(root: RootOption = None) -> None:
+    """End the jobs and the daemons of the cluster, and delete its folder."""
+    from slurm.local_cluster import default_root, stop
+
+    stop(root or default_root())

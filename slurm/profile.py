@@ -1,0 +1,168 @@
+"""Profiles: what a cluster is asked for, as TOML files that are checked like every config."""
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError, model_validator
+
+from wmdd.config import Count, Positive, Rate, Section
+from wmdd.errors import InputError, nearest
+
+Stage = Literal["teacher", "distill", "students", "report"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+class Resources(Section):
+    """What one task of an array asks SLURM for, and what happens around it."""
+
+    partition: str | None = None
+    """Partition; None takes the cluster's default."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that the nodes must have, such as ``a100``."""
+    reservation: str | None = None
+    """Reservation to run in."""
+    exclude: str | None = None
+    """Nodes to stay away from."""
+    nodes: Positive = 1
+    """Nodes of one task of the array; with ``ranks_per_node`` the ranks of torch.distributed."""
+    ranks_per_node: Positive = 1
+    """Processes on each node, one GPU each."""
+    gpus_per_rank: Count = 1
+    """GPUs of each process: 1, or 0 on CPUs."""
+    cpus_per_rank: Positive = 8
+    """CPUs of each process: ``compute.threads`` and ``compute.workers`` run on them."""
+    memory_gb: Rate = 32
+    """Memory on each node, in GB."""
+    minutes: Positive = 60
+    """Time limit of one task; reached, the task checkpoints, requeues itself and goes on."""
+    signal_seconds: Positive = 120
+    """SLURM warns a task so many seconds before its time limit; it must be able to write a checkpoint in that time."""
+    parallel: Positive = 32
+    """Tasks of an array that run at the same time."""
+    requeue: bool = True
+    """Whether a task that was warned, preempted or lost its node goes back into the queue."""
+    max_restarts: Count = 50
+    """A task that came back so often gives up; ``wmdd slurm submit`` goes on from its checkpoint."""
+    setup: tuple[str, ...] = ()
+    """Shell lines run before the task, such as ``module load cuda``."""
+    container: tuple[str, ...] = ()
+    """Words put before the interpreter, such as ``["apptainer", "exec", "--nv", "image.sif"]``."""
+    python: str | None = None
+    """Interpreter of the task; None is the one that submits. Inside a container, the container's."""
+    srun_args: tuple[str, ...] = ()
+    """Further options of srun."""
+    sbatch: dict[str, str | int | bool] = Field({})
+    """Further options of sbatch without their dashes, such as ``mail-type = "FAIL"``."""
+
+    @model_validator(mode="after")
+    def _time_to_work(self) -> "Resources":
+        # SLURM may warn a minute early; a task that is warned while it starts would come back for ever.
+        if self.minutes * 60 < self.signal_seconds + 75:
+            least = -(-(self.signal_seconds + 75) // 60)
+            raise ValueError(f"minutes = {self.minutes} leaves no time before the warning; use {least} or more")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one task."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one task."""
+        return self.ranks * self.gpus_per_rank
+
+
+class Profile(Section):
+    """A cluster: the resources of each stage, and what is known of its speed."""
+
+    name: str
+    """Name of the profile or path of its file."""
+    stages: dict[Stage, Resources]
+    """What each stage asks for."""
+    rate: Rate | None = None
+    """Image-iterations per second of one rank in synthesis, measured; decides the default number of blocks."""
+    student_minutes: Rate | None = None
+    """Minutes of one student on one rank, measured; decides how many go into one task."""
+
+
+def profile_names() -> list[str]:
+    """Return the names of the profiles that ship."""
+    folder = resources.files("slurm") / "profiles"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_profile(source: str) -> Profile:
+    """Read a profile by name (``a100``) or by the path of a TOML file.
+
+    Keys at the top hold for every stage; a table ``[teacher]``, ``[distill]``, ``[students]`` or ``[report]`` changes
+    some of them for its stage.  Teacher and report are one process whatever the top says, unless their tables say
+    otherwise.
+
+    Raises:
+        InputError: no such profile or file, not TOML, unknown key or value out of range; the message names it.
+    """
+    values = _read(source)
+    tables = {stage: values.pop(stage, {}) for stage in STAGES}
+    own = {key: values.pop(key) for key in ("rate", "student_minutes") if key in values}
+    alone = {"nodes": 1, "ranks_per_node": 1}
+    stages = {}
+    for stage, table in tables.items():
+        if not isinstance(table, dict):
+            raise InputError(f"profile {source}: {stage} is a table of keys, as in [{stage}]")
+        merged = values | (alone if stage in ("teacher", "report") else {}) | table
+        try:
+            stages[stage] = Resources.model_validate(merged)
+        except ValidationError as error:
+            raise InputError(f"profile {source}: {_explain(error, stage if table else '')}") from None
+    try:
+        return Profile(name=source, stages=stages, **own)
+    except ValidationError as error:
+        raise InputError(f"profile {source}: {_explain(error, '')}") from None
+
+
+def _read(source: str) -> dict[str, Any]:
+    if source.endswith(".toml") or "/" in source:
+        place: Any = Path(source)
+    elif source in profile_names():
+        place = resources.files("slurm") / "profiles" / f"{source}.toml"
+    else:
+        hint = nearest(source, profile_names())
+        raise InputError(f"--profile {source}: no such profile; {hint} (a file's name ends in .toml)")
+    try:
+        return tomllib.loads(place.read_text())
+    except OSError as error:
+        raise InputError(f"--profile {source}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--profile {source}: is not TOML: {error}") from None
+
+
+def _explain(error: ValidationError, stage: str) -> str:
+    """Return the first complaint as one line, with the nearest valid name for an unknown key."""
+    item = error.errors()[0]
+    key = ".".join(str(part) for part in item["loc"])
+    where = f"{stage}.{key}" if stage else key
+    if item["type"] == "extra_forbidden":
+        valid = [*Resources.model_fields, "rate", "student_minutes", *STAGES]
+        return f"unknown key {where!r}: {nearest(key, valid)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (given: {item['input']!r})" if key else message
+
+
+def parse_stages(text: str) -> tuple[Stage, ...]:
+    """Return the stages that a list such as ``teacher,distill`` names, in their order.
+
+    Raises:
+        InputError: one of them does not exist.
+    """
+    wanted = [name.strip() for name in text.split(",")]
+    for name in wanted:
+        if name not in STAGES:
+            raise InputError(f"stage {name!r}: no such stage; {nearest(name, list(STAGES))}")
+    return tuple(stage for stage in STAGES if stage in wanted)

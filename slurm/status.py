@@ -1,0 +1,226 @@
+"""Where a submitted run stands: from the names of its files and one question to the controller."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from slurm import history, scheduler
+from slurm.history import Item, Launched, Marks, Tree
+from slurm.profile import STAGES, Stage
+from slurm.scheduler import Accounted, Queued
+from wmdd.errors import InputError
+
+_OVER = {
+    "CANCELLED": "cancelled",
+    "NODE_FAIL": "node failed",
+    "TIMEOUT": "time limit",
+    "OUT_OF_MEMORY": "out of memory",
+    "PREEMPTED": "preempted",
+    "DEADLINE": "deadline",
+    "BOOT_FAIL": "node failed",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task and where it stands."""
+
+    stage: Stage
+    task: str
+    """SLURM's name of it"""
+    items: tuple[int, ...]
+    state: str
+    """done, running, pending, requeued, or why it is over: failed, killed, cancelled, node failed, ..."""
+    why: str
+    """SLURM's reason, where it says more"""
+    node: str
+    progress: float
+    """Share of the finished parts, 0 to 1"""
+    restarts: int
+    seconds: int
+    """All starts together; a start that was killed counts only where there is accounting"""
+
+    @property
+    def over(self) -> bool:
+        """Whether the task has ended without its result."""
+        return self.state not in ("done", "running", "pending", "requeued", "ending")
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run as it was submitted."""
+
+    rows: list[Row]
+    hours: float
+    """GPU-hours so far; of ranks where the tasks have no GPU"""
+    unit: str
+    accounting: bool
+
+    @property
+    def active(self) -> bool:
+        """Whether a task may still do something."""
+        return any(row.state in ("running", "pending", "requeued", "ending") for row in self.rows)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        totals = {"hours": round(self.hours, 4), "unit": self.unit, "accounting": self.accounting}
+        return totals | {"active": self.active, "tasks": [asdict(row) for row in self.rows]}
+
+
+def status(run: Path) -> Status:
+    """Find out where a submitted run stands.
+
+    Opens one file per submission and asks SLURM at most twice, however many tasks there are.
+
+    Raises:
+        InputError: nothing was submitted from the folder, or SLURM is missing.
+        WmddError: the controller does not answer.
+    """
+    launched = history.read(run)
+    jobs = [one.job for one in launched]
+    queue, accounts, marks, tree = scheduler.queue(jobs), scheduler.accounted(jobs), history.marks(run), Tree(run)
+    rows: list[Row] = []
+    spent = 0.0
+    for number, one in enumerate(launched):
+        anew = {
+            item.index
+            for later in launched[number + 1 :]
+            if later.stage == one.stage
+            for task in later.tasks
+            for item in task
+        }
+        for name, items in zip(one.names(), one.tasks, strict=True):
+            row = _row(one, name, items, queue.get(name), (accounts or {}).get(name), marks.get(name, Marks()), tree)
+            spent += row.seconds * max(1, one.gpus or one.ranks)
+            if not anew.issuperset(row.items):
+                rows.append(row)
+    unit = "GPU-hours" if any(one.gpus for one in launched) else "rank-hours"
+    rows.sort(key=lambda row: STAGES.index(row.stage))
+    return Status(rows, spent / 3600, unit, accounts is not None)
+
+
+def _row(
+    one: Launched,
+    name: str,
+    items: Sequence[Item],
+    queued: Queued | None,
+    account: Accounted | None,
+    marks: Marks,
+    tree: Tree,
+) -> Row:
+    whole = [all(tree.has(proof) for proof in item.proof) for item in items]
+    state, why = _state(one.stage, all(whole), queued, account, marks)
+    parts = [part for item, done in zip(items, whole, strict=True) if not done for part in item.parts]
+    share = sum(tree.has(part) for part in parts) / len(parts) if parts else 0.0
+    done = sum(whole) / len(whole)
+    progress = 1.0 if state == "done" else (done + (1 - done) * share if one.stage in ("distill", "students") else 0.0)
+    running = queued.seconds if queued and state in ("running", "ending") else 0
+    seconds = account.seconds if account else marks.seconds + running
+    restarts = max(queued.restarts if queued else 0, marks.starts - 1, 0)
+    node = (queued.node if queued else "") or (account.node if account else "")
+    indices = tuple(item.index for item in items)
+    return Row(one.stage, name, indices, state, why, node, progress, restarts, seconds)
+
+
+def _state(
+    stage: Stage, whole: bool, queued: Queued | None, account: Accounted | None, marks: Marks
+) -> tuple[str, str]:
+    """Return the state of a task and the reason that SLURM gives.
+
+    A block is done when its files are there, whatever SLURM says; other stages leave files that may be of an earlier
+    submission, so that their task must not have failed either.
+    """
+    told = queued.state if queued else account.state if account else ""
+    reason = queued.reason if queued and queued.reason not in ("None", "") else ""
+    if queued and queued.active:
+        if whole and stage == "distill":
+            return "done", ""
+        if told == "PENDING":
+            return ("requeued" if queued.restarts else "pending"), reason
+        return ("running" if told == "RUNNING" else "ending"), ""
+    failed = marks.last == "failed" or told in scheduler.ENDED - {"COMPLETED"}
+    if whole and (stage == "distill" or not failed):
+        return "done", ""
+    if reason == "DependencyNeverSatisfied" or (told == "CANCELLED" and not marks.starts and reason == "Dependency"):
+        return "cancelled", "what it waited for failed"
+    if told in _OVER:
+        return _OVER[told], reason
+    if marks.last == "failed":
+        return "failed", "its log says why"
+    if marks.starts and marks.last is None:
+        return "killed", "it ended without a word"
+    return "failed", "its log says why" if marks.starts else "it never started"
+
+
+def render(found: Status, everything: bool = False) -> Table:
+    """Return the table for a terminal: a line per stage, and one per task that is not done (or all of them)."""
+    title = f"{found.hours:.2f} {found.unit} so far{'' if found.accounting else ' (no accounting)'}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    for heading in ("task", "items", "state", "done", "node", "restarts", "time"):
+        number = heading in ("done", "restarts", "time")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=heading != "state")
+    for stage in STAGES:
+        rows = [row for row in found.rows if row.stage == stage]
+        if not rows:
+            continue
+        states = Counter(row.state for row in rows).items()
+        counts = ", ".join(f"{count} {state}" for state, count in states) if len(rows) > 1 else rows[0].state
+        share = sum(row.progress for row in rows) / len(rows)
+        _add(table, stage, "", counts, share, "", [row.restarts for row in rows], [row.seconds for row in rows], "bold")
+        for row in rows:
+            if everything or row.state != "done":
+                state = f"{row.state} ({row.why})" if row.why else row.state
+                items = ranges(row.items) if stage in ("distill", "students") else ""
+                _add(table, f"  {row.task}", items, state, row.progress, row.node, [row.restarts], [row.seconds])
+    return table
+
+
+def _add(
+    table: Table,
+    name: str,
+    items: str,
+    state: str,
+    share: float,
+    node: str,
+    restarts: Sequence[int],
+    seconds: Sequence[int],
+    style: str = "",
+) -> None:
+    total = sum(seconds)
+    clock = f"{total // 3600}:{total % 3600 // 60:02}:{total % 60:02}"
+    table.add_row(name, items, state, f"{share:.0%}", node, str(sum(restarts) or ""), clock, style=style)
+
+
+def log_files(run: Path, stage: Stage, item: int) -> list[Path]:
+    """Return the logs of the task that last did an item, one a rank, rank 0 first.
+
+    Raises:
+        InputError: no task was submitted for it, or it has not started yet.
+    """
+    known = history.read(run)
+    for one in reversed(known):
+        for name, items in zip(one.names(), one.tasks, strict=True):
+            if one.stage == stage and item in [found.index for found in items]:
+                files = sorted((run / "slurm" / "jobs").glob(f"{name}_*_log.out"))
+                if not files:
+                    raise InputError(f"{stage} {item}: task {name} has not started, so that it has no log yet")
+                return sorted(files, key=lambda file: int(file.name.split("_")[-2]))
+    valid = sorted({found.index for one in known if one.stage == stage for task in one.tasks for found in task})
+    there = f"submitted: {ranges(valid)}" if valid else f"nothing was submitted for stage {stage}"
+    raise InputError(f"{stage} {item}: no task was submitted for it; {there}")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return ``0-3, 7`` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

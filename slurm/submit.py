@@ -1,0 +1,262 @@
+"""Submit a run as a graph of arrays: held until the whole graph is accepted, then released at once."""
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slurm import history, plan, scheduler
+from slurm.history import Item, Launched
+from slurm.jobs import Task, versions
+from slurm.plan import Array, Speed
+from slurm.profile import STAGES, Profile, Stage
+from wmdd import pipeline, rundir, store
+from wmdd.config import Config
+from wmdd.data import Dataset, load_dataset
+from wmdd.errors import InputError, WmddError
+from wmdd.files import read_json
+from wmdd.rundir import RunFolder
+
+_REMEDIES = {
+    "invalid partition": "sinfo lists the partitions; set partition in the profile",
+    "invalid account": "sacctmgr show associations lists yours; set account in the profile",
+    "invalid qos": "sacctmgr show qos lists them; set qos in the profile",
+    "invalid feature": "sinfo -o %f lists the features; set constraint in the profile",
+    "node configuration is not available": "no node has that much; ask for fewer CPUs, GPUs or less memory",
+    "submit": "the queue takes no more jobs of yours; use fewer --blocks, or wait",
+    "array": "use fewer --blocks",
+    "time limit": "set minutes in the profile below the partition's limit",
+    "unable to contact": "the controller does not answer; try again, or ask scontrol ping",
+}
+"""What to do about the complaints of sbatch, by a part of their text."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run that is to be submitted: what it is and what is missing of it."""
+
+    config: Config
+    folder: RunFolder
+    dataset: Dataset
+    profile: Profile
+    speed: Speed
+    arrays: list[Array]
+    waiting: dict[Stage, set[str]]
+    """Jobs of earlier submissions that are still in the queue"""
+
+
+def prepare(
+    config: Config,
+    out: Path | None,
+    profile: Profile,
+    blocks: int | None = None,
+    minutes: float = 30,
+    speed: Speed | None = None,
+    stages: Sequence[Stage] = STAGES,
+) -> Request:
+    """Check the run as its tasks would, and find out what is missing of it.
+
+    Args:
+        config: of the run.
+        out: its folder; ``runs/NAME`` by default.
+        profile: what the tasks ask for.
+        blocks: number of blocks; by default that of the folder, else what makes tasks of ``minutes``.
+        minutes: target length of a task.
+        speed: what is known of it; else the profile's.
+        stages: those to submit.
+
+    Raises:
+        InputError: the config, the data, the folder or the number of blocks is wrong.
+    """
+    folder = RunFolder((out or Path("runs") / config.name).absolute())
+    dataset = load_dataset(config.data, config.compute.workers)
+    classes = len(dataset.classes)
+    given = speed or Speed()
+    speed = Speed(given.rate or profile.rate, given.student_minutes or profile.student_minutes)
+    waiting, queued = _in_queue(folder)
+    blocks = blocks or _bound_blocks(folder, bool(waiting))
+    blocks = blocks or plan.blocks_for(config, classes, speed, minutes, profile.stages["distill"].ranks)
+    config = config.model_copy(update={"blocks": blocks})
+    rundir.plan(config, classes)  # refuses more blocks than groups
+    pipeline.check(config, dataset)
+    if waiting and read_json(folder.path / "config.json")["config"] != config.model_dump(mode="json"):
+        raise InputError(
+            f"{folder.path}: tasks with another config are in the queue; use another --out, or cancel them"
+        )
+    limit = scheduler.largest_array()
+    arrays = plan.arrays(config, folder, dataset, profile, speed, minutes, limit, stages, queued)
+    return Request(config, folder, dataset, profile, speed, arrays, waiting)
+
+
+def submit(request: Request) -> list[Launched]:
+    """Hand the graph to SLURM; all of it or nothing.
+
+    Every job is submitted held, since its pickles are put in place after sbatch has answered, and the graph is released
+    once it is complete and written down.
+
+    Raises:
+        InputError: SLURM is missing or refuses a job; nothing is left in the queue.
+    """
+    scheduler.require("sbatch", "srun", "squeue", "scontrol", "scancel")
+    for place, one in pipeline.runs_of(request.config, request.folder).items():
+        place.bind(one, request.dataset.fingerprint)
+    launched: list[Launched] = []
+    jobs: list[str] = []
+    try:
+        for array in request.arrays:
+            jobs.append(_launch(request, array, jobs[-1] if jobs else None))
+            tasks = tuple(tuple(_item(request, array.stage, index) for index in task or (0,)) for task in array.tasks)
+            launched.append(Launched(array.stage, jobs[-1], array.resources.gpus, array.resources.ranks, tasks))
+        history.write(request.folder.path, request.profile.name, launched)
+        scheduler.release(jobs)
+    except BaseException:
+        with contextlib.suppress(WmddError):
+            scheduler.cancel(jobs)
+        raise
+    return launched
+
+
+def script(request: Request, array: Array, after: str | None = None) -> str:
+    """Return the text that sbatch is given for an array."""
+    from submitit.slurm import slurm
+
+    folder = _jobs_folder(request)
+    command = f"{_python(array)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    count = len(array.tasks) if len(array.tasks) > 1 else None
+    text: str = slurm._make_sbatch_string(
+        command=command, folder=folder, map_count=count, **_parameters(request, array, after)
+    )
+    return text
+
+
+def _launch(request: Request, array: Array, after: str | None) -> str:
+    """Submit one array, held; return its number."""
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    executor = submitit.SlurmExecutor(_jobs_folder(request), max_num_timeout=1_000_000, python=_python(array))
+    executor.update_parameters(**_parameters(request, array, after))
+    try:
+        # submitit prints what sbatch complains of; it is said once, below.
+        with _clean_environment(), open(os.devnull, "w") as void, contextlib.redirect_stderr(void), executor.batch():
+            jobs = [executor.submit(_task(request, array, items)) for items in array.tasks]
+        return str(jobs[0].job_id).partition("_")[0]
+    except (FailedJobError, FailedSubmissionError) as error:
+        told = scheduler.complaint(str(error), "sbatch")
+        remedy = next((advice for part, advice in _REMEDIES.items() if part in told.lower()), "nothing was submitted")
+        raise InputError(f"{array.stage}: {told}; {remedy}") from None
+
+
+def _task(request: Request, array: Array, items: tuple[int, ...]) -> Task:
+    resources = array.resources
+    environment = {"WMDD_CACHE": str(store.cache_root().absolute())}
+    config = request.config.model_dump(mode="json")
+    folder = str(request.folder.path)
+    return Task(config, folder, array.stage, items, environment, resources.max_restarts, resources.requeue, versions())
+
+
+def _parameters(request: Request, array: Array, after: str | None) -> dict[str, Any]:
+    """Return what submitit writes into the script; see its ``SlurmExecutor``."""
+    wanted = array.resources
+    # Jobs of an earlier submission may fail: what waits for them then says what is missing.
+    before = STAGES[: STAGES.index(array.stage)]
+    earlier = sorted(job for stage in before for job in request.waiting.get(stage, ()))
+    conditions = ([f"afterok:{after}"] if after else []) + [f"afterany:{job}" for job in earlier]
+    further: dict[str, Any] = {
+        "hold": True,
+        "requeue" if wanted.requeue else "no-requeue": True,
+        "kill-on-invalid-dep": "yes",
+    }
+    if wanted.reservation:
+        further["reservation"] = wanted.reservation
+    return {
+        "job_name": f"{request.config.name}-{array.stage}",
+        "partition": wanted.partition,
+        "account": wanted.account,
+        "qos": wanted.qos,
+        "constraint": wanted.constraint,
+        "exclude": wanted.exclude,
+        "dependency": ",".join(conditions) or None,
+        "time": wanted.minutes,
+        "signal_delay_s": wanted.signal_seconds,
+        "nodes": wanted.nodes,
+        "ntasks_per_node": wanted.ranks_per_node,
+        "cpus_per_task": wanted.cpus_per_rank,
+        "gpus_per_node": wanted.gpus_per_rank * wanted.ranks_per_node or None,
+        "mem": f"{int(wanted.memory_gb * 1024)}M",
+        "array_parallelism": wanted.parallel,
+        "setup": list(wanted.setup) or None,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "additional_parameters": further | wanted.sbatch,
+        # Some versions of srun forget the CPUs of sbatch; a rank that fails must not leave the others waiting.
+        "srun_args": [f"--cpus-per-task={wanted.cpus_per_rank}", "--kill-on-bad-exit=1", *wanted.srun_args],
+    }
+
+
+def _item(request: Request, stage: Stage, index: int) -> Item:
+    """Return how it will be seen that an item is done."""
+    runs = list(pipeline.runs_of(request.config, request.folder))
+    root = request.folder.path
+
+    def below(path: Path) -> str:
+        return path.relative_to(root).as_posix()
+
+    if stage == "distill":
+        block = rundir.plan(request.config, len(request.dataset.classes))[index]
+        proof = [below(run.sidecar_file(index)) for run in runs]
+        parts = [below(run.group_file(group.index)) for run in runs for group in block.groups]
+        return Item(index, tuple(proof), tuple(parts))
+    if stage == "students":
+        place, task = pipeline.students_of(request.config, request.folder)[index]
+        name = f"student-{task.network.replace(':', '-')}-{task.regime}-{task.seed:03d}-"
+        return Item(index, (below(place.path / "records" / name),))
+    return Item(index, (f"{stage}.json" if stage == "teacher" else "report.html",))
+
+
+def _in_queue(folder: RunFolder) -> tuple[dict[Stage, set[str]], dict[Stage, set[int]]]:
+    """Return the jobs and the items of earlier submissions that may still do something, by stage."""
+    jobs: dict[Stage, set[str]] = {}
+    items: dict[Stage, set[int]] = {}
+    launched = history.read(folder.path) if (folder.path / "slurm").exists() else []
+    known = scheduler.queue(one.job for one in launched)
+    for one in launched:
+        for name, task in zip(one.names(), one.tasks, strict=True):
+            if name in known and known[name].active:
+                jobs.setdefault(one.stage, set()).add(one.job)
+                items.setdefault(one.stage, set()).update(item.index for item in task)
+    return jobs, items
+
+
+def _bound_blocks(folder: RunFolder, waiting: bool) -> int | None:
+    """Return the number of blocks of a folder that holds work, or for which work waits in the queue."""
+    if not waiting and not any(folder.path.glob("*s/*.safetensors")):  # neither blocks/ nor groups/ has any
+        return None
+    return int(read_json(folder.path / "config.json")["config"]["blocks"])
+
+
+def _jobs_folder(request: Request) -> Path:
+    return request.folder.path / "slurm" / "jobs"
+
+
+def _python(array: Array) -> str:
+    return shlex.join([*array.resources.container, array.resources.python or sys.executable])
+
+
+@contextlib.contextmanager
+def _clean_environment() -> Iterator[None]:
+    """Hide the job that this process may itself run in: sbatch would pass its settings on."""
+    from submitit.helpers import clean_env
+
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    conf = os.environ.get("SLURM_CONF")
+    with clean_env():
+        if conf:
+            os.environ["SLURM_CONF"] = conf
+        yield

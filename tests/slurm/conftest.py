@@ -1,0 +1,107 @@
+"""A real cluster for the tests: booted once, of four virtual nodes; skipped, with the reason, where SLURM is absent."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from slurm import status as reporter
+from slurm import submit as submission
+from slurm.history import Launched
+from slurm.local_cluster import LocalCluster, missing_programs
+from slurm.plan import Speed
+from slurm.profile import STAGES, Profile, Resources, Stage
+from slurm.status import Row
+from wmdd.config import Config, load_config
+
+NARROW = Resources(
+    gpus_per_rank=0, cpus_per_rank=1, memory_gb=1, minutes=10, signal_seconds=30, parallel=3, requeue=True
+)
+"""What a task of the tests asks for."""
+
+
+def require(accounting: bool = False) -> None:
+    """Skip without the programs, or fail where the caller insists that they be there."""
+    if absent := missing_programs(accounting):
+        reason = f"needs {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge; slurm/README.md)"
+        if os.environ.get("WMDD_REQUIRE_SLURM") == "1":
+            pytest.fail(f"WMDD_REQUIRE_SLURM=1, and this test {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def booted() -> Iterator[LocalCluster]:
+    require()
+    cluster = LocalCluster(Path(tempfile.mkdtemp(prefix="wmdd-test-", dir="/tmp")) / "c")
+    cluster.start()
+    yield cluster
+    cluster.stop()
+    cluster.root.parent.rmdir()
+
+
+@pytest.fixture
+def cluster(booted: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
+    """Point this process at the cluster, and leave the queue empty and the nodes up."""
+    for key, value in booted.environment.items():
+        monkeypatch.setenv(key, value)
+    yield booted
+    ask("scancel", "--quiet", "--user", str(os.getuid()))
+    wait(lambda: not ask("squeue", "-h"), 30, "the queue is empty")
+
+
+@pytest.fixture
+def digits() -> Config:
+    """Return the config of a run of about a second: 4 digits in 2 groups, 2 images each, 4 students."""
+    return load_config("digits", [*TINY, "student.seeds=1", "labels.regimes=['hard']"])
+
+
+def ask(*command: str) -> str:
+    """Return what one of SLURM's programs prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def wait(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Wait until something holds; fail with its name when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}\n{ask('squeue', '--states=all')}"
+        time.sleep(0.25)
+
+
+def profile(**changes: object) -> Profile:
+    """Return a profile whose stages all ask for little, with changes; students share one task."""
+    resources = NARROW.model_copy(update=changes)
+    return Profile(name="test", stages=dict.fromkeys(STAGES, resources), student_minutes=1)
+
+
+def submit(
+    config: Config,
+    out: Path,
+    stages: Sequence[Stage] = STAGES,
+    blocks: int | None = None,
+    using: Profile | None = None,
+    speed: Speed | None = None,
+) -> dict[Stage, Launched]:
+    """Submit a run; return what was launched, by stage."""
+    request = submission.prepare(config, out, using or profile(), blocks, stages=stages, speed=speed)
+    return {one.stage: one for one in submission.submit(request)}
+
+
+def rows(run: Path, stage: Stage = "distill") -> list[Row]:
+    """Return the tasks of one stage as ``status`` sees them."""
+    return [row for row in reporter.status(run).rows if row.stage == stage]
+
+
+def finish(run: Path, seconds: float = 240) -> None:
+    """Wait until no task of a run may still do something."""
+    wait(lambda: not reporter.status(run).active, seconds, f"{run.name} ends")
+
+
+def log(run: Path, job: str) -> str:
+    """Return all that the ranks of a job said."""
+    return "\n".join(file.read_text() for file in sorted((run / "slurm" / "jobs").glob(f"{job}*_log.out")))

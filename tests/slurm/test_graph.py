@@ -1,0 +1,150 @@
+"""Whole graphs on a real cluster: what they write, in which order they run, and how they end."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import TINY, blocks_of
+from typer.testing import CliRunner
+
+from slurm.cli import app
+from slurm.local_cluster import LocalCluster
+from slurm.plan import measured
+from slurm.status import log_files, status
+from slurm.submit import prepare
+from wmdd import pipeline
+from wmdd.config import Config, load_config
+
+from .conftest import ask, finish, log, profile, rows, submit, wait
+
+LONG = ["data.classes=2", "ipc=1", "synthesis.iterations=1000000"]
+"""A single group whose synthesis outlasts every test; a test that needs its end sets the iterations."""
+
+
+def test_an_array_writes_what_a_local_run_writes_and_reports_last(cluster: LocalCluster, tmp_path: Path) -> None:
+    config = load_config("digits", [*TINY, "data.classes=10", "student.seeds=1", "labels.regimes=['hard']"])
+    local, run = tmp_path / "local", tmp_path / "run"
+    # A task takes all CPUs of a node, so that three tasks at a time are three nodes.
+    launched = submit(config, run, blocks=5, using=profile(cpus_per_rank=8))
+    assert [len(one.tasks) for one in launched.values()] == [1, 5, 1, 1]
+    busiest = 0
+
+    def watch() -> bool:
+        nonlocal busiest
+        busiest = max(busiest, sum(row.state == "running" for row in rows(run)))
+        return not status(run).active
+
+    pipeline.run(config, local, share=pipeline.Share(("teacher", "distill")))
+    wait(watch, 240, "the graph ends")
+    assert blocks_of(run) == blocks_of(local), "the distilled set depends on where it was made"
+    assert blocks_of(run / "baselines" / "random") == blocks_of(local / "baselines" / "random")
+    assert {row.state for row in status(run).rows} == {"done"}
+    assert busiest == 3
+    assert len({row.node for row in rows(run)}) > 1
+    assert (run / "report.html").exists() and (run / "records").exists()
+    times = {stage: ask("squeue", "-h", "-t", "all", "-j", one.job, "-o", "%S %e") for stage, one in launched.items()}
+    begun = times["report"].split()[0]
+    assert all(line.split()[1] <= begun for stage in launched if stage != "report" for line in times[stage].splitlines())
+
+    # The same command finds everything done, and knows how fast it went.
+    assert prepare(config, run, profile()).arrays == []
+    speed = measured(run)
+    assert speed.rate and speed.student_minutes
+    told = CliRunner().invoke(app, ["logs", str(run), "3"]).output
+    assert "block 3" in told and log_files(run, "distill", 3)[0].name in told
+    shown = CliRunner().invoke(app, ["status", str(run), "--all"])
+    assert shown.exit_code == 0 and shown.output.count("100%") == 12 and "no accounting" in shown.output
+
+
+def test_killed_tasks_end_the_graph_and_the_next_submission_does_only_what_is_missing(
+    cluster: LocalCluster, digits: Config, tmp_path: Path
+) -> None:
+    config = digits.model_copy(update={"data": digits.data.model_copy(update={"classes": 6})})
+    # One task at a time on a node; SLURM must not help by requeueing the one whose node dies.
+    launched = submit(config, tmp_path / "run", blocks=3, using=profile(cpus_per_rank=8, requeue=False))
+    run, job = tmp_path / "run", launched["distill"].job
+    wait(lambda: [row.state for row in rows(run)] == ["running"] * 3, 60, "three blocks run")
+    wait(lambda: "images ..." in log(run, f"{job}_0_"), 60, "block 0 is at work")
+    steps = ask("squeue", "-h", "-s", "-j", f"{job}_0", "-o", "%i").splitlines()
+    ask("scancel", "--signal=KILL", *[step for step in steps if step.endswith(".0")])
+    node = next(row.node for row in rows(run) if row.items == (1,))
+    ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    try:
+        wait(lambda: [row.over for row in rows(run)][:2] == [True, True], 20, "status says which tasks were lost")
+        assert [row.state for row in rows(run)][:2] == ["killed", "node failed"]
+        finish(run, 60)
+        assert [(row.state, row.why) for row in rows(run, "students")] == [("cancelled", "what it waited for failed")]
+        assert rows(run, "report")[0].state == "cancelled"
+        assert ask("squeue", "-h") == "", "a job waits for ever"
+        result = CliRunner().invoke(app, ["status", str(run)])
+        assert result.exit_code == 1 and "submit again" in result.output
+        whole = run / "blocks" / "block-00002.safetensors"
+        before = whole.stat().st_mtime_ns
+        again = submit(config, run, ("teacher", "distill"))
+        assert [item.index for task in again["distill"].tasks for item in task] == [0, 1]
+        finish(run, 90)
+    finally:
+        # It may have come back by itself, and then refuses to be resumed.
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True)
+    assert [row.state for row in rows(run)] == ["done"] * 3
+    assert whole.stat().st_mtime_ns == before
+    pipeline.run(config, tmp_path / "local", share=pipeline.Share(("teacher", "distill")))
+    assert blocks_of(run) == blocks_of(tmp_path / "local")
+
+
+def test_a_requeued_and_then_timed_out_task_goes_on_from_its_checkpoint(cluster: LocalCluster, tmp_path: Path) -> None:
+    config = load_config("digits", [*TINY, *LONG, "synthesis.iterations=12000", "student.baselines=[]"])
+    run = tmp_path / "run"
+    job = submit(config, run, ("teacher", "distill"))["distill"].job
+    at_work = "12,000 iterations ..."
+    wait(lambda: log(run, job).count(at_work) == 1, 90, "synthesis begins")
+    ask("scontrol", "requeue", job)
+    wait(lambda: log(run, job).count(at_work) == 2, 60, "synthesis goes on")
+    # As at the end of its time: SLURM sends this signal, and nothing else.
+    ask("scancel", "--signal=USR2", job)
+    pipeline.run(config, tmp_path / "local")
+    finish(run)
+    assert [row.state for row in rows(run)] == ["done"] and rows(run)[0].restarts == 2
+    said = [int(line.split()[-1]) for line in log(run, job).splitlines() if "goes on at iteration" in line]
+    assert len(said) == 2 and 0 < said[0] < said[1] < 12000, "it did not go on from its checkpoint"
+    assert "back into the queue, restart 2" in log(run, job)
+    assert blocks_of(run) == blocks_of(tmp_path / "local")
+
+
+def test_a_task_is_warned_by_its_real_time_limit(cluster: LocalCluster, tmp_path: Path) -> None:
+    config = load_config("digits", [*TINY, *LONG, "student.baselines=[]"])
+    run = tmp_path / "run"
+    job = submit(config, run, ("teacher", "distill"))["distill"].job
+    wait(lambda: "iterations ..." in log(run, job), 90, "synthesis begins")
+    ask("scontrol", "update", f"jobid={job}", "timelimit=1")
+    wait(lambda: rows(run)[0].state == "requeued", 90, "the task is back in the queue")
+    assert list((run / "groups").glob("*.checkpoint.safetensors"))
+    assert CliRunner().invoke(app, ["cancel", str(run)]).exit_code == 0
+
+
+@pytest.mark.parametrize("nodes, ranks", [(2, 1), (1, 2)])
+def test_a_block_under_torch_distributed_is_that_of_one_rank(
+    cluster: LocalCluster, digits: Config, tmp_path: Path, nodes: int, ranks: int
+) -> None:
+    run = tmp_path / "run"
+    job = submit(digits, run, ("teacher", "distill"), 1, profile(nodes=nodes, ranks_per_node=ranks))["distill"].job
+    pipeline.run(digits, tmp_path / "local", share=pipeline.Share(("teacher", "distill")))
+    finish(run)
+    assert [row.state for row in rows(run)] == ["done"], log(run, job)
+    assert blocks_of(run) == blocks_of(tmp_path / "local")
+    assert len(log_files(run, "distill", 0)) == 2
+    placed = ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%D %C")
+    assert placed == f"{nodes} 2"
+
+
+def test_cancel_leaves_nothing_in_the_queue(cluster: LocalCluster, tmp_path: Path) -> None:
+    config = load_config("digits", [*TINY, *LONG])
+    run = tmp_path / "run"
+    launched = submit(config, run)
+    job = launched["distill"].job
+    wait(lambda: "iterations ..." in log(run, job), 90, "synthesis begins")
+    result = CliRunner().invoke(app, ["cancel", str(run)])
+    assert result.exit_code == 0 and "3 tasks were cancelled" in result.output
+    assert ask("squeue", "-h") == ""
+    assert {row.state for row in status(run).rows if row.stage != "teacher"} == {"cancelled"}
+    assert "back into the queue" not in log(run, job)
