@@ -105,6 +105,16 @@ def export(
         distilled.export(found, format, out, advance)
 
 
+@app.command(epilog="Example:  watch -n 10 wmdd status runs/imagenet-1k")
+def status(run: RunArgument) -> None:
+    """Show what of a run is done, what is at work, how fast, and how long it will take."""
+    from rich.console import Console
+
+    from wmdd.status import show
+
+    show(run, Console())
+
+
 @app.command()
 def verify(run: RunArgument) -> None:
     """Hash every block of a run again; exit 1 and name what is damaged or missing."""

@@ -13,6 +13,9 @@ console = Console(stderr=True, highlight=False)
 quiet = False
 """Set on ranks other than 0: they say nothing."""
 
+observers: list[Callable[[str, int, int, str], None]] = []
+"""Called with (title, steps done, steps in all, unit) when a piece of work begins, goes on and ends."""
+
 
 def say(message: str) -> None:
     """Print one line, without markup."""
@@ -34,14 +37,22 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
         return
     begun = time.monotonic()
     done = 0
+
+    def tell() -> None:
+        for observer in observers:
+            observer(title, done, total, unit)
+
     with _bar(title, total, unit) as move:
 
         def advance(steps: int) -> None:
             nonlocal done
             done += steps
             move(steps)
+            tell()
 
+        tell()
         yield advance
+        tell()
     say(f"{title}: {done:,} {unit} in {time.monotonic() - begun:.1f} s")
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +60,31 @@ def distill(job: Job, blocks: list[Block]) -> None:
     """
     method = check(job.config, job.dataset)
     for block in blocks:
-        reason = job.folder.damaged(block.index)
-        if reason:
-            say(f"{reason}: the block is made anew")
-        # Rank 0 decides for all: ranks on different machines may see a shared folder at different times.
-        if job.ranks.agree(bool(reason) or job.folder.sidecar(block.index) is None):
-            _distill_block(job, method, block)
+        lock = job.folder.locked(f"block-{block.index:05d}", job.stop) if job.ranks.main else nullcontext()
+        with lock:
+            # Rank 0 decides for all: ranks on different machines may see a shared folder at different times.
+            if job.ranks.agree(job.ranks.main and _wanted(job, block)):
+                _distill_block(job, method, block)
+
+
+def _wanted(job: Job, block: Block) -> bool:
+    """Return whether a block is missing or damaged.
+
+    Raises:
+        InputError: it is whole, and was made with another teacher.
+    """
+    sidecar = job.folder.sidecar(block.index)
+    reason = job.folder.damaged(block.index)
+    if reason:
+        say(f"{reason}: the block is made anew")
+    if reason or sidecar is None:
+        return True
+    if sidecar["teacher"] != job.teacher.sha256:
+        raise InputError(
+            f"{job.folder.block_file(block.index)}: was made with the teacher {sidecar['teacher'][:12]}, the store now"
+            f" holds {job.teacher.sha256[:12]}; bring the first one back (WMDD_CACHE), or use another --out"
+        )
+    return False
 
 
 def _distill_block(job: Job, method: methods.Method, block: Block) -> None:

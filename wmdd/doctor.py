@@ -67,12 +67,14 @@ def _devices() -> list[Finding]:
 
 
 def _slurm() -> Finding:
-    if not shutil.which("sbatch"):
-        return Finding("SLURM", "absent", "no sbatch on PATH; wmdd run works without")
-    version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=False)  # noqa: S607
-    return Finding(
-        "SLURM", "broken" if version.returncode else "good", version.stdout.strip() or version.stderr.strip()
-    )
+    if not shutil.which("sinfo"):
+        return Finding("SLURM", "absent", "no sinfo on PATH; wmdd run works without")
+    command = ["sinfo", "--noheader", "--format=%P %D"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+    except (subprocess.SubprocessError, OSError):
+        return Finding("SLURM", "absent", "installed, but no cluster answers; wmdd run works without")
+    return Finding("SLURM", "good", "partitions (nodes): " + ", ".join(asked.stdout.splitlines()))
 
 
 def _store() -> Finding:
@@ -88,9 +90,10 @@ def _store() -> Finding:
 def table(findings: list[Finding]) -> "Table":
     """Return the findings as a table for the terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table("", "", "", show_header=False, box=None)
     marks = {"good": "[green]ok[/]", "absent": "[yellow]--[/]", "broken": "[red]!![/]"}
     for finding in findings:
-        shown.add_row(marks[finding.state], finding.name, finding.detail)
+        shown.add_row(marks[finding.state], finding.name, Text(finding.detail))
     return shown

@@ -3,21 +3,20 @@
 import shutil
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from wmdd import console, distill, methods, rundir, student
+from wmdd import console, distill, evaluation, methods, progress, rundir, student
 from wmdd.config import Config, load_config
 from wmdd.data import Dataset, load_dataset
-from wmdd.distilled import DistilledSet
 from wmdd.distributed import Ranks, ranks
 from wmdd.errors import InputError
-from wmdd.files import digest, write_json
-from wmdd.records import Record, provenance, read_records, write_records
+from wmdd.files import write_json
 from wmdd.rundir import RunFolder
 from wmdd.signals import StopRequest, stop_on
-from wmdd.teacher import Teacher, obtain
+from wmdd.teacher import obtain
 from wmdd.validation import Validation
 
 T = TypeVar("T")
@@ -35,6 +34,16 @@ class Share:
     """Blocks to distil; None for all"""
     students: tuple[int, ...] | None = None
     """Positions in ``students_of``; None for all"""
+
+    @property
+    def name(self) -> str:
+        """A name for this part, such as ``run``, ``blocks-3`` or ``students-0-7``."""
+        parts = [
+            f"{kind}-{'-'.join(map(str, sorted({min(chosen), max(chosen)})))}"
+            for kind, chosen in (("blocks", self.blocks), ("students", self.students))
+            if chosen
+        ]
+        return "-".join(parts) or ("run" if self.stages == STAGES else "-".join(self.stages))
 
 
 def run(
@@ -70,7 +79,9 @@ def run(
     folder = RunFolder(Path(out) if out is not None else Path("runs") / config.name)
     with stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop, ranks(config.compute, stop) as job:
         console.quiet = not job.main
-        _run(config, folder, job, stop, share or Share())
+        share = share or Share()
+        with progress.reported(folder, share.name) if job.main else nullcontext():
+            _run(config, folder, job, stop, share)
     return folder.path
 
 
@@ -98,7 +109,7 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
     if "students" in share.stages:
         for place, one in runs.items():
             tasks = [task for owner, task in todo if owner == place]
-            _students(one, place, tasks, dataset, teacher, validation, job, stop)
+            evaluation.evaluate(one, place, tasks, teacher, validation, job, stop)
     job.barrier()
     if "report" in share.stages and job.main:
         from wmdd import page, report
@@ -155,77 +166,3 @@ def _check_room(config: Config, dataset: Dataset, path: Path) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise InputError(f"{path}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room")
-
-
-def _students(
-    config: Config,
-    folder: RunFolder,
-    tasks: list[student.Task],
-    dataset: Dataset,
-    teacher: Teacher,
-    validation: Validation,
-    job: Ranks,
-    stop: StopRequest,
-) -> None:
-    if job.main:
-        folder.merge()
-    job.barrier()
-    distilled = DistilledSet.load(folder.path)
-    team = job.team(config.student.ranks, "student.ranks")
-    updates = student.update_count(config, len(distilled))
-    recipe = _recipe(config, teacher, updates, job)
-    protocol = digest(recipe)
-    records = read_records(folder.path / "records")[0] if (folder.path / "records").exists() else []
-    known = {
-        (record.network, record.regime, record.student_seed)
-        for record in records
-        if record.protocol == protocol and record.artefact == distilled.sha256
-    }
-    missing = [position for position, task in enumerate(tasks) if (task.network, task.regime, task.seed) not in known]
-    todo = [tasks[position] for position in team.deal(job.agree(missing))]
-    with console.progress(f"{len(todo)} students on {config.method}", len(todo) * updates, "updates") as advance:
-        for task in todo:
-            result = student.train(
-                config, task, distilled, teacher, validation, job, team, folder.path / "labels", advance, stop
-            )
-            if team.rank:
-                continue
-            record = Record(
-                kind="student",
-                run=config.name,
-                dataset=config.data.source,
-                classes=len(dataset.classes),
-                resolution=config.data.resolution,
-                method=config.method,
-                ipc=config.ipc,
-                network=task.network,
-                regime=task.regime,
-                distillation_seed=config.seed,
-                student_seed=task.seed,
-                evaluated_on=validation.on,
-                metrics=result.metrics,
-                recipe=recipe,
-                protocol=protocol,
-                config=config.fingerprint(),
-                artefact=distilled.sha256,
-                cost={"seconds": round(result.seconds, 3), "updates": result.updates},
-                provenance=provenance(config.compute),
-            )
-            name = f"student-{task.network.replace(':', '-')}-{task.regime}-{task.seed:03d}-{protocol[:8]}.jsonl"
-            write_records(folder.path / "records" / name, [record])
-
-
-def _recipe(config: Config, teacher: Teacher, updates: int, job: Ranks) -> dict[str, object]:
-    """Return all that two students must have in common to be compared."""
-    settings = config.student.model_dump(mode="json", exclude={"networks", "seeds", "baselines"})
-    labels = config.labels.model_dump(mode="json", exclude={"regimes"})
-    return {
-        **settings,
-        **labels,
-        "updates": updates,
-        "optimizer": "adamw",
-        "checkpoint": "last",
-        "teacher": teacher.sha256,
-        "threads": config.compute.threads,
-        "precision": job.precision,
-    }

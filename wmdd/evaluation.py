@@ -1,0 +1,134 @@
+"""The students of a distilled set: which are missing, their training, and one record each."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+from wmdd import student
+from wmdd.config import Config
+from wmdd.console import progress, say
+from wmdd.distilled import DistilledSet
+from wmdd.distributed import Ranks
+from wmdd.files import digest
+from wmdd.records import Record, provenance, read_records, write_records
+from wmdd.rundir import RunFolder
+from wmdd.signals import StopRequest
+from wmdd.student import Task
+from wmdd.teacher import Teacher
+from wmdd.validation import Validation
+
+
+def evaluate(
+    config: Config,
+    folder: RunFolder,
+    tasks: list[Task],
+    teacher: Teacher,
+    validation: Validation,
+    job: Ranks,
+    stop: StopRequest,
+) -> None:
+    """Train and measure the students that have no record yet; each record is a file of its own.
+
+    Records of an earlier recipe are moved to ``RUN/superseded``: unlike students are never averaged, and none is lost.
+
+    Raises:
+        WmddError: blocks of the set are missing or damaged.
+        Interrupted: a stop was requested; finished students are kept.
+    """
+    if job.main:
+        folder.merge()
+    distilled = DistilledSet.load(folder.path)
+    updates = student.update_count(config, len(distilled))
+    recipe = _recipe(config, teacher, updates, job)
+    protocol = digest(recipe)
+    if job.main:
+        _set_aside(folder, protocol)
+    missing = [position for position, task in enumerate(tasks) if not _done(folder, task, protocol, distilled.sha256)]
+    team = job.team(config.student.ranks, "student.ranks")
+    todo = [tasks[position] for position in team.deal(job.agree(missing))]
+    with progress(f"{len(todo)} students on {config.method}", len(todo) * updates, "updates") as advance:
+        for task in todo:
+            with folder.locked(_name(task), stop) if team.size == 1 else nullcontext():
+                if team.size == 1 and _done(folder, task, protocol, distilled.sha256):
+                    advance(updates)  # another process was faster
+                    continue
+                labels = folder.path / "labels"
+                result = student.train(config, task, distilled, teacher, validation, job, team, labels, advance, stop)
+                if team.rank == 0:
+                    record = _record(config, task, result, validation, distilled, recipe)
+                    write_records(_file(folder, task), [record])
+
+
+def _name(task: Task) -> str:
+    return f"student-{task.network.replace(':', '-')}-{task.regime}-{task.seed:03d}"
+
+
+def _file(folder: RunFolder, task: Task) -> Path:
+    return folder.path / "records" / f"{_name(task)}.jsonl"
+
+
+def _done(folder: RunFolder, task: Task, protocol: str, artefact: str) -> bool:
+    file = _file(folder, task)
+    records = read_records(file)[0] if file.exists() else []
+    return any(record.protocol == protocol and record.artefact == artefact for record in records)
+
+
+def _set_aside(folder: RunFolder, protocol: str) -> None:
+    moved = 0
+    for path in sorted((folder.path / "records").glob("student-*.jsonl")):
+        records, problems = read_records(path)
+        if problems or any(record.protocol != protocol for record in records):
+            other = records[0].protocol[:8] if records else "unreadable"
+            target = folder.path / "superseded" / f"{path.stem}-{other}.jsonl"
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+            moved += 1
+    if moved:
+        say(f"{moved} records of another student recipe are moved to {folder.path / 'superseded'}")
+
+
+def _record(
+    config: Config,
+    task: Task,
+    result: student.Result,
+    validation: Validation,
+    distilled: DistilledSet,
+    recipe: dict[str, object],
+) -> Record:
+    return Record(
+        kind="student",
+        run=config.name,
+        dataset=config.data.source,
+        classes=len(distilled.classes),
+        resolution=config.data.resolution,
+        method=config.method,
+        ipc=config.ipc,
+        network=task.network,
+        regime=task.regime,
+        distillation_seed=config.seed,
+        student_seed=task.seed,
+        evaluated_on=validation.on,
+        metrics=result.metrics,
+        recipe=recipe,
+        protocol=digest(recipe),
+        config=config.fingerprint(),
+        artefact=distilled.sha256,
+        cost={"seconds": round(result.seconds, 3), "updates": result.updates},
+        provenance=provenance(config.compute),
+    )
+
+
+def _recipe(config: Config, teacher: Teacher, updates: int, job: Ranks) -> dict[str, object]:
+    """Return all that two students must have in common to be compared."""
+    settings = config.student.model_dump(mode="json", exclude={"networks", "seeds", "baselines"})
+    labels = config.labels.model_dump(mode="json", exclude={"regimes"})
+    return {
+        **settings,
+        **labels,
+        "updates": updates,
+        "optimizer": "adamw",
+        "checkpoint": "last",
+        "teacher": teacher.sha256,
+        "threads": config.compute.threads,
+        "precision": job.precision,
+    }
