@@ -58,8 +58,8 @@ def require(*programs: str) -> None:
             )
 
 
-def call(*command: str, timeout: float = 60) -> str:
-    """Run one of SLURM's programs and return what it prints.
+def call(*command: str, timeout: float = 60, given: str | None = None) -> str:
+    """Run one of SLURM's programs, with something on its standard input or nothing, and return what it prints.
 
     Raises:
         InputError: the program is missing.
@@ -67,7 +67,7 @@ def call(*command: str, timeout: float = 60) -> str:
     """
     require(command[0])
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, input=given)  # noqa: S603
     except subprocess.TimeoutExpired:
         raise WmddError(f"{command[0]}: no answer in {timeout:.0f} s; the controller may be down") from None
     if done.returncode:
@@ -79,7 +79,9 @@ def complaint(stderr: str, program: str) -> str:
     """Return the first line that says what is wrong, without the prefixes of SLURM's messages."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     told = next((line for line in lines if "error:" in line), lines[0] if lines else "failed without a message")
-    return f"{program}: {told.removeprefix(f'{program}:').strip().removeprefix('error:').strip()}"
+    for prefix in (f"{program}:", "error:", "allocation failure:"):
+        told = told.removeprefix(prefix).strip()
+    return f"{program}: {told}"
 
 
 def queue(jobs: Iterable[str]) -> dict[str, Queued]:

@@ -27,8 +27,10 @@ _REMEDIES = {
     "invalid qos": "sacctmgr show qos lists them; set qos in the profile",
     "invalid feature": "sinfo -o %f lists the features; set constraint in the profile",
     "node configuration is not available": "no node has that much; ask for fewer CPUs, GPUs or less memory",
-    "submit": "the queue takes no more jobs of yours; use fewer --blocks, or wait",
-    "array": "use fewer --blocks",
+    "memory specification": "no node has that much; ask for fewer CPUs, GPUs or less memory",
+    "inactive or drain": "the partition takes no jobs now; wait, or set another one in the profile",
+    "submit limit": "the queue takes no more jobs of yours; use fewer --blocks, or wait",
+    "job array": "use fewer --blocks",
     "time limit": "set minutes in the profile below the partition's limit",
     "unable to contact": "the controller does not answer; try again, or ask scontrol ping",
 }
@@ -102,6 +104,8 @@ def submit(request: Request) -> list[Launched]:
         InputError: SLURM is missing or refuses a job; nothing is left in the queue.
     """
     scheduler.require("sbatch", "srun", "squeue", "scontrol", "scancel")
+    for array in request.arrays:
+        _rehearse(request, array)
     for place, one in pipeline.runs_of(request.config, request.folder).items():
         place.bind(one, request.dataset.fingerprint)
     launched: list[Launched] = []
@@ -120,17 +124,33 @@ def submit(request: Request) -> list[Launched]:
     return launched
 
 
-def script(request: Request, array: Array, after: str | None = None) -> str:
-    """Return the text that sbatch is given for an array."""
+def script(request: Request, array: Array, after: str | None = None, hold: bool = True) -> str:
+    """Return the text that sbatch is given for an array, in a graph that is held or by itself."""
     from submitit.slurm import slurm
 
     folder = _jobs_folder(request)
     command = f"{_python(array)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     count = len(array.tasks) if len(array.tasks) > 1 else None
-    text: str = slurm._make_sbatch_string(
-        command=command, folder=folder, map_count=count, **_parameters(request, array, after)
-    )
+    parameters = _parameters(request, array, after)
+    if not hold:
+        parameters["dependency"] = None
+        del parameters["additional_parameters"]["hold"]
+    text: str = slurm._make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
     return text
+
+
+def _rehearse(request: Request, array: Array) -> None:
+    """Let SLURM check what an array asks for: of a job that is held it would only find out when it releases it."""
+    try:
+        scheduler.call("sbatch", "--test-only", given=script(request, array, hold=False))
+    except WmddError as error:
+        raise _refused(array, str(error)) from None
+
+
+def _refused(array: Array, told: str) -> InputError:
+    """Return the error of an array that sbatch refuses, with what to do about it."""
+    remedy = next((advice for part, advice in _REMEDIES.items() if part in told.lower()), "nothing was submitted")
+    return InputError(f"{array.stage}: {told}; {remedy}")
 
 
 def _launch(request: Request, array: Array, after: str | None) -> str:
@@ -146,9 +166,7 @@ def _launch(request: Request, array: Array, after: str | None) -> str:
             jobs = [executor.submit(_task(request, array, items)) for items in array.tasks]
         return str(jobs[0].job_id).partition("_")[0]
     except (FailedJobError, FailedSubmissionError) as error:
-        told = scheduler.complaint(str(error), "sbatch")
-        remedy = next((advice for part, advice in _REMEDIES.items() if part in told.lower()), "nothing was submitted")
-        raise InputError(f"{array.stage}: {told}; {remedy}") from None
+        raise _refused(array, scheduler.complaint(str(error), "sbatch")) from None
 
 
 def _task(request: Request, array: Array, items: tuple[int, ...]) -> Task:
