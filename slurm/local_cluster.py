@@ -171,6 +171,7 @@ class LocalCluster:
                 "AccountingStorageHost=127.0.0.1",
                 f"AccountingStoragePort={port + 1}",
                 "AccountingStorageTRES=gres/gpu",
+                "AccountingStorageEnforce=limits",
                 f"AccountingStoragePass={munge}",
             ]
         last = port + 10 + self.nodes - 1
@@ -233,7 +234,8 @@ class LocalCluster:
         conf.write_text("\n".join(line.strip() for line in lines.strip().splitlines()) + "\n")
         self._daemon("slurmdbd", ["slurmdbd", "-D"])
         self._await("slurmdbd", "", ["sacctmgr", "-n", "-i", "list", "cluster"])
-        self._call(["sacctmgr", "-i", "add", "cluster", "wmdd"])
+        for thing in (["cluster", "wmdd"], ["account", "wmdd"], ["user", user, "account=wmdd"]):
+            self._call(["sacctmgr", "-i", "add", *thing])
 
     def _daemon(self, name: str, command: Sequence[str]) -> None:
         """Start a daemon in a session of its own, and write down who it is before anything else happens."""

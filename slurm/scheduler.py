@@ -105,18 +105,22 @@ def queue(jobs: Iterable[str]) -> dict[str, Queued]:
 
 
 def accounted(jobs: Iterable[str]) -> dict[str, Accounted] | None:
-    """Return what accounting knows of these jobs, by task; None where the cluster keeps no accounts."""
+    """Return what accounting knows of these jobs, by task; None where the cluster keeps no accounts.
+
+    Tasks of an array that never started stand together, under the array's number.
+    """
     wanted = ",".join(sorted(set(jobs)))
     if not wanted or shutil.which("sacct") is None:
         return None
     layout = "--format=JobID,State,NodeList,ElapsedRaw"
     try:
-        answer = call("sacct", "-n", "-P", "-X", "--array", "--duplicates", f"--jobs={wanted}", layout)
+        answer = call("sacct", "-n", "-P", "-X", "--duplicates", f"--jobs={wanted}", layout)
     except WmddError:  # disabled, or its daemon is down: the run's own files are enough
         return None
     found: dict[str, Accounted] = {}
     for line in answer.splitlines():
         task, state, node, elapsed = line.split("|")
+        task = task.partition("_[")[0]  # those of an array that never started share a line
         before = found[task].seconds if task in found else 0
         found[task] = Accounted(state.split()[0], node, before + int(elapsed or 0))
     return found

@@ -95,7 +95,8 @@ def status(run: Path) -> Status:
             for item in task
         }
         for name, items in zip(one.names(), one.tasks, strict=True):
-            row = _row(one, name, items, queue.get(name), (accounts or {}).get(name), marks.get(name, Marks()), tree)
+            account = accounts.get(name, accounts.get(one.job)) if accounts else None
+            row = _row(one, name, items, queue.get(name), account, marks.get(name, Marks()), tree)
             spent += row.seconds * max(1, one.gpus or one.ranks)
             if not anew.issuperset(row.items):
                 rows.append(row)

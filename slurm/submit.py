@@ -29,7 +29,7 @@ _REMEDIES = {
     "node configuration is not available": "no node has that much; ask for fewer CPUs, GPUs or less memory",
     "memory specification": "no node has that much; ask for fewer CPUs, GPUs or less memory",
     "inactive or drain": "the partition takes no jobs now; wait, or set another one in the profile",
-    "submit limit": "the queue takes no more jobs of yours; use fewer --blocks, or wait",
+    "maxsubmitjob": "the queue takes no more jobs of yours; use fewer --blocks, or wait",
     "job array": "use fewer --blocks",
     "time limit": "set minutes in the profile below the partition's limit",
     "unable to contact": "the controller does not answer; try again, or ask scontrol ping",
