@@ -167,6 +167,8 @@ class Synthesis(Section):
     """Match each class's own moments (PCBN), or the teacher's running statistics over the whole group."""
     bn_variance: Literal["total", "matched"] = "total"
     """Target variance: of the class, or what K images can have: within + between·(1 − Σ w²)."""
+    bn_weighted: bool = True
+    """Images count by their barycenter weights in the moments of their class, or all alike."""
     ce_weight: Weight = 0.0
     """Weight c of the teacher's cross-entropy, averaged over images."""
     augment: Literal["group", "image"] = "group"
@@ -198,6 +200,8 @@ class Labels(Section):
     stored: bool = False
     """Soft labels are written once per student seed as fp16 logits, one file an epoch, and read back; else they are
     computed online and cost no bytes."""
+    weighted: bool = False
+    """Images count by their barycenter weights in the student's loss, or all alike."""
     temperature: Rate = 20.0
     """Temperature of the KL divergence."""
     crop_scale: CropScale = 0.08

@@ -158,16 +158,17 @@ def prepare(job: Job, method: methods.Method, group: Group, found: dict[int, sta
     objective = method.objective()
     target = None
     if objective is not None:
+        counted = weights if config.synthesis.bn_weighted else even.expand_as(weights)
         if objective.per_class:
             matched = config.synthesis.bn_variance == "matched"
             own_stats = [found[index] for index in group.classes]
             mean = torch.stack([one.mean for one in own_stats])
-            pairs = zip(own_stats, weights, strict=True)
+            pairs = zip(own_stats, counted, strict=True)
             variance = torch.stack([one.variance(share, matched) for one, share in pairs])
         else:
             mean, variance = (moment[None].cpu() for moment in job.teacher.network.running_moments())
         atoms = [plan.atoms for plan in plans if plan.atoms is not None]
-        target = Target(labels, weights, mean, variance, torch.stack(atoms) if len(atoms) == len(plans) else None)
+        target = Target(labels, counted, mean, variance, torch.stack(atoms) if len(atoms) == len(plans) else None)
     w2 = {name: plan.w2 for name, plan in zip(names, plans, strict=True) if plan.w2 is not None}
     return Prepared(group, names, torch.cat([plan.images for plan in plans]), labels, weights, w2, target)
 

@@ -90,6 +90,7 @@ def train(
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
     soft = labels.SoftLabels(config, distilled, teacher, task.seed, ranks, folder) if task.regime == "soft" else None
     images, classes = distilled.images.to(ranks.device), distilled.labels.to(ranks.device)
+    importance = _importance(distilled).to(ranks.device) if config.labels.weighted else None
     parallel = team.wrap(network.train())
     updates = 0
     for epoch in range(settings.epochs):
@@ -104,10 +105,11 @@ def train(
             with ranks.autocast():
                 logits = parallel(seen)
             if soft is None:
-                loss = _hard_loss(logits.float(), classes, batch, team)
+                loss = _hard_loss(logits.float(), classes, batch, team, importance)
             else:
                 wanted = team.shard(stored[position]) if stored else soft.online(seen)
-                loss = _soft_loss(logits.float(), wanted, config.labels.temperature)
+                shares = None if importance is None else team.shard(_mixed(importance, batch))
+                loss = _soft_loss(logits.float(), wanted, config.labels.temperature, shares)
             optimizer.zero_grad(set_to_none=True)
             (loss * (team.size / len(batch.images))).backward()
             optimizer.step()
@@ -130,21 +132,43 @@ def _stored(soft: labels.SoftLabels, images: Tensor, epoch: int) -> list[Tensor]
     return soft.read(epoch)
 
 
-def _hard_loss(logits: Tensor, classes: Tensor, batch: labels.Batch, team: Team) -> Tensor:
+def _importance(distilled: DistilledSet) -> Tensor:
+    """Return how much each image counts, [N]: its barycenter weight, on average 1."""
+    weights = distilled.weights.float()
+    return weights * (len(weights) / weights.sum())
+
+
+def _mixed(importance: Tensor, batch: labels.Batch) -> Tensor:
+    """Return how much each mixed image of a batch counts, [b]."""
+    own = importance[batch.images.to(importance.device)]
+    return batch.share * own + (1 - batch.share) * own[batch.partners.to(own.device)]
+
+
+def _hard_loss(
+    logits: Tensor, classes: Tensor, batch: labels.Batch, team: Team, importance: Tensor | None = None
+) -> Tensor:
     """Cross-entropy with the classes of both images of a mix, summed over this rank's images."""
-    own = classes[batch.images.to(classes.device)]
-    loss = batch.share * functional.cross_entropy(logits, team.shard(own), reduction="sum")
+
+    def part(images: Tensor) -> Tensor:
+        wanted = team.shard(classes[images])
+        if importance is None:
+            return functional.cross_entropy(logits, wanted, reduction="sum")
+        return functional.cross_entropy(logits, wanted, reduction="none") @ team.shard(importance[images])
+
+    own = batch.images.to(classes.device)
+    loss = batch.share * part(own)
     if batch.share < 1:
-        others = team.shard(own[batch.partners.to(classes.device)])
-        loss = loss + (1 - batch.share) * functional.cross_entropy(logits, others, reduction="sum")
+        loss = loss + (1 - batch.share) * part(own[batch.partners.to(classes.device)])
     return loss
 
 
-def _soft_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+def _soft_loss(logits: Tensor, wanted: Tensor, temperature: float, importance: Tensor | None = None) -> Tensor:
     """KL divergence at a temperature, summed over images, times T² so that gradients keep their size (Hinton 2015)."""
     student = functional.log_softmax(logits / temperature, dim=1)
     teacher = functional.softmax(wanted / temperature, dim=1)
-    return functional.kl_div(student, teacher, reduction="sum") * temperature**2
+    if importance is None:
+        return functional.kl_div(student, teacher, reduction="sum") * temperature**2
+    return functional.kl_div(student, teacher, reduction="none").sum(1) @ importance * temperature**2
 
 
 def _smoothed_cosine(epoch: int, settings: Student) -> float:
