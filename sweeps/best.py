@@ -1,0 +1,75 @@
+"""The best recipe of a sweep as a file, and the one time that the test set is looked at."""
+
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean
+
+from sweeps.log import Log
+from sweeps.objective import seeds_of
+from sweeps.space import apply
+from sweeps.tune import Sweep
+from sweeps.values import show
+from wmdd.config import Config, to_toml
+from wmdd.errors import WmddError
+from wmdd.metrics import Interval, interval
+from wmdd.records import read_records
+
+
+def best(folder: Path, measure: bool = True) -> str:
+    """Return the best trial's config as TOML, its provenance in comments at the top.
+
+    The config is the one that was varied, with the trial's values: the whole data set and the whole budget, no
+    hold-out.  With ``measure`` it is run into ``DIR/best``, which is where the test set is first looked at; doing so
+    again reads what is there.
+
+    Raises:
+        InputError: the folder holds no sweep.
+        WmddError: no trial ran to its end.
+    """
+    log = Log.load(folder)
+    sweep = Sweep.of(log.identity)
+    chosen = sweep.objective.best(log.trials)
+    if chosen is None:
+        raise WmddError(f"{folder}: no trial ran to its end; go on with `wmdd sweep run`")
+    name = f"{sweep.config.name}-best"
+    config = apply(sweep.config, {**chosen.values, "name": name, "data.holdout_per_class": 0}, "the best trial")
+    provenance = log.identity["provenance"]
+    spread = seeds_of(chosen)
+    lines = [
+        f"Best of {sum(trial.finished for trial in log.trials)} trials of a sweep: trial {chosen.number}"
+        + (", the config as it stood." if chosen.number == 0 else "."),
+        f"Objective {sweep.objective.name}: {sweep.objective.text(sweep.objective.value(chosen, log.trials))};"
+        f" {sweep.objective.meaning}.",
+        f"Top-1 of the proxy on the hold-out: {_text(spread)}." if spread else "",
+        f"Space {sweep.space.name}, search {sweep.search}, scheduler {sweep.scheduler}, seed {sweep.seed};"
+        f" values: {', '.join(f'{key} = {show(value)}' for key, value in chosen.values.items())}.",
+        f"wmdd {metadata.version('wmdd')}, revision {provenance['revision']}{' + changes' * bool(provenance['dirty'])},"
+        f" on {provenance['device']} ({provenance['cpu']}).",
+    ]
+    if measure:
+        for regime, found in _measure(config, folder / "best").items():
+            lines.append(f"Test set, {regime} labels, this config in full: top-1 {_text(found)}.")
+    else:
+        lines.append("Not measured on the test set.")
+    return "".join(f"# {line}\n" for line in lines if line) + "\n" + to_toml(config)
+
+
+def _measure(config: Config, folder: Path) -> dict[str, Interval]:
+    """Run the config without baselines, or find it done; return top-1 on the test set by label regime."""
+    from wmdd import pipeline
+    from wmdd.pipeline import Share
+
+    alone = apply(config, {"student.baselines": ()}, "the best trial")
+    pipeline.run(alone, folder, share=Share(("teacher", "distill", "students")))
+    records, _ = read_records(folder / "records")
+    top1: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        if record.kind == "student" and record.regime and record.student_seed is not None:
+            seeds = top1.setdefault(record.regime, {})
+            seeds.setdefault(record.student_seed, []).append(record.metrics["top1"])
+    return {regime: interval([fmean(values) for values in seeds.values()]) for regime, seeds in top1.items()}
+
+
+def _text(found: Interval) -> str:
+    spread = f" ± {100 * found.half_width:.2f}" if found.n > 1 else ""
+    return f"{100 * found.mean:.2f}{spread} % (n = {found.n} student seeds)"

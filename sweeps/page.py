@@ -1,0 +1,163 @@
+"""A sweep as people read it: a table on the terminal, and one page that loads nothing."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sweeps import plots, search
+from sweeps.log import Log, Trial, savings
+from sweeps.objective import seeds_of
+from sweeps.tune import Sweep
+from sweeps.values import show
+from wmdd.files import write_bytes
+from wmdd.metrics import paired
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+_NONE = "–"
+
+
+def columns(sweep: Sweep) -> list[str]:
+    """Return the head of the table of trials."""
+    keys = [parameter.key for parameter in sweep.space.parameters]
+    return ["trial", "state", *_measured(sweep), "± 95 %", "vs trial 0", "iter.", "s", *keys]
+
+
+def rows(sweep: Sweep, log: Log) -> list[list[str]]:
+    """Return the table of trials: finished ones from the best on, then stopped ones, then the rest.
+
+    ``± 95 %`` is over student seeds, in points of top-1; ``vs trial 0`` is the mean difference of top-1 to the config
+    as it stands, paired by student seed, with its interval.
+    """
+    return [_row(sweep, trial, log.trials) for trial in ranked(sweep, log)]
+
+
+def ranked(sweep: Sweep, log: Log) -> list[Trial]:
+    """Return the trials from the best to those that say least."""
+    sign = -1 if sweep.objective.direction == "maximize" else 1
+    states = ("done", "stopped", "running", "failed")
+
+    def key(trial: Trial) -> tuple[int, int, float, int]:
+        worth = trial.last.get(sweep.objective.key, 0.0)
+        if trial.state == "done":
+            worth = sweep.objective.value(trial, log.trials)
+        return states.index(trial.state), -len(trial.reports), sign * worth, trial.number
+
+    return sorted(log.trials, key=key)
+
+
+def _measured(sweep: Sweep) -> list[str]:
+    return ["top1"] if sweep.objective.key == "top1" else [sweep.objective.name, "top1"]
+
+
+def _row(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> list[str]:
+    worth = [_worth(sweep, trial, trials)]
+    if sweep.objective.key != "top1":
+        worth.append(f"{100 * trial.last['top1']:.2f}" if "top1" in trial.last else _NONE)
+    spread = seeds_of(trial)
+    interval = f"{100 * spread.half_width:.2f}" if spread is not None and spread.n > 1 else _NONE
+    values = [
+        show(trial.values[parameter.key]) if parameter.key in trial.values else _NONE
+        for parameter in sweep.space.parameters
+    ]
+    iteration = str(trial.last.get("iteration", _NONE))
+    return [str(trial.number), trial.state, *worth, interval, _against(trial, trials), iteration, _time(trial), *values]
+
+
+def _worth(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> str:
+    if sweep.objective.key not in trial.last:
+        return _NONE
+    value = sweep.objective.value(trial, trials) if trial.state == "done" else trial.last[sweep.objective.key]
+    return sweep.objective.text(value).removesuffix(" %").removesuffix(" s")
+
+
+def _against(trial: Trial, trials: Sequence[Trial]) -> str:
+    """Return the paired difference of top-1 to trial 0, in points."""
+    if trial.number == 0 or trial.state != "done" or trials[0].state != "done":
+        return _NONE
+    found = paired(trial.last["seeds"], trials[0].last["seeds"])
+    span = f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]" if found.n > 1 else ""
+    return f"{100 * found.mean:+.2f}{span}"
+
+
+def _time(trial: Trial) -> str:
+    return f"{trial.seconds:.1f}" if trial.reports else _NONE
+
+
+def summary(sweep: Sweep, log: Log) -> list[str]:
+    """Return the sweep in a few sentences: the best trial, what it gains, what the scheduler saved, what failed."""
+    lines = []
+    best = sweep.objective.best(log.trials)
+    if best is None:
+        lines.append("No trial has come to its end.")
+    else:
+        values = ", ".join(f"{key} = {show(value)}" for key, value in best.values.items())
+        stands = " (the config as it stands)" if best.number == 0 else ""
+        spread = seeds_of(best)
+        worth = sweep.objective.text(sweep.objective.value(best, log.trials))
+        if spread is not None and spread.n > 1 and sweep.objective.key == "top1":
+            worth = f"{100 * spread.mean:.2f} ± {100 * spread.half_width:.2f} %"
+        lines.append(f"Best: trial {best.number}{stands}, {sweep.objective.name} {worth}: {values}.")
+    if saved := savings(log.trials):
+        stopped, spent, whole = saved
+        lines.append(
+            f"{sweep.scheduler} stopped {stopped} of {len(log.trials)} trials: {spent:.0f} s of trials instead of about"
+            f" {whole:.0f} s, {100 * (1 - spent / whole):.0f} % saved (estimated from the trials that ran to the end)."
+        )
+    failed = [trial for trial in log.trials if trial.state == "failed"]
+    if failed:
+        lines.append(f"{len(failed)} failed; trial {failed[0].number}: {failed[0].error}")
+    return lines
+
+
+def render_terminal(sweep: Sweep, log: Log, console: "Console") -> None:
+    """Print the table and the summary."""
+    from rich.table import Table
+
+    table = Table(title=f"{sweep.config.name} over {sweep.space.name}, on the hold-out", title_justify="left", box=None)
+    measured = [*columns(sweep)[: -len(sweep.space.parameters)], "values"]
+    for head in measured:
+        table.add_column(head, justify="left" if head in ("state", "values") else "right", no_wrap=head != "values")
+    names = [parameter.key.rpartition(".")[2] for parameter in sweep.space.parameters]
+    for row in rows(sweep, log):
+        values = zip(names, row[len(measured) - 1 :], strict=True)
+        text = ", ".join(f"{name} {value}" for name, value in values if value != _NONE)
+        # An interval would leave no room for the values; the page has it.
+        table.add_row(*(cell.partition(" [")[0] for cell in row[: len(measured) - 1]), text)
+    console.print(table)
+    for line in summary(sweep, log):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def write_html(sweep: Sweep, log: Log, path: Path) -> None:
+    """Write the page: summary, trials, importance, responses, parallel coordinates, provenance.
+
+    Raises:
+        WmddError: the page cannot be written.
+    """
+    import jinja2
+
+    shown = [trial for trial in log.trials if sweep.objective.key in trial.last]
+    rung, count, importance = search.importances(sweep.space, sweep.objective, log.trials)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((resources.files("sweeps") / "templates" / "sweep.html.j2").read_text())
+    content = template.render(
+        title=f"{sweep.config.name}: sweep over {Path(sweep.space.name).stem}",
+        summary=summary(sweep, log),
+        columns=columns(sweep),
+        rows=rows(sweep, log),
+        objective=sweep.objective,
+        budget=sweep.space.budget,
+        importance=sorted(importance.items(), key=lambda item: -item[1]),
+        importance_rung=rung,
+        importance_count=count,
+        responses=[plots.response(parameter, shown, sweep.objective) for parameter in sweep.space.parameters],
+        parallel=plots.parallel(sweep.space.parameters, shown, sweep.objective) if len(shown) > 1 else "",
+        identity={key: value for key, value in log.identity.items() if key in ("space", "search", "scheduler", "seed")},
+        provenance={key: value for key, value in log.identity["provenance"].items() if value not in (None, "")},
+        failed=[(trial.number, trial.error) for trial in log.trials if trial.state == "failed"],
+    )
+    write_bytes(path, content.encode())

@@ -1,0 +1,144 @@
+"""Plots of a sweep as SVG that takes its colours from the page."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sweeps.log import Trial
+from sweeps.objective import Objective, seeds_of
+from sweeps.space import Parameter, Range
+from sweeps.values import show
+
+_COLOURS = {"ink": "#100001", "accent": "#100002", "quiet": "#100003", "line": "#100004", "page": "#100005"}
+"""Stand-ins, replaced by the page's own colours: plots are legible in light and in dark."""
+
+
+def response(parameter: Parameter, trials: Sequence[Trial], objective: Objective) -> str:
+    """Return the objective over one key: finished trials filled, with their interval; stopped ones hollow."""
+    with _figure(f"response-{parameter.key}", (3.4, 2.5)) as drawing:
+        axes = drawing.figure.add_subplot()
+        for trial in trials:
+            if parameter.key not in trial.values or objective.key not in trial.last:
+                continue
+            x, y = _place(parameter, trial.values[parameter.key]), _scaled(objective, trial.last[objective.key])
+            colour = _COLOURS["accent" if trial.number == 0 else "ink"]
+            spread = seeds_of(trial) if objective.key == "top1" else None
+            if spread is not None and spread.n > 1:
+                axes.errorbar(x, y, 100 * spread.half_width, color=colour, elinewidth=0.8, alpha=0.5)
+            face = colour if trial.state == "done" else _COLOURS["page"]
+            marker = "D" if trial.number == 0 else "o"
+            axes.plot(x, y, marker, markersize=5, markeredgecolor=colour, markerfacecolor=face, zorder=3)
+        _scale(axes.xaxis, parameter)
+        axes.set_xlabel(parameter.key)
+        axes.set_ylabel(_unit(objective))
+    return drawing.svg
+
+
+def parallel(parameters: Sequence[Parameter], trials: Sequence[Trial], objective: Objective) -> str:
+    """Return every trial as a line over all keys and the objective; the best third in the accent colour."""
+    shown = [trial for trial in trials if objective.key in trial.last]
+    worth = [_scaled(objective, trial.last[objective.key]) for trial in shown]
+    low, high = min(worth), max(worth)
+    order = sorted(worth, reverse=objective.direction == "maximize")
+    cut = order[(len(order) - 1) // 3]
+    with _figure("parallel", (max(6.0, 1.5 * (len(parameters) + 1)), 3.2)) as drawing:
+        axes = drawing.figure.add_subplot()
+        for trial, value in zip(shown, worth, strict=True):
+            heights = [_height(parameter, trial.values.get(parameter.key)) for parameter in parameters]
+            heights.append((value - low) / (high - low) if high > low else 0.5)
+            good = value >= cut if objective.direction == "maximize" else value <= cut
+            style = "-" if trial.state == "done" else ":"
+            colour = _COLOURS["accent" if good else "quiet"]
+            axes.plot(range(len(heights)), heights, style, color=colour, alpha=0.9 if good else 0.45, linewidth=1.4)
+        for position, parameter in enumerate(parameters):
+            axes.axvline(position, color=_COLOURS["line"], linewidth=1, zorder=0)
+            for value in _ticks(parameter):
+                axes.text(position + 0.03, _height(parameter, value), show(value), color=_COLOURS["ink"], fontsize=8)
+        axes.axvline(len(parameters), color=_COLOURS["line"], linewidth=1, zorder=0)
+        for height, value in ((0.0, low), (1.0, high)):
+            axes.text(len(parameters) + 0.03, height, f"{value:.4g}", color=_COLOURS["ink"], fontsize=8)
+        names = [parameter.key.replace(".", ".\n") for parameter in parameters]
+        axes.set_xticks(range(len(parameters) + 1), [*names, _unit(objective)])
+        axes.set_xlim(-0.1, len(parameters) + 0.4)
+        axes.set_yticks([])
+        axes.spines[["left", "bottom"]].set_visible(False)
+    return drawing.svg
+
+
+def _unit(objective: Objective) -> str:
+    return "top-1 %" if objective.key == "top1" else "seconds" if objective.name == "time" else objective.name
+
+
+def _scaled(objective: Objective, value: float) -> float:
+    return 100 * value if objective.key == "top1" else value
+
+
+def _place(parameter: Parameter, value: Any) -> float:
+    """Return where a value lies on its axis: itself, or its position in the list (outside the list: at its end)."""
+    if isinstance(parameter.domain, Range):
+        return float(value)
+    values = parameter.domain.values
+    return float(values.index(value)) if value in values else float(len(values))
+
+
+def _scale(axis: Any, parameter: Parameter) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    if isinstance(parameter.domain, Range):
+        if parameter.domain.log:
+            axis.axes.set_xscale("log")
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        labels = [show(value) for value in parameter.domain.values]
+        axis.set_ticks(range(len(labels)), labels)
+        axis.axes.margins(x=0.15)
+
+
+def _height(parameter: Parameter, value: Any) -> float:
+    """Return a value's height from 0 to 1 on its axis; NaN where the key does not matter."""
+    if value is None:
+        return math.nan
+    domain = parameter.domain
+    if not isinstance(domain, Range):
+        return _place(parameter, value) / max(1, len(domain.values) - 1)
+    ends = (domain.low, domain.high, value)
+    low, high, here = (math.log(max(end, 1e-300)) for end in ends) if domain.log else ends
+    return float((here - low) / (high - low))
+
+
+def _ticks(parameter: Parameter) -> list[Any]:
+    domain = parameter.domain
+    return [domain.low, domain.high] if isinstance(domain, Range) else list(domain.values)
+
+
+class _figure:
+    """A matplotlib figure without a window; its SVG is there after the block."""
+
+    def __init__(self, salt: str, size: tuple[float, float]) -> None:
+        import matplotlib as mpl
+
+        frame = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _COLOURS["quiet"])
+        # Each plot salts its ids, because all of them end up in one page.
+        style: dict[Any, Any] = {**frame, "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}
+        style |= {"axes.spines.top": False, "axes.spines.right": False}
+        self._context, self._size = mpl.rc_context(style), size
+        self.svg = ""
+
+    def __enter__(self) -> "_figure":
+        from matplotlib.figure import Figure
+
+        self._context.__enter__()
+        self.figure = Figure(figsize=self._size, layout="constrained")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            content = io.StringIO()
+            self.figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+            svg = re.sub(r"<metadata>.*?</metadata>", "", content.getvalue(), flags=re.DOTALL)
+            for name, colour in _COLOURS.items():
+                svg = svg.replace(colour, f"var(--{name})")
+            self.svg = svg[svg.index("<svg") :]
+        self._context.__exit__(*error)
