@@ -1,0 +1,258 @@
+"""Sweeps through Ray: they finish, go on after an interrupt or a kill, and leave nothing behind."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from sweeps import best, page, tune
+from sweeps.cluster import Resources
+from sweeps.log import Log, savings
+from wmdd import store
+from wmdd.config import load_config
+from wmdd.errors import InputError, WmddError
+
+SPACE = """
+[parameters]
+synthesis.bn_weight = { loguniform = [0.1, 1000.0] }
+synthesis.start = { choice = ["real", "noise"] }
+"""
+ONE = Resources(cpus=1, gpus=0, concurrent=1)
+SECONDS = 300
+"""Longest wait for a process, on a machine that is busy with other things."""
+
+
+def processes(home: Path) -> list[int]:
+    """Return the living processes that were started with this TMPDIR, whoever their parent is now."""
+    wanted = f"TMPDIR={home / 'tmp'}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Return the addresses, in the kernel's hexadecimal, on which these processes listen."""
+    sockets = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                sockets.add(os.readlink(link))
+            except OSError:
+                continue
+    addresses = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                addresses.add(fields[1].partition(":")[0])
+    return addresses
+
+
+def nothing_is_left(home: Path) -> bool:
+    """Return whether no process of Ray lives on, and no socket, session or token lies about."""
+    until = time.monotonic() + 30
+    while processes(home) and time.monotonic() < until:
+        time.sleep(0.2)
+    lies = [path for path in (home / "home").rglob("*") if "ray" in str(path.relative_to(home))]
+    return not processes(home) and not list((home / "tmp").glob("wmdd-*")) and not lies
+
+
+def outcome(out: Path) -> list[tuple[object, ...]]:
+    """Return what the trials of a sweep were and reached, without the times."""
+    return [
+        (trial.number, trial.values, trial.state, [report["top1"] for report in trial.reports])
+        for trial in Log.load(out).trials
+    ]
+
+
+def wait_for(path: Path) -> None:
+    """Wait until a file is there."""
+    until = time.monotonic() + SECONDS
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} never came"
+        time.sleep(0.1)
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
+    """Wait for a sweep and return what it said."""
+    said, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == code, said
+    return said
+
+
+def written(path: Path, text: str) -> str:
+    """Write a space and return its name."""
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_sweep_runs_grows_and_gives_its_best_recipe(make, tmp_path):
+    sweep = make(SPACE, scheduler="asha", kind="optuna")
+    out = tmp_path / "sweep"
+    log = tune.run(sweep, out, 3, ONE)
+    assert [trial.state for trial in log.trials if trial.number == 0] == ["done"]
+    assert all(trial.state in ("done", "stopped") for trial in log.trials)
+    first = outcome(out)
+    # The statistics were there before the first trial, and no trial wrote any.
+    began = (out / "trials" / "trial-00000.json").stat().st_mtime_ns
+    kept = [file for kind in ("teachers", "statistics") for file in (store.cache_root() / kind).rglob("*.safetensors")]
+    assert kept and all(file.stat().st_mtime_ns < began for file in kept)
+
+    log = tune.run(sweep, out, 4, ONE)  # more trials for a finished sweep
+    assert outcome(out)[:3] == first and len(log.trials) == 4
+    before = {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()}
+    tune.run(sweep, out, 4, ONE)  # nothing to do: nothing is done
+    assert before == {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()}
+
+    page.write_html(sweep, log, out / "sweep.html")
+    content = (out / "sweep.html").read_text()
+    assert "http" not in content.replace("http://www.w3.org", "") and content.count("<svg") == 3
+
+    found = best.best(out)
+    (tmp_path / "best.toml").write_text(found)
+    config = load_config(tmp_path / "best.toml")
+    chosen = sweep.objective.best(log.trials)
+    assert config.synthesis.bn_weight == chosen.values["synthesis.bn_weight"]
+    assert config.data.holdout_per_class == 0 and config.synthesis.iterations == 8
+    assert found.startswith(f"# Best of 4 trials of a sweep: trial {chosen.number}")
+    assert "# Test set, soft labels, this config in full: top-1" in found
+    runs = sorted((out / "best" / "records").iterdir())
+    times = [file.stat().st_mtime_ns for file in runs]
+    assert best.best(out) == found  # the test set is not looked at again
+    assert times == [file.stat().st_mtime_ns for file in runs]
+
+    with pytest.raises(InputError, match=r"belongs to another sweep \(differs in config.synthesis.lr, seed\)"):
+        tune.run(make(SPACE, ("synthesis.lr=0.1",), scheduler="asha", kind="optuna", seed=1), out, 4, ONE)
+
+
+def test_a_killed_sweep_goes_on_and_equals_one_that_was_not(make, start, home, tmp_path):
+    space = written(tmp_path / "killed.toml", SPACE)
+    options = ["--trials", "5", "--concurrent", "1", "--scheduler", "none", "--search", "random"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    said = finish(start(space, whole, *options))
+    assert "trial 4: top1" in said and nothing_is_left(home)
+    process = start(space, killed, *options)
+    wait_for(killed / "trials" / "trial-00002.json")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = [trial.number for trial in Log.load(killed).trials if trial.finished]
+    assert finished[:2] == [0, 1] and len(finished) < 5
+    files = {number: (killed / "trials" / f"trial-{number:05d}.json").read_bytes() for number in finished}
+    said = finish(start(space, killed, *options))
+    assert f"{len(finished)} are done" in said
+    for number, content in files.items():  # no finished trial ran again
+        assert (killed / "trials" / f"trial-{number:05d}.json").read_bytes() == content
+    assert outcome(killed) == outcome(whole)
+    assert nothing_is_left(home)  # not even what the kill left
+
+
+def test_ctrl_c_stops_a_sweep_that_listens_on_loopback_only_and_leaves_nothing(start, home, tmp_path):
+    out = tmp_path / "sweep"
+    process = start("regularization", out, "--trials", "9", "--set", "synthesis.iterations=2000")
+    wait_for(out / "trials" / "trial-00000.json")
+    addresses = listening(processes(home))
+    loopback = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}
+    assert addresses and addresses <= loopback
+    os.killpg(process.pid, signal.SIGINT)
+    said = finish(process, 75)
+    assert "the same command goes on" in said.splitlines()[-1]
+    assert nothing_is_left(home)
+
+
+def test_a_failed_trial_is_recorded_and_does_not_stop_the_sweep(make, tmp_path):
+    sweep = make("[parameters]\nipc = { grid = [1, 99999] }", kind="grid")
+    out = tmp_path / "sweep"
+    log = tune.run(sweep, out, 3, ONE)
+    states = {trial.values["ipc"]: trial for trial in log.trials}
+    assert states[1].state == states[2].state == "done"
+    assert states[99999].state == "failed"
+    assert states[99999].error.startswith("InputError: ipc = 99999: class '0' has")
+    assert "1 failed; trial" in page.summary(sweep, log)[-1]
+    assert len(page.rows(sweep, log)) == 3
+
+
+def test_a_sweep_joins_a_running_cluster_and_leaves_it_running(start, home, tmp_path, monkeypatch):
+    token = home / "token"
+    token.write_text(secrets.token_hex(32))
+    for key, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}.items():
+        monkeypatch.setenv(key, value)
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    environment = {**os.environ, "HOME": str(home / "home"), "TMPDIR": str(home / "tmp")}
+    head = ["start", "--head", "--port=0", "--include-dashboard=false", "--num-cpus=1", f"--temp-dir={home / 'r'}"]
+    began = subprocess.run(
+        [*ray, *head, "--disable-usage-stats", "--block"][:-1], env=environment, capture_output=True, text=True
+    )
+    assert began.returncode == 0, began.stdout + began.stderr
+    try:
+        address = (home / "r" / "ray_current_cluster").read_text().strip()
+        out = tmp_path / "sweep"
+        options = ["--trials", "2", "--search", "grid", "--address", address]
+        said = finish(start(written(tmp_path / "two.toml", SPACE), out, *options))
+        assert "trial 1:" in said and len(Log.load(out).trials) == 2
+        alive = subprocess.run([*ray, "status", "--address", address], env=environment, capture_output=True, text=True)
+        assert alive.returncode == 0, alive.stderr
+        said = finish(start("regularization", tmp_path / "other", *options, "--gpus", "1"), 2)
+        assert "the largest node of the cluster has none: leave --gpus out" in said
+    finally:
+        for pid in processes(home):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_the_wrong_folder_and_too_many_gpus_get_one_clear_line(make, tmp_path):
+    sweep = make(SPACE)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="is not empty and holds no sweep"):
+        tune.run(sweep, tmp_path / "full", 2, ONE)
+    with pytest.raises(InputError, match="--gpus 64: a trial asks for 64 GPUs, this machine has"):
+        tune.run(sweep, tmp_path / "new", 2, Resources(cpus=1, gpus=64))
+    with pytest.raises(InputError, match="--cpus 9999"):
+        tune.run(sweep, tmp_path / "new", 2, Resources(cpus=9999, gpus=0))
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match=r"holds no sweep \(no sweep.json\)"):
+        Log.load(tmp_path / "full")
+
+
+def test_two_processes_cannot_run_one_sweep(make, tmp_path):
+    sweep = make(SPACE)
+    (tmp_path / "sweep").mkdir()
+    with FileLock(tmp_path / "sweep" / ".lock"), pytest.raises(InputError, match="another process is running"):
+        tune.run(sweep, tmp_path / "sweep", 2, ONE)
+
+
+def test_unknown_choices_offer_the_nearest(make):
+    for options, message in (
+        ({"objective": "topl"}, "did you mean 'top1'"),
+        ({"kind": "optun"}, "did you mean 'optuna'"),
+        ({"scheduler": "ahsa"}, "did you mean 'asha'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(SPACE, **options)
+
+
+def test_a_damaged_trial_is_named(make, tmp_path):
+    log = Log(tmp_path / "sweep")
+    with log.held(make(SPACE).identity()):
+        log.write(tune.Trial(0, {}))
+    (log.path / "trials" / "trial-00000.json").write_text(json.dumps({"nonsense": 1}))
+    with pytest.raises(WmddError, match=r"trial-00000.json: is no trial of this version; delete it"):
+        Log.load(log.path)
+
+
+def test_savings_are_told_only_where_there_are_some():
+    done = tune.Trial(0, {}, "done", [{"seconds": 10.0}])
+    stopped = tune.Trial(1, {}, "stopped", [{"seconds": 2.0}])
+    assert savings([done]) is None
+    assert savings([done, stopped, stopped]) == (2, 14.0, 30.0)

@@ -1,0 +1,167 @@
+"""What a trial does, without Ray."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sweeps import trial
+from sweeps.objective import OBJECTIVES
+from wmdd import distill, statistics, student, teacher
+from wmdd.data import load_dataset, quantise
+from wmdd.distributed import ALONE, ranks
+from wmdd.errors import InputError
+from wmdd.rundir import RunFolder, plan
+from wmdd.validation import Validation
+
+SPACE = "[parameters]\nsynthesis.bn_weight = { loguniform = [0.1, 1000.0] }"
+
+
+def prepared(sweep):
+    return trial.prepare(trial.Plan(sweep.config, sweep.space.budget, sweep.objective), lambda: False)
+
+
+def reports(settled, values=None):
+    found = []
+    trial.run(settled, values or {}, found.append)
+    return found
+
+
+def test_teacher_and_statistics_are_computed_once_for_all_trials(make, monkeypatch):
+    sweep = make(SPACE, ("teacher.seed=77",))  # no other test has put this teacher into the store
+    trained, measured = [], []
+    make_teacher, compute = teacher._make, statistics._compute
+
+    def count_teachers(*arguments, **options):
+        trained.append(1)
+        return make_teacher(*arguments, **options)
+
+    def count_classes(config, dataset, model, here, classes, advance):
+        measured.extend(classes)
+        return compute(config, dataset, model, here, classes, advance)
+
+    monkeypatch.setattr(teacher, "_make", count_teachers)
+    monkeypatch.setattr(statistics, "_compute", count_classes)
+    settled = prepared(sweep)
+    for weight in (1.0, 10.0, 100.0):
+        reports(settled, {"synthesis.bn_weight": weight})
+    assert len(trained) == 1
+    assert sorted(measured) == [0, 1, 2, 3]
+
+
+def test_a_trial_reports_at_its_rungs_and_is_measured_on_the_holdout(make):
+    sweep = make(SPACE)
+    found = reports(prepared(sweep))
+    assert [(report["rung"], report["iteration"]) for report in found] == [(1, 2), (2, 4), (3, 8)]
+    assert len(found[0]["seeds"]) == 1 and len(found[2]["seeds"]) == 2
+    # 40 images of each of 4 digits: accuracies are multiples of 1/160, as those of the test set (about 45 each) are not
+    assert all((top1 * 160) % 1 == pytest.approx(0, abs=1e-9) for top1 in found[2]["seeds"])
+    assert found == [{**report, "seconds": report["seconds"]} for report in found]
+
+
+def test_a_trial_in_stages_ends_with_the_images_of_a_whole_run(make, tmp_path):
+    settled = prepared(make(SPACE, ("synthesis.classes_per_group=2",)))
+    config = settled.proxy({})
+    with ranks(config.compute) as here:
+        dataset = load_dataset(config.data)
+        validation = Validation(config, dataset, here)
+        model = teacher.obtain(config, dataset, validation, here, lambda: False)
+        bench = trial.Bench(config, dataset, validation, model, here)
+        stages = trial._Synthesis(bench, lambda: False)
+        for iteration in (2, 4, 8):
+            stages.advance_to(iteration)
+        job = distill.Job(config, dataset, model, here, RunFolder(tmp_path), lambda: False)
+        method = distill.check(config, dataset)
+        (block,) = plan(config, len(dataset.classes))
+        found = dict(statistics.measure(config, dataset, model, here, block.classes))
+        whole = [
+            distill.optimise(job, method, distill.prepare(job, method, group, found)).images for group in block.groups
+        ]
+        assert torch.equal(stages.images().images, quantise(torch.cat(whole), config.data))
+
+
+def test_a_seeded_trial_repeats(make):
+    settled = prepared(make(SPACE))
+    first, second = reports(settled, {"synthesis.bn_weight": 5.0}), reports(settled, {"synthesis.bn_weight": 5.0})
+    timeless = [
+        [{key: value for key, value in report.items() if "seconds" not in key} for report in found]
+        for found in (first, second)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_budget_scales_what_the_values_say(make):
+    sweep = make(
+        "[parameters]\nsynthesis.iterations = { int = [10, 100] }",
+        budget={"iterations": 0.5, "student_epochs": 3, "classes": 2},
+    )
+    proxy = prepared(sweep).proxy({"synthesis.iterations": 60})
+    assert proxy.synthesis.iterations == 30
+    assert proxy.student.epochs == 3
+    assert len(proxy.data.classes) == 2
+    assert proxy.data.holdout_per_class == 40
+
+
+@pytest.mark.parametrize("name", ["lrs", "w2", "time"])
+def test_every_objective_is_reported_at_every_rung(make, name):
+    sweep = make(SPACE, ("labels.regimes=['hard','soft']",), objective=name)
+    found = reports(prepared(sweep))
+    assert all(report[OBJECTIVES[name].key] > 0 for report in found)
+    assert "top1" in found[-1]
+
+
+def test_the_label_robust_score_is_that_of_dd_ranking():
+    # α = 0 gives (1 − 1/e) / (e − 1/e); the best score, α = 1, is 1
+    assert trial.label_robust_score(0.5, 0.5, 0.5, 0.5) == pytest.approx(0.26894, abs=1e-5)
+    assert trial.label_robust_score(1.0, 1.0, 0.0, 0.0) == pytest.approx(1.0)
+
+
+def test_lrs_needs_both_kinds_of_labels(make):
+    with pytest.raises(InputError, match="needs both kinds of labels"):
+        make(SPACE, objective="lrs")
+
+
+def test_a_budget_of_more_classes_than_there_are_is_refused(make):
+    with pytest.raises(InputError, match="the config has 4 classes"):
+        prepared(make(SPACE, budget={"classes": 5}))
+
+
+def test_images_count_by_their_weights_in_a_student_that_is_told_so():
+    class Batch:
+        images, partners, share = torch.tensor([0, 1, 2]), torch.tensor([2, 0, 1]), 0.75
+
+    torch.manual_seed(0)
+    logits, classes = torch.randn(3, 4), torch.tensor([0, 1, 1])
+    even = torch.ones(3)
+    plain = student._hard_loss(logits, classes, Batch, ALONE)
+    assert student._hard_loss(logits, classes, Batch, ALONE, even) == pytest.approx(plain.item(), rel=1e-6)
+    wanted = torch.randn(3, 4)
+    plain = student._soft_loss(logits, wanted, 4.0)
+    assert student._soft_loss(logits, wanted, 4.0, even) == pytest.approx(plain.item(), rel=1e-5)
+    # an image of weight 2 counts as two of weight 1
+    twice = torch.cat([torch.arange(3), torch.tensor([0])])
+    assert student._soft_loss(logits, wanted, 4.0, torch.tensor([2.0, 1, 1])) == pytest.approx(
+        student._soft_loss(logits[twice], wanted[twice], 4.0).item(), rel=1e-5
+    )
+
+
+def test_images_count_alike_in_the_moments_where_the_config_says_so(make):
+    settled = prepared(make(SPACE, ("barycenter.weights=free", "ipc=4")))
+    uneven = {}
+    for weighted in (True, False):
+        config = trial.apply(settled.proxy({}), {"synthesis.bn_weighted": weighted}, "the test")
+        with ranks(config.compute) as here:
+            dataset = load_dataset(config.data)
+            bench = trial._open(config, dataset, here, lambda: False)
+            group = trial._Synthesis(bench, lambda: False)._groups[0]
+        uneven[weighted] = bool((group.target.weights - 0.25).abs().max() > 1e-3)
+        assert (group.weights - 0.25).abs().max() > 1e-3  # the set keeps its weights
+    assert uneven == {True: True, False: False}
+
+
+def test_the_plan_can_be_sent_to_another_process(make):
+    import pickle
+
+    settled = prepared(make(SPACE))
+    assert pickle.loads(pickle.dumps(settled)) == settled  # noqa: S301
+    assert replace(settled, classes=None) == settled
