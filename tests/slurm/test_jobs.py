@@ -1,0 +1,97 @@
+"""What a task does by itself.  Needs no cluster."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm import jobs, scheduler
+from slurm.history import Marks, marks
+from slurm.jobs import Attempt, Task, versions
+from wmdd import pipeline
+from wmdd.config import Config
+from wmdd.errors import Interrupted, WmddError
+
+
+def task(config: Config, folder: Path, **changes: object) -> Task:
+    settings = {"max_restarts": 3, "requeue": True, "versions": versions()} | changes
+    return Task(config.model_dump(mode="json"), str(folder), "distill", (0,), {}, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Pretend to be local rank 1 of the second of two tasks of a job on one node."""
+    places = {
+        "SLURM_JOB_ID": "9",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    for key, value in (places | {"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path)}).items():
+        monkeypatch.setenv(key, value)
+    for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(key, "inherited from the shell that submitted")
+    monkeypatch.delenv("MASTER_PORT")
+    return monkeypatch
+
+
+@pytest.mark.parametrize("visible, local", [("2,3", "1"), ("3", "0")])
+def test_the_devices_that_slurm_made_visible_stay_as_they_are(
+    inside: pytest.MonkeyPatch, visible: str, local: str
+) -> None:
+    inside.setenv("CUDA_VISIBLE_DEVICES", visible)
+    name, main = jobs._join_ranks()
+    assert (name, main) == ("9", False)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    assert [os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["1", "2", local]
+
+
+def test_a_leftover_of_a_killed_start_does_not_fail_the_next(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    leftover = tmp_path / "9_1_result.pkl.save_tmp"
+    leftover.touch()
+    jobs._join_ranks()
+    assert not leftover.exists()
+
+
+def test_a_task_whose_blocks_are_whole_never_imports_torch(digits: Config, tmp_path: Path) -> None:
+    whole = task(digits, tmp_path / "run")
+    assert not whole.is_whole()
+    pipeline.run(digits, tmp_path / "run", share=pipeline.Share(("teacher", "distill")))
+    program = f"import sys; from slurm.jobs import Task; print(({whole!r}).is_whole(), 'torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["True", "False"]
+    (tmp_path / "run" / "baselines" / "random" / "blocks" / "block-00000.json").unlink()
+    assert not whole.is_whole()
+
+
+def test_another_interpreter_or_version_is_refused(digits: Config, tmp_path: Path) -> None:
+    with pytest.raises(WmddError, match=r"submitted by Python and wmdd 3\.9 0\.0, started by 3\."):
+        task(digits, tmp_path, versions=("3.9", "0.0"))()
+
+
+def test_who_comes_back_and_how_often(digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Interrupted("checkpointed")
+    answers = {"squeue": "RUNNING\n", "scontrol": ""}
+    monkeypatch.setattr(scheduler, "call", lambda program, *rest: answers[program])
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert task(digits, tmp_path)._come_back(stopped) == "requeued"
+    answers["squeue"] = "COMPLETING\n"  # SLURM is cancelling or requeueing it
+    assert task(digits, tmp_path)._come_back(stopped) == "stopped"
+    with pytest.raises(WmddError, match="came back 2 times"):
+        task(digits, tmp_path, max_restarts=2)._come_back(stopped)
+    with pytest.raises(WmddError, match="requeue = false"):
+        task(digits, tmp_path, requeue=False)._come_back(stopped)
+
+
+def test_the_names_of_attempts_are_their_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Attempt.begin(tmp_path, "4711_3").end("requeued")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = Attempt.begin(tmp_path, "4711_3")
+    assert marks(tmp_path)["4711_3"] == Marks(starts=2, last=None, seconds=0)
+    second.begun -= 70
+    second.end("done")
+    assert marks(tmp_path) == {"4711_3": Marks(starts=2, last="done", seconds=70)}
