@@ -5,11 +5,19 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from wmdd.errors import WmddError
+from filelock import FileLock, Timeout
+
+from wmdd.errors import Interrupted, WmddError
+
+T = TypeVar("T")
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up"}
 
@@ -46,9 +54,9 @@ def read_json(path: Path) -> Any:
         WmddError: the file is absent or is not JSON; the message names it.
     """
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise WmddError(f"{path}: no such file") from error
+        return json.loads(_patiently(path.read_bytes))
+    except OSError as error:
+        raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WmddError(f"{path}: is not whole JSON ({error})") from error
 
@@ -73,17 +81,69 @@ def read_tensors(path: Path) -> dict[str, Any]:
     import safetensors.torch
 
     try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError as error:
-        raise WmddError(f"{path}: no such file") from error
-    except (safetensors.SafetensorError, OSError) as error:
+        return safetensors.torch.load(_patiently(path.read_bytes))
+    except OSError as error:
+        raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+    except safetensors.SafetensorError as error:
         raise WmddError(f"{path}: is not a whole safetensors file ({error})") from error
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        WmddError: the file cannot be read.
+    """
+
+    def hashed() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    try:
+        return _patiently(hashed)
+    except OSError as error:
+        raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def locked(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold a lock file: of the processes of one machine one works at a time.
+
+    The kernel frees the lock of a process that dies.  Where the file system knows no locks nobody waits: work may then
+    be done twice, which writes the same bytes.
+
+    Raises:
+        Interrupted: a stop was requested while another process held the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive its owner on another machine
+    while True:
+        try:
+            lock.acquire(timeout=0.5)
+            break
+        except Timeout:
+            if stop():
+                raise Interrupted(f"stopped while another process holds {path}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise WmddError(f"{path}: cannot be locked: {error.strerror}") from error
+            break
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """Read again, a few times, when a network file system says that another machine has just replaced the file."""
+    for pause in (0.05, 0.2, 1.0):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            time.sleep(pause)
+    return read()
 
 
 def digest(value: Any) -> str:

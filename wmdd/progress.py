@@ -15,7 +15,7 @@ from wmdd.files import read_json, write_json
 from wmdd.rundir import RunFolder
 
 _EVERY = 5.0
-"""Seconds between two writes; a stage that begins is written at once."""
+"""Seconds between two writes; a change of stage is written at once."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class _Writer:
 
     def observe(self, title: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
-        begins = title not in self._stages
+        turned = title != self._last[0]
         begun, first = self._stages.setdefault(title, (now, done))
         self._last = (title, done, total, unit)
-        if begins or now - self._written > _EVERY:
+        if turned or now - self._written > _EVERY:
             rate = (done - first) / (now - begun) if now > begun else 0.0
             self._write(rate, "")
 

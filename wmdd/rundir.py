@@ -9,17 +9,15 @@ RUN/baselines/METHOD/            a run folder of its own
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from wmdd.config import Config
-from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.files import digest, read_json, sha256, write_json
+from wmdd.errors import InputError, WmddError
+from wmdd.files import digest, locked, read_json, sha256, write_json
 
 
 @dataclass(frozen=True)
@@ -85,30 +83,9 @@ class RunFolder:
         """Return the checkpoint of a group in synthesis."""
         return self.path / "groups" / f"group-{group:05d}.checkpoint.safetensors"
 
-    @contextmanager
-    def locked(self, name: str, stop: Callable[[], bool]) -> Iterator[None]:
-        """Hold a lock of this run: of two processes on one machine one works, the other waits and finds it done.
-
-        The kernel frees the lock of a process that dies.  Where the file system knows no locks, work may be done twice,
-        which writes the same bytes.
-
-        Raises:
-            Interrupted: a stop was requested while another process held the lock.
-        """
-        path = self.path / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        while True:
-            try:
-                lock.acquire(timeout=0.5)
-                break
-            except Timeout:
-                if stop():
-                    raise Interrupted(f"stopped while another process works on {name}") from None
-        try:
-            yield
-        finally:
-            lock.release()
+    def locked(self, name: str, stop: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Hold a lock of this run (``files.locked``): one process works on a thing, others wait and find it done."""
+        return locked(self.path / "locks" / name, stop)
 
     def bind(self, config: Config, data: str) -> None:
         """Bind the folder to a config and a data set, or check that it is bound to these.

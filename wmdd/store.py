@@ -7,12 +7,8 @@ It lies below ``WMDD_CACHE``, by default in the user's cache folder.
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock
 
 from wmdd.errors import InputError
 
@@ -50,17 +46,6 @@ def folder(kind: str, key: str) -> Path:
     except OSError as error:
         raise InputError(f"{path}: cannot be made: {error.strerror}; set WMDD_CACHE to a folder of yours") from None
     return path
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a folder: one process of this machine makes an entry, the others wait and read it.
-
-    The kernel frees the lock of a process that dies.  Across machines two may do the same work; their files are whole
-    and equal, so the later rename does no harm.
-    """
-    with FileLock(path / ".lock"):
-        yield
 
 
 def entries() -> list[Entry]:

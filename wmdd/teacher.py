@@ -18,7 +18,7 @@ from wmdd.console import progress, say
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, Team, generator, seed_of
 from wmdd.errors import Interrupted, WmddError
-from wmdd.files import digest, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from wmdd.files import digest, locked, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
 from wmdd.networks import FrozenNetwork
 from wmdd.validation import Validation, decode_all
 
@@ -43,7 +43,7 @@ def obtain(config: Config, dataset: Dataset, validation: Validation, ranks: Rank
     """
     folder, origin = _entry(config, dataset)
     file, facts = folder / "teacher.safetensors", folder / "teacher.json"
-    with store.locked(folder) if ranks.main else nullcontext():
+    with locked(folder / ".lock", stop) if ranks.main else nullcontext():
         if ranks.agree(not _whole(file, facts)):
             _make(config, dataset, validation, ranks, folder, origin, stop)
         ranks.barrier()

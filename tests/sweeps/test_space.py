@@ -3,7 +3,7 @@
 import pytest
 
 from sweeps.objective import objective_of
-from sweeps.space import load_space, space_names
+from sweeps.spacefile import load_space, space_names
 from wmdd.config import load_config, preset_names
 from wmdd.errors import InputError
 

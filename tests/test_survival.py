@@ -1,0 +1,255 @@
+"""Runs survive: races, damage, full disks, file systems that misbehave, signals and kills."""
+
+import errno
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import kill_runs
+import pytest
+from conftest import TINY, blocks_of
+from PIL import Image
+
+from wmdd import cli, console, files, pipeline
+from wmdd.config import Config, load_config
+from wmdd.distilled import DistilledSet
+from wmdd.errors import WmddError
+from wmdd.rundir import RunFolder
+
+fork = multiprocessing.get_context("fork")
+DISTIL = pipeline.Share(("teacher", "distill"))
+
+
+@pytest.fixture
+def blocked(tiny: Config) -> Config:
+    """Return a run of 4 blocks of one class each."""
+    synthesis = tiny.synthesis.model_copy(update={"classes_per_group": 1, "iterations": 60})
+    return tiny.model_copy(update={"blocks": 4, "synthesis": synthesis})
+
+
+def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
+    """The small edition of ``tests/kill_runs.py``, which tells how to kill 50 times."""
+    import random
+
+    config, rng, hits = load_config("digits", kill_runs.SETTINGS), random.Random(1), Counter[str]()
+    kill_runs.kill(config, tmp_path / "whole", tmp_path / "whole-store", 0, rng, hits)
+    kills = kill_runs.kill(config, tmp_path / "killed", tmp_path / "killed-store", 5, rng, hits)
+    found, expected = kill_runs.outcome(tmp_path / "killed"), kill_runs.outcome(tmp_path / "whole")
+    assert kills >= 3 and found.differences(expected) == []
+
+
+def test_two_processes_on_one_run_do_each_block_once(blocked: Config, tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        with open(tmp_path / f"log-{number}", "w") as log:
+            console.console.file = log
+            pipeline.run(blocked, tmp_path / "run")
+
+    processes = [fork.Process(target=work, args=(number,)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    lines = [line for number in range(2) for line in (tmp_path / f"log-{number}").read_text().splitlines()]
+    done = Counter(line for line in lines if line.startswith("wmdd, block") and line.endswith("..."))
+    assert done == {f"wmdd, block {block}: 60 iterations ...": 1 for block in range(4)}
+    pipeline.run(blocked, tmp_path / "alone", share=DISTIL)
+    assert blocks_of(tmp_path / "run") == blocks_of(tmp_path / "alone")
+
+
+def test_a_truncated_sidecar_or_manifest_is_named_and_rebuilt(
+    blocked: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.run(blocked, tmp_path / "run", share=DISTIL)
+    before, folder = blocks_of(tmp_path / "run"), RunFolder(tmp_path / "run")
+    folder.merge()
+    for path in (folder.sidecar_file(2), tmp_path / "run" / "manifest.json"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(WmddError, match="these are missing: 2"):
+        DistilledSet.load(tmp_path / "run")
+    pipeline.run(blocked, tmp_path / "run", share=DISTIL)
+    assert f"{folder.sidecar_file(2)}: is not a whole sidecar" in capfd.readouterr().err
+    assert blocks_of(tmp_path / "run") == before
+
+
+def failing(call: Callable[..., Any], code: int, when: Callable[..., bool], times: int = 10**6) -> Callable[..., Any]:
+    """Return ``call`` with an injected operating-system error."""
+    left = iter(range(times))
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if when(*arguments) and next(left, None) is not None:
+            raise OSError(code, os.strerror(code))
+        return call(*arguments, **options)
+
+    return called
+
+
+def test_a_file_system_without_locks_still_runs(
+    blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", failing(fcntl.flock, errno.ENOSYS, lambda *_: True))
+    pipeline.run(blocked, tmp_path / "run", share=DISTIL)
+    assert len(DistilledSet.load(tmp_path / "run")) == 8
+
+
+def test_a_stale_file_handle_is_read_again_and_a_lasting_one_is_named(
+    blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run(blocked, tmp_path / "run", share=DISTIL)
+    sidecars = RunFolder(tmp_path / "run").sidecar_file(0)
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", failing(read, errno.ESTALE, lambda path: path == sidecars, times=2))
+    assert len(DistilledSet.load(tmp_path / "run")) == 8
+    monkeypatch.setattr(Path, "read_bytes", failing(read, errno.ESTALE, lambda path: path == sidecars))
+    with pytest.raises(WmddError, match="these are missing: 0"):
+        DistilledSet.load(tmp_path / "run")
+    with pytest.raises(WmddError, match="cannot be read: Stale file handle"):
+        files.read_json(sidecars)
+
+
+def test_a_used_up_quota_is_told_and_costs_no_finished_block(
+    blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, synced = os.fsync, iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(fsync, errno.EDQUOT, lambda *_: next(synced) > 12))
+        with pytest.raises(WmddError, match="the disk quota is used up; what was finished before is kept"):
+            pipeline.run(blocked, tmp_path / "run", share=DISTIL)
+    assert not list(tmp_path.rglob("*.tmp"))
+    finished = sorted((tmp_path / "run" / "blocks").glob("*.safetensors"))
+    assert 0 < len(finished) < 4
+    times = [path.stat().st_mtime_ns for path in finished]
+    pipeline.run(blocked, tmp_path / "run", share=DISTIL)
+    assert times == [path.stat().st_mtime_ns for path in finished]
+    assert len(DistilledSet.load(tmp_path / "run")) == 8
+
+
+def test_slow_reads_lose_nothing(blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+
+    def slowly(path: Path) -> bytes:
+        time.sleep(0.02)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", slowly)
+    pipeline.run(blocked, tmp_path / "run", share=DISTIL)
+    assert len(DistilledSet.load(tmp_path / "run")) == 8
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder on a file system of 200 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", place], check=False)  # noqa: S607
+    if mounted.returncode:
+        pytest.skip("a tmpfs cannot be mounted here: needs root")
+    yield place
+    subprocess.run(["umount", place], check=True)  # noqa: S607
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
+    blocked: Config, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = blocked.model_copy(update={"data": blocked.data.model_copy(update={"resolution": 128})})
+    big = big.model_copy(update={"compute": big.compute.model_copy(update={"checkpoint_seconds": 1e6})})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))  # else it is refused at once
+    with pytest.raises(WmddError, match="no space left on the device"):
+        pipeline.run(big, small_disk / "run", share=DISTIL)
+    finished = {path: path.read_bytes() for path in (small_disk / "run" / "blocks").glob("*.safetensors")}
+    assert 0 < len(finished) < 4
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)  # noqa: S607
+    pipeline.run(big, small_disk / "run", share=DISTIL)
+    assert all(path.read_bytes() == content for path, content in finished.items())
+    assert len(DistilledSet.load(small_disk / "run")) == 8
+
+
+def test_a_signal_in_mid_synthesis_checkpoints_and_exits_75(tmp_path: Path) -> None:
+    settings = [*TINY, "synthesis.iterations=3000", "compute.checkpoint_seconds=0.3", "student.baselines=[]"]
+    words = ["wmdd", "run", "digits", "--out", str(tmp_path / "run")]
+    words += [word for value in settings for word in ("--set", value)]
+
+    def command() -> None:
+        sys.argv = words
+        sys.stderr = open(tmp_path / "errors", "w")  # noqa: SIM115 - for the life of this process
+        cli.main()
+
+    process = fork.Process(target=command)
+    process.start()
+    groups = tmp_path / "run" / "groups"
+    while not list(groups.glob("*.checkpoint.safetensors")):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGUSR2)
+    process.join()
+    assert process.exitcode == 75
+    assert "checkpointed at iteration" in (tmp_path / "run" / "progress" / "run.json").read_text()
+    pipeline.run("digits", tmp_path / "run", settings)
+    pipeline.run("digits", tmp_path / "whole", settings)
+    assert blocks_of(tmp_path / "run") == blocks_of(tmp_path / "whole")
+    assert not list((tmp_path / "run" / "progress").iterdir())
+
+
+def peak_of(work: Callable[[], None]) -> float:
+    """Return the peak memory of a process that does ``work``, in MB."""
+    results = fork.SimpleQueue()
+
+    def member() -> None:
+        work()
+        results.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    process = fork.Process(target=member)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return float(results.get())
+
+
+def test_memory_is_bounded_by_a_group_and_not_by_the_number_of_classes(tmp_path: Path) -> None:
+    for index in range(1000):
+        for split, count in (("train", 3), ("val", 1)):
+            place = tmp_path / "data" / split / f"class-{index:04d}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                colour = (index % 256, 40 * number, index // 4)
+                Image.new("RGB", (64, 64), colour).save(place / f"{number}.jpg")
+    settings = [
+        "data.source=folder",
+        f"data.root={tmp_path / 'data'}",
+        "data.resolution=64",
+        "teacher.network=convnet4x16",
+        "teacher.epochs=1",
+        "teacher.batch_size=100",
+        "statistics.batch_size=3",
+        "synthesis.iterations=1",
+        "synthesis.classes_per_group=10",
+        "barycenter.starts=1",
+        "compute.workers=0",
+        "student.baselines=[]",
+        "ipc=2",
+    ]
+
+    def run(classes: int, blocks: int) -> float:
+        words = [*settings, f"data.classes={classes}", f"blocks={blocks}"]
+        load = load_config("tiny-imagenet", words)
+        peak = peak_of(lambda: pipeline.run(load, tmp_path / f"run-{classes}", share=DISTIL) and None)  # type: ignore[func-returns-value]
+        assert len(DistilledSet.load(tmp_path / f"run-{classes}")) == 2 * classes
+        return peak
+
+    few, many = run(100, 5), run(1000, 50)
+    images = 3000 * 3 * 64 * 64 / 2**20
+    print(f"peak memory: {few:.0f} MB for 100 classes, {many:.0f} MB for 1,000 in 50 blocks")
+    # The teacher's training holds the decoded images; beyond these nothing grows with the number of classes.
+    assert many - few < images + 60
