@@ -14,7 +14,8 @@ from sweeps.log import Log, Report, Trial
 from sweeps.objective import Objective
 from sweeps.space import Budget
 from sweeps.values import Values
-from wmdd import console
+from wmdd import console, store
+from wmdd.errors import WmddError
 
 _TIME = "share"
 """What ASHA counts: the share of its own iterations that a trial has done, in units of the first report."""
@@ -25,6 +26,8 @@ def work(config: dict[str, Any], plan: trial.Plan) -> None:
     from ray import tune
 
     console.quiet = True
+    if not store.cache_root().is_dir():
+        raise WmddError(f"{store.cache_root()}: is not on this node; set WMDD_CACHE to a folder that all nodes share")
     scale = plan.budget.reduction
 
     def report(measured: Report) -> None:

@@ -33,7 +33,8 @@ def run(
     objective: Annotated[str, typer.Option(help="top1, lrs, w2 or time; all on the hold-out.")] = "top1",
     seed: Annotated[int, typer.Option(help="Of the search.", min=0)] = 0,
     gpus: Annotated[
-        float | None, typer.Option(help="GPUs of a trial, such as 0.25; all of one by default if there is one.", min=0)
+        float | None,
+        typer.Option(help="GPUs of a trial, such as 0.25; 0 for CPUs only; 1 by default where there is one.", min=0),
     ] = None,
     cpus: Annotated[float | None, typer.Option(help="CPUs of a trial; compute.threads by default.", min=0.1)] = None,
     concurrent: Annotated[
@@ -49,7 +50,7 @@ def run(
 
     sweep = tune.resolve(config, override or [], space, _budget(budget or []), objective, search, scheduler, seed)
     if gpus is None:
-        gpus = _default_gpus(sweep.config.compute.device, address)
+        gpus = _default_gpus(sweep.config.compute.device)
     place = out or Path("runs") / f"{sweep.config.name}-{Path(space).stem}"
     resources = Resources(cpus or sweep.config.compute.threads, gpus, concurrent)
     log = tune.run(sweep, place, trials, resources, address)
@@ -71,10 +72,10 @@ def _budget(given: list[str]) -> dict[str, object]:
     return found
 
 
-def _default_gpus(device: str, address: str | None) -> float:
+def _default_gpus(device: str) -> float:
     import torch
 
-    return 1.0 if device != "cpu" and address is None and torch.cuda.is_available() else 0.0
+    return 1.0 if device != "cpu" and torch.cuda.is_available() else 0.0
 
 
 @app.command(epilog="Example:  wmdd sweep show runs/digits-regularization --html digits.html")

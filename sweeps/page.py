@@ -140,7 +140,7 @@ def write_html(sweep: Sweep, log: Log, path: Path) -> None:
     """
     import jinja2
 
-    shown = [trial for trial in log.trials if sweep.objective.key in trial.last]
+    shown = [trial for trial in log.trials if trial.state in ("done", "stopped")]
     rung, count, importance = search.importances(sweep.space, sweep.objective, log.trials)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((resources.files("sweeps") / "templates" / "sweep.html.j2").read_text())
@@ -155,7 +155,9 @@ def write_html(sweep: Sweep, log: Log, path: Path) -> None:
         importance_rung=rung,
         importance_count=count,
         responses=[plots.response(parameter, shown, sweep.objective) for parameter in sweep.space.parameters],
-        parallel=plots.parallel(sweep.space.parameters, shown, sweep.objective) if len(shown) > 1 else "",
+        parallel=plots.parallel(sweep.space.parameters, shown, sweep.objective)
+        if any(trial.state == "done" for trial in shown)
+        else "",
         identity={key: value for key, value in log.identity.items() if key in ("space", "search", "scheduler", "seed")},
         provenance={key: value for key, value in log.identity["provenance"].items() if value not in (None, "")},
         failed=[(trial.number, trial.error) for trial in log.trials if trial.state == "failed"],

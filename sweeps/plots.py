@@ -14,22 +14,35 @@ from sweeps.values import show
 _COLOURS = {"ink": "#100001", "accent": "#100002", "quiet": "#100003", "line": "#100004", "page": "#100005"}
 """Stand-ins, replaced by the page's own colours: plots are legible in light and in dark."""
 
+_STOPPED = -0.15
+"""Height at which the lines of stopped trials end."""
+
 
 def response(parameter: Parameter, trials: Sequence[Trial], objective: Objective) -> str:
-    """Return the objective over one key: finished trials filled, with their interval; stopped ones hollow."""
+    """Return the objective over one key: finished trials with their interval; stopped ones hollow, on the axis.
+
+    What a stopped trial reached, by a shorter student on unfinished images, is no point of this curve.
+    """
     with _figure(f"response-{parameter.key}", (3.4, 2.5)) as drawing:
         axes = drawing.figure.add_subplot()
         for trial in trials:
-            if parameter.key not in trial.values or objective.key not in trial.last:
+            if parameter.key not in trial.values:
                 continue
-            x, y = _place(parameter, trial.values[parameter.key]), _scaled(objective, trial.last[objective.key])
+            x = _place(parameter, trial.values[parameter.key])
+            if trial.state != "done":
+                style: dict[str, Any] = {
+                    "markeredgecolor": _COLOURS["quiet"],
+                    "markerfacecolor": _COLOURS["page"],
+                    "clip_on": False,
+                }
+                axes.plot(x, 0, "o", transform=axes.get_xaxis_transform(), markersize=5, zorder=3, **style)
+                continue
             colour = _COLOURS["accent" if trial.number == 0 else "ink"]
+            y = _scaled(objective, trial.last[objective.key])
             spread = seeds_of(trial) if objective.key == "top1" else None
             if spread is not None and spread.n > 1:
                 axes.errorbar(x, y, 100 * spread.half_width, color=colour, elinewidth=0.8, alpha=0.5)
-            face = colour if trial.state == "done" else _COLOURS["page"]
-            marker = "D" if trial.number == 0 else "o"
-            axes.plot(x, y, marker, markersize=5, markeredgecolor=colour, markerfacecolor=face, zorder=3)
+            axes.plot(x, y, "D" if trial.number == 0 else "o", markersize=5, color=colour, zorder=3)
         _scale(axes.xaxis, parameter)
         axes.set_xlabel(parameter.key)
         axes.set_ylabel(_unit(objective))
@@ -37,31 +50,39 @@ def response(parameter: Parameter, trials: Sequence[Trial], objective: Objective
 
 
 def parallel(parameters: Sequence[Parameter], trials: Sequence[Trial], objective: Objective) -> str:
-    """Return every trial as a line over all keys and the objective; the best third in the accent colour."""
-    shown = [trial for trial in trials if objective.key in trial.last]
-    worth = [_scaled(objective, trial.last[objective.key]) for trial in shown]
-    low, high = min(worth), max(worth)
-    order = sorted(worth, reverse=objective.direction == "maximize")
+    """Return every trial as a line over all keys and the objective; the best third in colour, stopped ones dotted."""
+    worth = {trial.number: _scaled(objective, trial.last[objective.key]) for trial in trials if trial.state == "done"}
+    low, high = min(worth.values()), max(worth.values())
+    order = sorted(worth.values(), reverse=objective.direction == "maximize")
     cut = order[(len(order) - 1) // 3]
-    with _figure("parallel", (max(6.0, 1.5 * (len(parameters) + 1)), 3.2)) as drawing:
+    with _figure("parallel", (max(6.0, 1.5 * (len(parameters) + 1)), 2.8)) as drawing:
         axes = drawing.figure.add_subplot()
-        for trial, value in zip(shown, worth, strict=True):
+        for trial in trials:
             heights = [_height(parameter, trial.values.get(parameter.key)) for parameter in parameters]
-            heights.append((value - low) / (high - low) if high > low else 0.5)
-            good = value >= cut if objective.direction == "maximize" else value <= cut
-            style = "-" if trial.state == "done" else ":"
-            colour = _COLOURS["accent" if good else "quiet"]
+            value = worth.get(trial.number)
+            if value is None:
+                heights.append(_STOPPED)
+                good = False
+            else:
+                heights.append((value - low) / (high - low) if high > low else 0.5)
+                good = value >= cut if objective.direction == "maximize" else value <= cut
+            style, colour = ":" if value is None else "-", _COLOURS["accent" if good else "quiet"]
             axes.plot(range(len(heights)), heights, style, color=colour, alpha=0.9 if good else 0.45, linewidth=1.4)
-        for position, parameter in enumerate(parameters):
+        last = len(parameters)
+        for position in range(last + 1):
             axes.axvline(position, color=_COLOURS["line"], linewidth=1, zorder=0)
-            for value in _ticks(parameter):
-                axes.text(position + 0.03, _height(parameter, value), show(value), color=_COLOURS["ink"], fontsize=8)
-        axes.axvline(len(parameters), color=_COLOURS["line"], linewidth=1, zorder=0)
-        for height, value in ((0.0, low), (1.0, high)):
-            axes.text(len(parameters) + 0.03, height, f"{value:.4g}", color=_COLOURS["ink"], fontsize=8)
+        labels = [
+            (position, _height(parameter, value), show(value))
+            for position, parameter in enumerate(parameters)
+            for value in _ticks(parameter)
+        ]
+        labels += [(last, 0.0, f"{low:.4g}"), (last, 1.0, f"{high:.4g}")] if high > low else [(last, 0.5, f"{low:.4g}")]
+        labels += [(last, _STOPPED, "stopped")] if len(worth) < len(trials) else []
+        for position, height, text in labels:
+            axes.text(position + 0.03, height, text, color=_COLOURS["ink"], fontsize=8, verticalalignment="center")
         names = [parameter.key.replace(".", ".\n") for parameter in parameters]
-        axes.set_xticks(range(len(parameters) + 1), [*names, _unit(objective)])
-        axes.set_xlim(-0.1, len(parameters) + 0.4)
+        axes.set_xticks(range(last + 1), [*names, _unit(objective)])
+        axes.set_xlim(-0.1, last + 0.4)
         axes.set_yticks([])
         axes.spines[["left", "bottom"]].set_visible(False)
     return drawing.svg

@@ -11,7 +11,8 @@ from sweeps import adapters, search, trial
 from sweeps.cluster import Resources, check_local, ray_session
 from sweeps.log import Log, Trial
 from sweeps.objective import Objective, objective_of, seeds_of
-from sweeps.space import Space, load_space, parse_space
+from sweeps.space import Space, apply
+from sweeps.spacefile import load_space, parse_space
 from sweeps.values import Values, show
 from wmdd import console
 from wmdd.config import Config, load_config
@@ -112,7 +113,9 @@ def run(sweep: Sweep, out: Path, trials: int, resources: Resources, address: str
         todo += range(len(log.trials), trials)
         if todo:
             _say_plan(sweep, log, todo, trials)
-            plan = trial.prepare(trial.Plan(sweep.config, sweep.space.budget, sweep.objective), stop)
+            # Ray shows a trial the GPUs it may use, and numbers them from 0.
+            placed = apply(sweep.config, {"compute.device": "auto" if resources.gpus else "cpu"}, "the sweep")
+            plan = trial.prepare(trial.Plan(placed, sweep.space.budget, sweep.objective), stop)
             _clear(out)
             try:
                 with ray_session(out, resources, address) as concurrent:
