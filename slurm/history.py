@@ -26,7 +26,7 @@ class Item:
 
     index: int
     proof: tuple[str, ...]
-    """Beginnings of paths in the run folder; the item is done when there is a file for each"""
+    """Files in the run folder; the item is done when all are there"""
     parts: tuple[str, ...] = ()
     """The same for parts of a block that are finished before the whole"""
 
@@ -102,12 +102,11 @@ class Tree:
         self._run = run
         self._known: dict[str, set[str]] = {}
 
-    def has(self, beginning: str) -> bool:
-        """Return whether a file exists whose path in the run folder is this, or begins with this and a hyphen."""
-        folder, _, name = beginning.rpartition("/")
+    def has(self, path: str) -> bool:
+        """Return whether there is a file of this path in the run folder."""
+        folder, _, name = path.rpartition("/")
         if folder not in self._known:
-            names = _listing(self._run / folder)
-            self._known[folder] = set(names) | {f"{one.rpartition('-')[0]}-" for one in names}
+            self._known[folder] = set(_listing(self._run / folder))
         return name in self._known[folder]
 
 

@@ -14,7 +14,7 @@ from slurm.history import Item, Launched
 from slurm.jobs import Task, versions
 from slurm.plan import Array, Speed
 from slurm.profile import STAGES, Profile, Stage
-from wmdd import pipeline, rundir, store
+from wmdd import evaluation, pipeline, rundir, store
 from wmdd.config import Config
 from wmdd.data import Dataset, load_dataset
 from wmdd.errors import InputError, WmddError
@@ -231,8 +231,7 @@ def _item(request: Request, stage: Stage, index: int) -> Item:
         return Item(index, tuple(proof), tuple(parts))
     if stage == "students":
         place, task = pipeline.students_of(request.config, request.folder)[index]
-        name = f"student-{task.network.replace(':', '-')}-{task.regime}-{task.seed:03d}-"
-        return Item(index, (below(place.path / "records" / name),))
+        return Item(index, (below(evaluation.record_file(place, task)),))
     return Item(index, (f"{stage}.json" if stage == "teacher" else "report.html",))
 
 

@@ -56,19 +56,20 @@ def evaluate(
                 result = student.train(config, task, distilled, teacher, validation, job, team, labels, advance, stop)
                 if team.rank == 0:
                     record = _record(config, task, result, validation, distilled, recipe)
-                    write_records(_file(folder, task), [record])
+                    write_records(record_file(folder, task), [record])
 
 
 def _name(task: Task) -> str:
     return f"student-{task.network.replace(':', '-')}-{task.regime}-{task.seed:03d}"
 
 
-def _file(folder: RunFolder, task: Task) -> Path:
+def record_file(folder: RunFolder, task: Task) -> Path:
+    """Return where the record of a student lies: one file each, written whole."""
     return folder.path / "records" / f"{_name(task)}.jsonl"
 
 
 def _done(folder: RunFolder, task: Task, protocol: str, artefact: str) -> bool:
-    file = _file(folder, task)
+    file = record_file(folder, task)
     records = read_records(file)[0] if file.exists() else []
     return any(record.protocol == protocol and record.artefact == artefact for record in records)
 

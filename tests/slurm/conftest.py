@@ -97,7 +97,7 @@ def rows(run: Path, stage: Stage = "distill") -> list[Row]:
     return [row for row in reporter.status(run).rows if row.stage == stage]
 
 
-def finish(run: Path, seconds: float = 240) -> None:
+def finish(run: Path, seconds: float = 400) -> None:
     """Wait until no task of a run may still do something."""
     wait(lambda: not reporter.status(run).active, seconds, f"{run.name} ends")
 

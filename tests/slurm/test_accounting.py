@@ -36,9 +36,9 @@ def test_accounting_knows_what_the_controller_has_forgotten(
 ) -> None:
     run = tmp_path / "run"
     job = submit(digits, run, ("teacher", "distill"), blocks=2)["distill"].job
-    wait(lambda: "images ..." in log(run, f"{job}_1_"), 90, "block 1 is at work")
+    wait(lambda: "images ..." in log(run, f"{job}_1_"), 200, "block 1 is at work")
     ask("scancel", "--signal=KILL", f"{job}_1.0")
-    finish(run, 90)
+    finish(run, 200)
     monkeypatch.setattr(scheduler, "queue", lambda jobs: {})
     wait(lambda: rows(run)[1].seconds > 0, 30, "accounting has the end of the killed task")
     found = status(run)

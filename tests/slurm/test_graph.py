@@ -45,7 +45,7 @@ def test_an_array_writes_what_a_local_run_writes_and_reports_last(cluster: Local
         return not status(run).active
 
     pipeline.run(config, local, share=pipeline.Share(("teacher", "distill")))
-    wait(watch, 240, "the graph ends")
+    wait(watch, 400, "the graph ends")
     assert blocks_of(run) == blocks_of(local), "the distilled set depends on where it was made"
     assert blocks_of(run / "baselines" / "random") == blocks_of(local / "baselines" / "random")
     assert {row.state for row in status(run).rows} == {"done"}
@@ -73,8 +73,8 @@ def test_killed_tasks_end_the_graph_and_the_next_submission_does_only_what_is_mi
     # One task at a time on a node; SLURM must not help by requeueing the one whose node dies.
     launched = submit(config, tmp_path / "run", blocks=3, using=profile(cpus_per_rank=8, requeue=False))
     run, job = tmp_path / "run", launched["distill"].job
-    wait(lambda: [row.state for row in rows(run)] == ["running"] * 3, 60, "three blocks run")
-    wait(lambda: "images ..." in log(run, f"{job}_0_"), 60, "block 0 is at work")
+    wait(lambda: [row.state for row in rows(run)] == ["running"] * 3, 120, "three blocks run")
+    wait(lambda: "images ..." in log(run, f"{job}_0_"), 120, "block 0 is at work")
     steps = ask("squeue", "-h", "-s", "-j", f"{job}_0", "-o", "%i").splitlines()
     ask("scancel", "--signal=KILL", *[step for step in steps if step.endswith(".0")])
     node = next(row.node for row in rows(run) if row.items == (1,))
@@ -82,7 +82,7 @@ def test_killed_tasks_end_the_graph_and_the_next_submission_does_only_what_is_mi
     try:
         wait(lambda: [row.over for row in rows(run)][:2] == [True, True], 20, "status says which tasks were lost")
         assert [row.state for row in rows(run)][:2] == ["killed", "node failed"]
-        finish(run, 60)
+        finish(run, 120)
         assert [(row.state, row.why) for row in rows(run, "students")] == [("cancelled", "what it waited for failed")]
         assert rows(run, "report")[0].state == "cancelled"
         assert ask("squeue", "-h") == "", "a job waits for ever"
@@ -92,7 +92,7 @@ def test_killed_tasks_end_the_graph_and_the_next_submission_does_only_what_is_mi
         before = whole.stat().st_mtime_ns
         again = submit(config, run, ("teacher", "distill"))
         assert [item.index for task in again["distill"].tasks for item in task] == [0, 1]
-        finish(run, 90)
+        finish(run, 200)
     finally:
         scontrol = shutil.which("scontrol") or ""
         # It may have come back by itself, and then refuses to be resumed.
@@ -107,11 +107,11 @@ def test_a_requeued_and_then_warned_task_goes_on_from_its_checkpoint(cluster: Lo
     config = load_config("digits", [*TINY, *LONG, "synthesis.iterations=2500", "student.baselines=[]"])
     run = tmp_path / "run"
     job = submit(config, run, ("teacher", "distill"))["distill"].job
-    wait(lambda: iteration(run) > 0, 90, "synthesis begins")
+    wait(lambda: iteration(run) > 0, 200, "synthesis begins")
     ask("scontrol", "requeue", job)
     wait(lambda: ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", 30, "the task has stopped")
     first = iteration(run)
-    wait(lambda: iteration(run) > first, 90, "synthesis goes on")
+    wait(lambda: iteration(run) > first, 200, "synthesis goes on")
     # As at the end of its time: SLURM sends this signal, and nothing else.
     ask("scancel", "--signal=USR2", job)
     pipeline.run(config, tmp_path / "local", share=pipeline.Share(("teacher", "distill")))
@@ -129,12 +129,12 @@ def test_a_time_limit_requeues_a_task_and_cancel_leaves_nothing_in_the_queue(
     run = tmp_path / "run"
     launched = submit(load_config("digits", [*TINY, *LONG]), run)
     job = launched["distill"].job
-    wait(lambda: iteration(run) > 0, 90, "synthesis begins")
+    wait(lambda: iteration(run) > 0, 200, "synthesis begins")
     ask("scontrol", "update", f"jobid={job}", "timelimit=1")
     # SLURM looks at time limits every half minute.
     wait(lambda: rows(run)[0].state == "requeued", 90, "the task puts itself back into the queue")
     reached = iteration(run)
-    wait(lambda: iteration(run) > reached, 90, "synthesis goes on")
+    wait(lambda: iteration(run) > reached, 200, "synthesis goes on")
     # A cancelled task gets the signals of a preempted one: it must not requeue itself.
     result = CliRunner().invoke(app, ["cancel", str(run)])
     assert result.exit_code == 0 and "3 tasks were cancelled" in result.output

@@ -78,7 +78,7 @@ def test_a_task_that_fails_ends_the_graph_and_says_why(cluster: LocalCluster, di
     run = tmp_path / "run"
     wrong = digits.model_copy(update={"compute": digits.compute.model_copy(update={"device": "cuda:7"})})
     launched = submit(wrong, run, blocks=1)
-    finish(run, 90)
+    finish(run, 200)
     first = status(run).rows[0]
     assert (first.state, first.why) == ("failed", "its log says why")
     assert "this machine has 0 CUDA devices" in log(run, next(iter(launched.values())).job)
