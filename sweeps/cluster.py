@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,6 +58,24 @@ def check_local(resources: Resources) -> None:
     import torch
 
     _check({"CPU": float(_cpus()), "GPU": float(torch.cuda.device_count())}, resources, "this machine has")
+
+
+def check_address(address: str) -> None:
+    """Refuse an address at which nobody listens: Ray itself would try for minutes.
+
+    Raises:
+        InputError: no cluster is there.
+    """
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return  # Ray looks for the cluster that was started on this machine
+    if not host or not port.isdigit():
+        raise InputError(f"--address {address}: expected HOST:PORT of a running Ray cluster, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--address {address}: nobody answers ({reason}); is the cluster running?") from None
 
 
 def _check(largest: Mapping[str, float], resources: Resources, who: str) -> None:

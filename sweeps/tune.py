@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sweeps import adapters, search, trial
-from sweeps.cluster import Resources, check_local, ray_session
+from sweeps.cluster import Resources, check_address, check_local, ray_session
 from sweeps.log import Log, Trial
 from sweeps.objective import Objective, objective_of, seeds_of
 from sweeps.space import Space, apply
@@ -104,6 +104,8 @@ def run(sweep: Sweep, out: Path, trials: int, resources: Resources, address: str
         raise InputError(f"--trials {trials}: a sweep has at least one trial")
     if address is None:
         check_local(resources)
+    else:
+        check_address(address)
     if sweep.search == "grid" and trials > (most := len(sweep.space.grid()) + 1):
         console.say(f"the grid has {most - 1} combinations: {most} trials with the config as it stands")
         trials = most

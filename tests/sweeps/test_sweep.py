@@ -171,16 +171,17 @@ def test_ctrl_c_stops_a_sweep_that_listens_on_loopback_only_and_leaves_nothing(s
     assert nothing_is_left(home)
 
 
-def test_a_failed_trial_is_recorded_and_does_not_stop_the_sweep(make, tmp_path):
-    sweep = make("[parameters]\nipc = { grid = [1, 99999] }", kind="grid")
-    out = tmp_path / "sweep"
-    log = tune.run(sweep, out, 3, ONE)
+def test_a_failed_trial_is_recorded_and_does_not_stop_the_sweep(start, home, tmp_path):
+    space = written(tmp_path / "failing.toml", "[parameters]\nipc = { grid = [1, 99999] }")
+    said = finish(start(space, tmp_path / "sweep", "--search", "grid", "--trials", "3", "--scheduler", "none"))
+    log = Log.load(tmp_path / "sweep")
     states = {trial.values["ipc"]: trial for trial in log.trials}
     assert states[1].state == states[2].state == "done"
     assert states[99999].state == "failed"
     assert states[99999].error.startswith("InputError: ipc = 99999: class '0' has")
-    assert "1 failed; trial" in page.summary(sweep, log)[-1]
-    assert len(page.rows(sweep, log)) == 3
+    assert "1 failed; trial" in said
+    assert len(page.rows(tune.Sweep.of(log.identity), log)) == 3
+    assert nothing_is_left(home)
 
 
 def test_a_sweep_joins_a_running_cluster_and_leaves_it_running(start, home, tmp_path, monkeypatch):
@@ -220,6 +221,10 @@ def test_the_wrong_folder_and_too_many_gpus_get_one_clear_line(make, tmp_path):
         tune.run(sweep, tmp_path / "new", 2, Resources(cpus=1, gpus=64))
     with pytest.raises(InputError, match="--cpus 9999"):
         tune.run(sweep, tmp_path / "new", 2, Resources(cpus=9999, gpus=0))
+    with pytest.raises(InputError, match="nobody answers"):
+        tune.run(sweep, tmp_path / "new", 2, ONE, "127.0.0.1:1")
+    with pytest.raises(InputError, match="expected HOST:PORT"):
+        tune.run(sweep, tmp_path / "new", 2, ONE, "cluster")
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match=r"holds no sweep \(no sweep.json\)"):
         Log.load(tmp_path / "full")
