@@ -57,6 +57,8 @@ class Marks:
     """How the last start ended: done, failed, requeued or stopped; None while it runs, or when it was killed"""
     seconds: int = 0
     """Of all starts that have ended by themselves"""
+    restarts: int = 0
+    """Number of the last start; one that ended before Python was up has left no mark of its own"""
 
 
 def write(run: Path, profile: str, launched: Iterable[Launched]) -> Path:
@@ -84,14 +86,13 @@ def read(run: Path) -> list[Launched]:
 def marks(run: Path) -> dict[str, Marks]:
     """Return what the tasks left in the folder of attempts, by task: one listing."""
     found: dict[str, Marks] = defaultdict(Marks)
-    latest: dict[str, int] = {}
     for name in _listing(run / ATTEMPTS):
         task, restart, *end = name.split(".")
         known, number = found[task], int(restart)
-        last = known.last
-        if number >= latest.get(task, 0):
-            latest[task], last = number, end[0] if end else None
-        found[task] = Marks(known.starts + 1, last, known.seconds + (int(end[1]) if end else 0))
+        latest = not known.starts or number >= known.restarts
+        last = (end[0] if end else None) if latest else known.last
+        seconds = known.seconds + (int(end[1]) if end else 0)
+        found[task] = Marks(known.starts + 1, last, seconds, max(known.restarts, number))
     return found
 
 

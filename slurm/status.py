@@ -122,7 +122,7 @@ def _row(
     progress = 1.0 if state == "done" else (done + (1 - done) * share if one.stage in ("distill", "students") else 0.0)
     running = queued.seconds if queued and state in ("running", "ending") else 0
     seconds = account.seconds if account else marks.seconds + running
-    restarts = max(queued.restarts if queued else 0, marks.starts - 1, 0)
+    restarts = max(queued.restarts if queued else 0, marks.restarts)
     node = (queued.node if queued else "") or (account.node if account else "")
     indices = tuple(item.index for item in items)
     return Row(one.stage, name, indices, state, why, node, progress, restarts, seconds)

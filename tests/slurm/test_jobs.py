@@ -91,7 +91,7 @@ def test_the_names_of_attempts_are_their_history(tmp_path: Path, monkeypatch: py
     Attempt.begin(tmp_path, "4711_3").end("requeued")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     second = Attempt.begin(tmp_path, "4711_3")
-    assert marks(tmp_path)["4711_3"] == Marks(starts=2, last=None, seconds=0)
+    assert marks(tmp_path)["4711_3"] == Marks(starts=2, last=None, seconds=0, restarts=1)
     second.begun -= 70
     second.end("done")
-    assert marks(tmp_path) == {"4711_3": Marks(starts=2, last="done", seconds=70)}
+    assert marks(tmp_path) == {"4711_3": Marks(starts=2, last="done", seconds=70, restarts=1)}
