@@ -6,16 +6,14 @@ DIR/trials/trial-00007.json    values, state, what it reported, its error; writt
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from sweeps.values import Values
-from wmdd.errors import InputError, WmddError
-from wmdd.files import read_json, write_json
+from wmdd.errors import InputError, Interrupted, WmddError
+from wmdd.files import locked, read_json, write_json
 from wmdd.records import flatten
 
 State = Literal["running", "done", "stopped", "failed"]
@@ -107,15 +105,15 @@ class Log:
             raise InputError(
                 f"{self.path}: belongs to another sweep (differs in {', '.join(differing)}); use another --out"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.path / ".lock", timeout=0):  # the kernel frees the lock of a process that dies
-                if not file.exists():
-                    write_json(file, identity)
-                self._read()
-                yield
-        except Timeout:
-            raise InputError(f"{self.path}: another process is running this sweep; wait for it") from None
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(self.path / ".lock", stop=lambda: True))  # waits for nobody
+            except Interrupted:
+                raise InputError(f"{self.path}: another process is running this sweep; wait for it") from None
+            if not file.exists():
+                write_json(file, identity)
+            self._read()
+            yield
 
     def write(self, trial: Trial) -> None:
         """Keep a trial, new or changed."""
