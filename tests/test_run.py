@@ -332,7 +332,7 @@ def test_command_line_tells_and_exports(finished: Path, tmp_path: Path) -> None:
     told("report", str(finished), "--html", str(tmp_path / "page.html"), "--csv", str(tmp_path / "table.csv"))
     assert "top1" in (tmp_path / "table.csv").read_text()
     assert "random" in told("methods")
-    assert "bn_weight = 10.0" in told("config", "show", "digits")
+    assert "bn_weight = 300.0" in told("config", "show", "digits")
     assert "upstream" in told("config", "list")
     assert "torch" in told("doctor")
     assert "every image can be read" in told("data", "check", "digits")
