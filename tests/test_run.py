@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,11 @@ def test_the_documented_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert wmdd.DistilledSet.load(folder).images.shape == (4, 1, 8, 8)
 
 
+def test_a_run_works_in_a_thread(tiny: Config, tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        assert len(pool.submit(images_only, tiny, tmp_path / "run").result()) == 4
+
+
 def test_importing_wmdd_is_light() -> None:
     code = (
         "import sys, wmdd, wmdd.pipeline, wmdd.cli;"
@@ -307,6 +313,7 @@ def test_a_folder_of_another_config_or_of_something_else_is_refused(tiny: Config
     (tmp_path / "thesis" / "chapter1.tex").touch()
     with pytest.raises(InputError, match="is not empty and holds no run"):
         images_only(tiny, tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
 
 
 def test_too_little_disk_is_refused_before_any_work(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wmdd import console
-from wmdd.errors import Interrupted, WmddError
+from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.files import read_json, write_json
 from wmdd.rundir import RunFolder
 
@@ -53,6 +53,8 @@ def reported(folder: RunFolder, name: str) -> Iterator[None]:
     try:
         yield
         writer.path.unlink(missing_ok=True)
+    except InputError:
+        raise  # nothing was started, and the folder may be somebody else's
     except BaseException as error:
         kind = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         writer.last_words(kind, str(error).partition("\n")[0] or type(error).__name__)

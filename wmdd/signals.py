@@ -1,6 +1,7 @@
 """A stop request: signals set a flag, and long loops read it where they can checkpoint."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,8 +20,14 @@ class StopRequest:
 
 @contextmanager
 def stop_on(*numbers: signal.Signals) -> Iterator[StopRequest]:
-    """Turn the given signals into a flag for the length of the block; the second of the same kind acts at once."""
+    """Turn the given signals into a flag for the length of the block; the second of the same kind acts at once.
+
+    Outside the main thread, where Python handles no signals, nobody can ask.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     before: dict[signal.Signals, object] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
