@@ -1,6 +1,5 @@
 """A protocol: methods × IPC × distillation seeds × student seeds under one student recipe, as a table of runs."""
 
-import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -13,6 +12,7 @@ from wmdd import methods, pipeline
 from wmdd.config import Config, Positive, load_config
 from wmdd.console import progress
 from wmdd.errors import InputError, nearest
+from wmdd.files import read_toml
 
 
 class Protocol(BaseModel):
@@ -59,11 +59,7 @@ def load_protocol(source: str) -> Protocol:
     else:
         raise InputError(f"{source}: no protocol of that name; {nearest(source, names)} (a file's name ends in .toml)")
     try:
-        return Protocol.model_validate(tomllib.loads(place.read_text()))
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{source}: is not TOML: {error}") from None
+        return Protocol.model_validate(read_toml(place, source))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

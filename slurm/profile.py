@@ -1,6 +1,5 @@
 """Profiles: what a cluster is asked for, as TOML files that are checked like every config."""
 
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from wmdd.config import Count, Positive, Rate, Section
 from wmdd.errors import InputError, nearest
+from wmdd.files import read_toml
 
 Stage = Literal["teacher", "distill", "students", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -135,12 +135,7 @@ def _read(source: str) -> dict[str, Any]:
     else:
         hint = nearest(source, profile_names())
         raise InputError(f"--profile {source}: no such profile; {hint} (a file's name ends in .toml)")
-    try:
-        return tomllib.loads(place.read_text())
-    except OSError as error:
-        raise InputError(f"--profile {source}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--profile {source}: is not TOML: {error}") from None
+    return read_toml(place, f"--profile {source}")
 
 
 def _explain(error: ValidationError, stage: str) -> str:

@@ -12,7 +12,6 @@ A file has two tables.  ``[parameters]`` names config keys, each with one domain
 """
 
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -24,6 +23,7 @@ from sweeps.space import Budget, Listed, Parameter, Range, Space, apply, reason
 from wmdd import methods
 from wmdd.config import Config, describe
 from wmdd.errors import InputError, nearest
+from wmdd.files import read_toml
 
 DOMAINS = ("loguniform", "uniform", "int", "choice", "grid")
 _OPTIONS = ("when", "log", "points")
@@ -87,12 +87,7 @@ def _read(name: str) -> dict[str, Any]:
         path = resources.files("sweeps") / "spaces" / f"{name}.toml"
     else:
         raise InputError(f"--space {name}: no such space; {nearest(name, space_names())} (a file's name ends in .toml)")
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: is not TOML: {error}") from None
+    return read_toml(path, name)
 
 
 def _budget(name: str, source: dict[str, Any]) -> Budget:

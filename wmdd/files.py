@@ -6,14 +6,16 @@ import json
 import os
 import secrets
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from wmdd.errors import Interrupted, WmddError
+from wmdd.errors import InputError, Interrupted, WmddError
 
 T = TypeVar("T")
 
@@ -59,6 +61,20 @@ def read_json(path: Path) -> Any:
         raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WmddError(f"{path}: is not whole JSON ({error})") from error
+
+
+def read_toml(place: Traversable, title: str) -> dict[str, Any]:
+    """Read a TOML file that a user names or that ships; ``title`` is what messages call it.
+
+    Raises:
+        InputError: the file cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(place.read_text())
+    except OSError as error:
+        raise InputError(f"{title}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{title}: is not TOML: {error}") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> str:
