@@ -122,7 +122,10 @@ class _Watch:
         self._looked = -_BEAT
 
     def gone(self, patience: float) -> list[int]:
-        """Return the ranks that have left or whose beat stood still for ``patience`` seconds."""
+        """Return the ranks that have left or whose beat stood still for ``patience`` seconds.
+
+        The first rank to find some tells the others before it leaves, so that they name the cause and not the finder.
+        """
         now = time.monotonic()
         if now - self._looked < _BEAT:
             return []
@@ -134,6 +137,8 @@ class _Watch:
                 self._beats[rank], self._changed[rank] = beat, now
             if now - self._changed[rank] > patience or self._store.check([f"left/{rank}"]):
                 found.append(rank)
+        if found:
+            found = json.loads(self._store.compare_set("gone", "", json.dumps(found)))
         return found
 
 
