@@ -32,7 +32,6 @@ def config() -> Config:
             "data.std=[0.5, 0.5, 0.5]",
             "student.epochs=3",
             "student.batch_size=4",
-            "labels.stored=true",
             "compute.threads=1",
         ],
     )
@@ -137,13 +136,13 @@ def test_a_student_on_stored_labels_equals_one_on_rounded_online_labels(
         weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
         return {"top1": 0.0, "top5": 0.0, "loss": 0.0}
 
-    def train(one: Config) -> None:
-        student.train(one, Task("convnet2x8", "soft", 0), distilled, teacher, judge, alone, ALONE, tmp_path)  # type: ignore[arg-type]
+    def train(regime: str) -> None:
+        student.train(config, Task("convnet2x8", regime, 0), distilled, teacher, judge, alone, ALONE, tmp_path)  # type: ignore[arg-type]
 
-    train(config)
+    train("stored")
     online = labels.SoftLabels.online
     monkeypatch.setattr(labels.SoftLabels, "online", lambda self, views: online(self, views).half().float())
-    train(config.model_copy(update={"labels": config.labels.model_copy(update={"stored": False})}))
+    train("soft")
     assert torch.equal(weights[0], weights[1])
 
 

@@ -195,11 +195,16 @@ class Synthesis(Section):
 class Labels(Section):
     """What students learn from, and the augmentation under which the teacher labels (FKD)."""
 
-    regimes: tuple[Literal["hard", "soft"], ...] = Field(("soft",), min_length=1)
-    """``hard``: the class of each image. ``soft``: the teacher's logits for each augmented batch."""
-    stored: bool = False
-    """Soft labels are written once per student seed as fp16 logits, one file an epoch, and read back; else they are
-    computed online and cost no bytes."""
+    regimes: tuple[Literal["hard", "soft", "stored", "budget"], ...] = Field(("soft",), min_length=1)
+    """``hard``: the class of each image. ``soft``: the teacher's logits for each augmented batch, computed online.
+    ``stored``: the same logits, written once per student seed, one file an epoch, and read back. ``budget``: as many
+    stored epochs as ``budget`` pays for, visited in turn."""
+    encoding: Literal["fp16", "topk", "int8"] = "fp16"
+    """How logits are stored: all in fp16, the ``top_k`` largest with the mass of the rest, or all in 8 bits."""
+    top_k: Positive = 10
+    """Logits of each image that ``topk`` keeps."""
+    budget: Rate = 1.0
+    """Bytes of stored logits that ``budget`` may spend, as a multiple of the bytes of the images' pixels."""
     weighted: bool = False
     """Images count by their barycenter weights in the student's loss, or all alike."""
     temperature: Rate = 20.0
@@ -220,7 +225,14 @@ class Student(Section):
     networks: tuple[str, ...] = Field(("resnet18",), min_length=1)
     """Architectures, named as for the teacher."""
     seeds: Positive = 3
-    """Students of each architecture and label regime; seeds 0 to N−1."""
+    """Students of each architecture, label regime and view."""
+    first_seed: Count = 0
+    """Seed of the first of them; the others follow."""
+    views: tuple[Literal["epochs", "updates", "plain"], ...] = Field(("epochs",), min_length=1)
+    """``epochs``: as many passes as ``epochs`` says. ``updates``: as many optimiser steps as ``updates`` says, however
+    small the set. ``plain``: ``epochs`` passes over whole images, without crops, flips and mixing."""
+    updates: Positive = 3000
+    """Optimiser steps of the view ``updates``."""
     ranks: Positive = 1
     """Ranks that train each student together under DistributedDataParallel; another number is another recipe."""
     epochs: Positive = 300

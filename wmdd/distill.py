@@ -1,5 +1,6 @@
 """Distil blocks: statistics, plans and synthesis of each group, then one whole file per block."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -93,7 +94,7 @@ def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
     todo = [group for group in team.deal(block.groups) if group.index in missing]
     classes = [index for group in todo for index in group.classes] if method.uses_statistics else []
     images = sum(len(job.dataset.train.of_class(index)) for index in classes)
-    steps = job.config.synthesis.iterations * len(todo) if method.objective() else 0
+    steps = method.synthesis().iterations * len(todo) if method.objective() else 0
     with (
         progress(f"statistics, block {block.index}", images, "images") as measured,
         progress(f"{job.config.method}, block {block.index}", steps, "iterations") as optimised,
@@ -145,10 +146,11 @@ def prepare(job: Job, method: methods.Method, group: Group, found: dict[int, sta
         group: the classes.
         found: statistics of each class, by index; empty for methods that use none.
     """
-    config, count = job.config, job.config.ipc
+    config, count, settings = job.config, job.config.ipc, method.synthesis()
     names = [job.dataset.classes[index] for index in group.classes]
+    observe = functools.partial(job.teacher.observe, ranks=job.ranks, batch_size=config.statistics.batch_size)
     plans = [
-        method.prepare(methods.ClassData(index, name, config, job.dataset, found.get(index)))
+        method.prepare(methods.ClassData(index, name, config, job.dataset, found.get(index), observe))
         for index, name in zip(group.classes, names, strict=True)
     ]
     own = zip(group.classes, plans, strict=True)
@@ -158,9 +160,9 @@ def prepare(job: Job, method: methods.Method, group: Group, found: dict[int, sta
     objective = method.objective()
     target = None
     if objective is not None:
-        counted = weights if config.synthesis.bn_weighted else even.expand_as(weights)
+        counted = weights if settings.bn_weighted else even.expand_as(weights)
         if objective.per_class:
-            matched = config.synthesis.bn_variance == "matched"
+            matched = settings.bn_variance == "matched"
             own_stats = [found[index] for index in group.classes]
             mean = torch.stack([one.mean for one in own_stats])
             pairs = zip(own_stats, counted, strict=True)
@@ -195,7 +197,7 @@ def optimise(
         state,
         prepared.target,
         objective,
-        config.synthesis,
+        method.synthesis(),
         limits,
         seed,
         job.ranks,

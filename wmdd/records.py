@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from wmdd.config import Compute, Count, Positive
 from wmdd.errors import InputError
@@ -20,18 +20,25 @@ from wmdd.files import write_bytes
 Sha = Annotated[str, Field(min_length=1)]
 
 
-class Record(BaseModel):
-    """One measurement, with all that is needed to trace it and to know what it may be compared with."""
+class Measurement(BaseModel):
+    """What every line of a file of records has."""
 
     # A student that diverged has a loss of NaN; as a string it stays JSON and is read back as a float.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     schema_version: Literal[1] = 1
     """Version of these fields."""
-    kind: Literal["student", "teacher", "distillation"]
-    """What was measured."""
     time: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
     """When it was finished, UTC."""
+    provenance: dict[str, Any] = {}
+    """Code, versions, hardware and job (``provenance``)."""
+
+
+class Record(Measurement):
+    """An accuracy, with all that is needed to trace it and to know what it may be compared with."""
+
+    kind: Literal["student", "teacher", "distillation"]
+    """What was measured."""
     run: str
     """Name of the run, as in its config."""
     dataset: str
@@ -46,8 +53,10 @@ class Record(BaseModel):
     """Images per class; None on the whole training set."""
     network: str
     """The network that was measured; for a distillation, the teacher's."""
-    regime: Literal["hard", "soft"] | None = None
-    """Labels that the student learned from."""
+    regime: Literal["hard", "soft", "stored", "budget"] | None = None
+    """Labels that the student learned from (``labels.regimes``)."""
+    view: Literal["epochs", "updates", "plain"] = "epochs"
+    """How long the student trained and on what (``student.views``)."""
     distillation_seed: Count | None = None
     """Seed of the distilled images."""
     student_seed: Count | None = None
@@ -66,9 +75,8 @@ class Record(BaseModel):
     artefact: Sha | None = None
     """SHA-256 of the distilled set's manifest, or of the teacher's weights."""
     cost: dict[str, float] = {}
-    """seconds, peak_bytes, image_iterations."""
-    provenance: dict[str, Any] = {}
-    """Code, versions, hardware and job (``provenance``)."""
+    """What it took (``wmdd.cost``): seconds, device_seconds, peak_bytes, joules; of a student also updates and the bytes on
+    disk of what it learned from: image_bytes, label_bytes, teacher_bytes (where the teacher labels), labelling_flops."""
 
     @model_validator(mode="after")
     def _complete(self) -> "Record":
@@ -82,6 +90,39 @@ class Record(BaseModel):
             if "top1" not in self.metrics:
                 raise ValueError("a student's record needs metrics.top1")
         return self
+
+
+class Speed(Measurement):
+    """A speed: one stage of the work on so many ranks, by one engine."""
+
+    kind: Literal["throughput", "scaling"]
+    """One engine on one set of ranks, or one point of a study over their number."""
+    stage: Literal["synthesis", "statistics", "students", "barycenters"]
+    """What was timed."""
+    engine: str
+    """``wmdd``, or what it is held against: ``reference`` (the method written plainly), ``pot``."""
+    dataset: str
+    """Name of the data set; generated images are called ``synthetic``."""
+    network: str | None = None
+    """The network that computed."""
+    resolution: Positive | None = None
+    """Height and width of the images, in pixels."""
+    ranks: Positive = 1
+    """Processes that worked together."""
+    mode: Literal["strong", "weak"] | None = None
+    """Of a scaling study: the same work on every number of ranks, or as much for each rank."""
+    unit: str
+    """Of ``rate``: ``img·iter/s``, ``img/s``, ``students/h``, ``classes/s``."""
+    metrics: dict[str, float]
+    """``rate`` (median over repeats), ``rate_low``, ``rate_high``, ``repeats``, ``seconds``, ``p50``, ``p90`` (of a step, in
+    seconds), ``peak_bytes``, ``mfu`` (against a measured peak); ``ratio``, ``ratio_low``, ``ratio_high`` to the engine that the
+    same command timed as its baseline; ``efficiency`` of a scaling study."""
+    setup: dict[str, Any]
+    """What two speeds must share to be compared: batch, precision, threads, compile, iterations, classes, ipc."""
+
+
+Line = TypeVar("Line", Record, Speed)
+_LINE: TypeAdapter[Record | Speed] = TypeAdapter(Annotated[Record | Speed, Field(discriminator="kind")])
 
 
 def provenance(compute: Compute) -> dict[str, Any]:
@@ -115,7 +156,7 @@ def provenance(compute: Compute) -> dict[str, Any]:
     }
 
 
-def append(path: Path, record: Record) -> None:
+def append(path: Path, record: Record | Speed) -> None:
     """Add one line to a file; the whole file is written anew, so that a reader never meets half a line.
 
     One process writes a file: give each task a file of its own.
@@ -129,7 +170,7 @@ def append(path: Path, record: Record) -> None:
     write_bytes(path, before + _line(record))
 
 
-def write_records(path: Path, records: Iterable[Record]) -> None:
+def write_records(path: Path, records: Iterable[Record | Speed]) -> None:
     """Write a file of records, whole or not at all.
 
     Raises:
@@ -138,8 +179,15 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     write_bytes(path, b"".join(_line(record) for record in records))
 
 
-def read_records(path: Path) -> tuple[list[Record], list[str]]:
+def read_records(
+    path: Path,
+    kind: type[Line] = Record,  # type: ignore[assignment]  # a default narrower than its type variable
+) -> tuple[list[Line], list[str]]:
     """Read a file of records, or all files ``records/*.jsonl`` in and below a folder, in the order of their names.
+
+    Args:
+        path: file or folder.
+        kind: accuracies or speeds; the others are passed over.
 
     Returns:
         The records, and for each line or file that could not be read one sentence ``file:line: reason``.
@@ -150,7 +198,7 @@ def read_records(path: Path) -> tuple[list[Record], list[str]]:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*.jsonl") if f.parent.name == "records")
-    records: list[Record] = []
+    records: list[Line] = []
     problems: list[str] = []
     for file in files:
         try:
@@ -162,10 +210,13 @@ def read_records(path: Path) -> tuple[list[Record], list[str]]:
             lines.pop()
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(Record.model_validate_json(line))
+                record = _LINE.validate_json(line)
             except ValidationError as error:
                 reason = _reason(error) if line.strip() else "the line is empty"
                 problems.append(f"{file}:{number}: {reason}")
+            else:
+                if isinstance(record, kind):
+                    records.append(record)
     return records, problems
 
 
@@ -206,13 +257,13 @@ def shorten(value: Any) -> str:
     return text[:12] if len(text) == 64 and not set(text) - set("0123456789abcdef") else text
 
 
-def _line(record: Record) -> bytes:
+def _line(record: Record | Speed) -> bytes:
     return record.model_dump_json().encode() + b"\n"
 
 
 def _reason(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"][1:])  # after the kind of the line
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 

@@ -21,11 +21,12 @@ from wmdd.validation import Validation
 
 @dataclass(frozen=True)
 class Task:
-    """One student: architecture, label regime, seed."""
+    """One student: architecture, label regime, seed, and how long and on what it trains (``student.views``)."""
 
     network: str
     regime: str
     seed: int
+    view: str = "epochs"
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ class Result:
 
 
 def tasks(settings: Student, regimes: tuple[str, ...]) -> list[Task]:
-    """Return the students of a run: architectures × label regimes × seeds."""
+    """Return the students of a run: architectures × label regimes × views × seeds."""
     return [
-        Task(network, regime, seed)
+        Task(network, regime, seed, view)
         for network in settings.networks
         for regime in regimes
-        for seed in range(settings.seeds)
+        for view in settings.views
+        for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
     ]
 
 
@@ -88,7 +90,7 @@ def train(
     torch.manual_seed(seed_of("student", task.seed))
     network = networks.create(task.network, len(distilled.classes), data.channels, data.resolution).to(ranks.device)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    soft = labels.SoftLabels(config, distilled, teacher, task.seed, ranks, folder) if task.regime == "soft" else None
+    soft = labels.SoftLabels(config, distilled, teacher, task.seed, ranks, folder) if task.regime != "hard" else None
     images, classes = distilled.images.to(ranks.device), distilled.labels.to(ranks.device)
     importance = _importance(distilled).to(ranks.device) if config.labels.weighted else None
     parallel = team.wrap(network.train())
@@ -99,7 +101,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
         plan = labels.batches(task.seed, epoch, len(images), data.resolution, settings.batch_size, config.labels)
-        stored = _stored(soft, images, epoch) if soft and config.labels.stored else None
+        stored = _stored(soft, images, epoch) if soft and task.regime != "soft" else None
         for position, batch in enumerate(plan):
             seen = team.shard(labels.view(images, batch, config))
             with ranks.autocast():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from wmdd import augment, networks, store, weights
@@ -19,7 +19,7 @@ from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, Team, generator, seed_of
 from wmdd.errors import Interrupted, WmddError
 from wmdd.files import digest, locked, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
-from wmdd.networks import FrozenNetwork
+from wmdd.networks import FrozenNetwork, Observation
 from wmdd.validation import Validation, decode_all
 
 
@@ -32,6 +32,16 @@ class Teacher:
     """Of its weights file in the store: the teacher's name"""
     facts: dict[str, Any]
     """Network, origin, top-1 and top-5 (fractions) and what they were measured on, seconds of training, bytes"""
+
+    def observe(self, images: Tensor, ranks: Ranks, batch_size: int) -> Observation:
+        """Return what the network sees in normalised images [N, channels, H, W], batch by batch, on the CPU."""
+        parts = []
+        for part in images.split(batch_size):
+            shown = part.to(ranks.device).contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode(), ranks.autocast():
+                parts.append(self.network(shown))
+        joined = {key: torch.cat([getattr(seen, key) for seen in parts]).cpu() for key in vars(parts[0])}
+        return Observation(**joined)
 
 
 def obtain(config: Config, dataset: Dataset, validation: Validation, ranks: Ranks, stop: Callable[[], bool]) -> Teacher:

@@ -6,16 +6,18 @@ packages register in the entry-point group ``wmdd.methods``.
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 import torch
 from torch import Tensor
 
-from wmdd.config import Config
+from wmdd.config import Config, Synthesis
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import generator
 from wmdd.errors import InputError, nearest
+from wmdd.networks import Observation
 from wmdd.statistics import ClassStatistics
 from wmdd.synthesis import Objective
 
@@ -39,6 +41,8 @@ class ClassData:
     dataset: Dataset
     statistics: ClassStatistics | None
     """None for methods that set ``uses_statistics = False``"""
+    observe: Callable[[Tensor], Observation]
+    """What the teacher sees in normalised images [n, channels, H, W]; the observation lies on the CPU"""
 
     @property
     def count(self) -> int:
@@ -79,6 +83,10 @@ class Method(ABC):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def synthesis(self) -> Synthesis:
+        """Return the settings of the engine: the config's, or what the method is known for."""
+        return self.config.synthesis
 
     def objective(self) -> Objective | None:
         """Return what the images are optimised for; None leaves them as ``prepare`` made them."""

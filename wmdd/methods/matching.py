@@ -15,13 +15,13 @@ class Wmdd(Method):
 
     def objective(self) -> Objective:
         """Return the weights and norms of the config."""
-        return Objective.of(self.config.synthesis)
+        return Objective.of(self.synthesis())
 
     def prepare(self, data: ClassData) -> Plan:
         """Find the atoms; start from noise, or from the real images nearest to the atoms."""
         atoms = self._atoms(data) if self.objective().feature else None
         resolution, channels = self.config.data.resolution, self.config.data.channels
-        if self.config.synthesis.start == "noise":
+        if self.synthesis().start == "noise":
             shape = (self.config.ipc, channels, resolution, resolution)
             images = torch.randn(shape, generator=data.generator("start"))
         elif atoms is not None:
