@@ -12,6 +12,7 @@ from wmdd.config import Config
 from wmdd.data import Dataset
 from wmdd.errors import InputError, WmddError
 from wmdd.files import read_json
+from wmdd.labels import STORED, epoch_bytes, stored_epochs
 from wmdd.records import Record, read_records
 from wmdd.rundir import RunFolder
 
@@ -180,12 +181,15 @@ def estimate(config: Config, classes: int, planned: Sequence[Array], speed: Spee
     group = (config.synthesis.classes_per_group or max(1, 100 // config.ipc)) * config.ipc
     images = classes * config.ipc * len(blocks) // max(1, config.blocks)
     parallel = max((min(len(array.tasks), array.resources.parallel) for array in planned), default=0)
-    labels = images * classes * 2 * config.student.epochs * students if config.labels.stored else 0
+    regimes, labelled = config.labels.regimes, classes * config.ipc
+    kept = [stored_epochs(config, regime, labelled, classes) for regime in regimes if regime in STORED]
+    # The epochs of a budget are the first ones of the stored regime, and the same files.
+    stored = max(kept, default=0) * students // len(regimes)
+    labels = stored * epoch_bytes(config.labels, labelled, classes)
     checkpoints = parallel * 12 * group * pixels
     starts = sum(len(array.tasks) for array in planned)
     files_of_task = sum(len(array.tasks) * (2 + 2 * array.resources.ranks) for array in planned)
     size = 2 * images * pixels * runs + checkpoints + labels + 30_000 * (starts + students)
-    stored = config.student.epochs * students if config.labels.stored else 0
     inodes = 2 * len(blocks) * runs + 2 * parallel + students + files_of_task + 2 * len(planned) + stored + 8
     return Estimate(hours, size, inodes)
 

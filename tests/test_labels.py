@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from wmdd import labels, student
+from wmdd import encoding, labels, student
 from wmdd.config import Compute, Config, Labels, load_config
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, ranks
+from wmdd.errors import InputError
+from wmdd.files import write_tensors
 from wmdd.networks import FrozenNetwork
 from wmdd.student import Task
 from wmdd.teacher import Teacher
@@ -67,7 +69,7 @@ def test_an_epoch_visits_every_image_once_and_replays() -> None:
 def test_no_batch_of_one_image_is_left_over(count: int, sizes: list[int]) -> None:
     assert [len(batch.images) for batch in plan(count=count)] == sizes
     config = load_config("digits", ["student.batch_size=4", "student.epochs=2"])
-    assert student.update_count(config, count) == 2 * len(sizes)
+    assert student.update_count(config, "epochs", count) == 2 * len(sizes)
 
 
 def test_cutmix_share_is_the_area_that_is_kept(config: Config) -> None:
@@ -97,7 +99,7 @@ def test_mixup_is_the_weighted_mean(config: Config) -> None:
 def test_stored_labels_are_the_online_ones_rounded_to_fp16(
     config: Config, distilled: DistilledSet, teacher: Teacher, alone: Ranks, tmp_path: Path
 ) -> None:
-    soft = labels.SoftLabels(config, distilled, teacher, 3, alone, tmp_path)
+    soft = labels.SoftLabels(config, distilled, teacher, "stored", 3, alone, tmp_path)
     soft.store(distilled.images, 1)
     batches = labels.batches(3, 1, len(distilled), 16, 4, config.labels)
     online = [soft.online(labels.view(distilled.images, batch, config)) for batch in batches]
@@ -111,7 +113,7 @@ def test_labels_of_another_set_seed_or_recipe_lie_elsewhere(
     warmer = config.model_copy(update={"labels": config.labels.model_copy(update={"crop_scale": 0.5})})
     other = DistilledSet(**{**vars(distilled), "sha256": "other"})
     folders = {
-        labels.SoftLabels(one, images, teacher, seed, alone, tmp_path).folder
+        labels.SoftLabels(one, images, teacher, "stored", seed, alone, tmp_path).folder
         for one, images, seed in [
             (config, distilled, 0),
             (config, distilled, 1),
@@ -151,3 +153,91 @@ def test_soft_loss_is_the_kl_divergence_at_the_temperature() -> None:
     p, q = (torch.softmax(logits / 4, 1) for logits in (teacher_logits, student_logits))
     expected = 16 * (p * (p / q).log()).sum()
     torch.testing.assert_close(student._soft_loss(student_logits, teacher_logits, 4.0), expected)
+
+
+def test_topk_keeps_the_largest_logits_and_the_mass_of_the_rest_at_the_temperature() -> None:
+    logits = 5 * torch.randn(6, 40)
+    settings = Labels(encoding="topk", top_k=3, temperature=4.0)
+    found = encoding.decode(encoding.encode(logits, settings), 40)
+    places = logits.topk(3).indices
+    torch.testing.assert_close(found.gather(1, places), logits.gather(1, places), atol=2e-2, rtol=1e-3)
+    wanted, kept = (torch.softmax(values / 4, 1) for values in (logits, found))
+    torch.testing.assert_close(kept.gather(1, places), wanted.gather(1, places), atol=1e-3, rtol=5e-3)
+    others = kept.scatter(1, places, torch.nan)
+    assert all(row[~row.isnan()].unique().numel() == 1 for row in others), "the rest is spread evenly"
+
+
+def test_topk_of_all_classes_and_8_bits_lose_only_digits() -> None:
+    logits = 5 * torch.randn(6, 10)
+    everything = encoding.decode(encoding.encode(logits, Labels(encoding="topk", top_k=10)), 10)
+    torch.testing.assert_close(everything, logits.half().float())
+    found = encoding.decode(encoding.encode(logits, Labels(encoding="int8")), 10)
+    span = logits.amax(1) - logits.amin(1)
+    assert ((found - logits).abs() <= span[:, None] * (0.5 / 255 + 2e-3)).all()
+    constant = torch.full((2, 10), 3.0)
+    torch.testing.assert_close(encoding.decode(encoding.encode(constant, Labels(encoding="int8")), 10), constant)
+
+
+@pytest.mark.parametrize(("name", "row"), [("fp16", 600), ("topk", 16 + 16 + 2), ("int8", 304)])
+def test_the_size_of_stored_logits_is_known_beforehand(name: str, row: int, tmp_path: Path) -> None:
+    settings = Labels(encoding=name, top_k=8)  # type: ignore[arg-type]
+    assert encoding.row_bytes(300, settings) == row
+    write_tensors(tmp_path / "epoch", encoding.encode(torch.randn(50, 300), settings), {"labels": "0" * 64})
+    size = (tmp_path / "epoch").stat().st_size
+    assert 50 * row < size <= labels.epoch_bytes(settings, 50, 300)
+
+
+def spent(config: Config, regime: str, view: str = "epochs", **parts: Any) -> student.Result:
+    """Train a student; its judge is content with anything."""
+
+    def judge(network: nn.Module, team: object) -> dict[str, float]:
+        return {"top1": float(sum(parameter.detach().double().sum() for parameter in network.parameters()))}
+
+    return student.train(config, Task("convnet2x8", regime, 0, view), validation=judge, team=ALONE, **parts)
+
+
+def test_a_budget_buys_the_first_epochs_of_the_stored_labels_and_no_more(
+    config: Config, distilled: DistilledSet, teacher: Teacher, alone: Ranks, tmp_path: Path
+) -> None:
+    parts = {"distilled": distilled, "teacher": teacher, "ranks": alone, "folder": tmp_path}
+    epoch = labels.epoch_bytes(config.labels, 10, 5)
+    pixels = 10 * 3 * 16 * 16
+    two = config.model_copy(update={"labels": Labels(budget=2.5 * epoch / pixels)})
+    few = spent(two, "budget", **parts)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 2 < config.student.epochs
+    assert few.cost["label_bytes"] == sum(file.stat().st_size for file in files) <= 2.5 * epoch
+    everything = spent(two, "stored", **parts)
+    assert sorted(tmp_path.rglob("*.safetensors"))[:2] == files, "the same files serve both regimes"
+    assert everything.cost["label_bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    assert few.metrics != everything.metrics, "its third epoch saw the views of the first again"
+    assert few.updates == everything.updates
+    with pytest.raises(InputError, match=r"labels.budget = 0.001 pays for 8 bytes, one epoch of logits takes 612"):
+        spent(config.model_copy(update={"labels": Labels(budget=0.001)}), "budget", **parts)
+
+
+def test_online_labels_cost_no_bytes_but_a_teacher_and_its_flops(
+    config: Config, distilled: DistilledSet, teacher: Teacher, alone: Ranks, tmp_path: Path
+) -> None:
+    known = Teacher(teacher.network, "teacher", {"bytes": 1234})
+    parts = {"distilled": distilled, "teacher": known, "ranks": alone, "folder": tmp_path}
+    online, stored, hard = (spent(config, regime, **parts).cost for regime in ("soft", "stored", "hard"))
+    assert online["label_bytes"] == hard["label_bytes"] == 0 < stored["label_bytes"]
+    assert (online["teacher_bytes"], stored["teacher_bytes"]) == (1234, 0)
+    convolutions = 2 * 9 * 8 * (3 * 16**2 + 8 * 8**2 + 8 * 4**2)  # three blocks of 8 channels, halved each time
+    assert online["labelling_flops"] == stored["labelling_flops"] == 30 * (convolutions + 2 * 5 * 8 * 2 * 2)
+    assert "labelling_flops" not in hard
+
+
+def test_views_fix_the_updates_or_leave_out_the_augmentation(
+    config: Config, distilled: DistilledSet, teacher: Teacher, alone: Ranks, tmp_path: Path
+) -> None:
+    parts = {"distilled": distilled, "teacher": teacher, "ranks": alone, "folder": tmp_path}
+    longer = config.model_copy(update={"student": config.student.model_copy(update={"updates": 7})})
+    assert spent(longer, "hard", **parts).updates == 9, "3 epochs of 3 batches"
+    assert spent(longer, "hard", "updates", **parts).updates == 7
+    plain = student.seen(config, "plain", 10)
+    for epoch in range(3):
+        for batch in labels.batches(0, epoch, 10, 16, 4, plain.labels):
+            shown = labels.view(distilled.images, batch, plain)
+            torch.testing.assert_close(shown, (distilled.images[batch.images] / 255 - 0.5) / 0.5)

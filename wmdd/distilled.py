@@ -39,6 +39,8 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
     """How the images were made: resolution, channels, normalisation"""
     sha256: str
     """Names these images, labels and weights, however they were spread over blocks"""
+    bytes: int = 0
+    """Size of its files on disk; 0 for a set that was never written"""
 
     @staticmethod
     def load(run: str | Path) -> "DistilledSet":
@@ -58,9 +60,13 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
             raise WmddError(f"{folder.path}: of {config.blocks} blocks these are missing: {missing}; run it again")
         if problems := verify(folder):
             raise WmddError(f"{'; '.join(problems)}; run it again")
-        parts = [read_tensors(folder.block_file(block)) for block in range(config.blocks)]
+        files = [folder.block_file(block) for block in range(config.blocks)]
+        parts = [read_tensors(file) for file in files]
         merged = {name: torch.cat([part[name] for part in parts]) for name in ("images", "labels", "weights")}
-        return DistilledSet(**merged, classes=tuple(manifest["classes"]), data=config.data, sha256=manifest["sha256"])
+        size = sum(file.stat().st_size for file in files)
+        return DistilledSet(
+            **merged, classes=tuple(manifest["classes"]), data=config.data, sha256=manifest["sha256"], bytes=size
+        )
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,6 +1,7 @@
 """The students of a distilled set: which are missing, their training, and one record each."""
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,29 +39,38 @@ def evaluate(
     if job.main:
         folder.merge()
     distilled = DistilledSet.load(folder.path)
-    updates = student.update_count(config, len(distilled))
-    recipe = _recipe(config, teacher, updates, job)
-    protocol = digest(recipe)
+
+    def recipe(regime: str, view: str) -> dict[str, object]:
+        return _recipe(config, teacher, job, regime, view, len(distilled))
+
     if job.main:
-        _set_aside(folder, protocol)
-    missing = [position for position, task in enumerate(tasks) if not _done(folder, task, protocol, distilled.sha256)]
+        _set_aside(folder, lambda record: digest(recipe(str(record.regime), record.view)))
+
+    def done(task: Task) -> bool:
+        file, protocol = record_file(folder, task), digest(recipe(task.regime, task.view))
+        records = read_records(file)[0] if file.exists() else []
+        return any(record.protocol == protocol and record.artefact == distilled.sha256 for record in records)
+
+    missing = [position for position, task in enumerate(tasks) if not done(task)]
     team = job.team(config.student.ranks, "student.ranks")
     todo = [tasks[position] for position in team.deal(job.agree(missing))]
-    with progress(f"{len(todo)} students on {config.method}", len(todo) * updates, "updates") as advance:
+    updates = {task: student.update_count(config, task.view, len(distilled)) for task in todo}
+    with progress(f"{len(todo)} students on {config.method}", sum(updates.values()), "updates") as advance:
         for task in todo:
             with folder.locked(_name(task), stop) if team.size == 1 else nullcontext():
-                if team.size == 1 and _done(folder, task, protocol, distilled.sha256):
-                    advance(updates)  # another process was faster
+                if team.size == 1 and done(task):
+                    advance(updates[task])  # another process was faster
                     continue
                 labels = folder.path / "labels"
                 result = student.train(config, task, distilled, teacher, validation, job, team, labels, advance, stop)
                 if team.rank == 0:
-                    record = _record(config, task, result, validation, distilled, recipe)
+                    record = _record(config, task, result, validation, distilled, recipe(task.regime, task.view))
                     write_records(record_file(folder, task), [record])
 
 
 def _name(task: Task) -> str:
-    return f"student-{task.network.replace(':', '-')}-{task.regime}-{task.seed:03d}"
+    view = "" if task.view == "epochs" else f"-{task.view}"
+    return f"student-{task.network.replace(':', '-')}-{task.regime}{view}-{task.seed:03d}"
 
 
 def record_file(folder: RunFolder, task: Task) -> Path:
@@ -68,17 +78,11 @@ def record_file(folder: RunFolder, task: Task) -> Path:
     return folder.path / "records" / f"{_name(task)}.jsonl"
 
 
-def _done(folder: RunFolder, task: Task, protocol: str, artefact: str) -> bool:
-    file = record_file(folder, task)
-    records = read_records(file)[0] if file.exists() else []
-    return any(record.protocol == protocol and record.artefact == artefact for record in records)
-
-
-def _set_aside(folder: RunFolder, protocol: str) -> None:
+def _set_aside(folder: RunFolder, protocol: Callable[[Record], str]) -> None:
     moved = 0
     for path in sorted((folder.path / "records").glob("student-*.jsonl")):
         records, problems = read_records(path)
-        if problems or any(record.protocol != protocol for record in records):
+        if problems or any(record.protocol != protocol(record) for record in records):
             other = records[0].protocol[:8] if records else "unreadable"
             target = folder.path / "superseded" / f"{path.stem}-{other}.jsonl"
             target.parent.mkdir(exist_ok=True)
@@ -106,6 +110,7 @@ def _record(
         ipc=config.ipc,
         network=task.network,
         regime=task.regime,
+        view=task.view,
         distillation_seed=config.seed,
         student_seed=task.seed,
         evaluated_on=validation.on,
@@ -114,19 +119,22 @@ def _record(
         protocol=digest(recipe),
         config=config.fingerprint(),
         artefact=distilled.sha256,
-        cost={"seconds": round(result.seconds, 3), "updates": result.updates},
+        cost=result.cost,
         provenance=provenance(config.compute),
     )
 
 
-def _recipe(config: Config, teacher: Teacher, updates: int, job: Ranks) -> dict[str, object]:
+def _recipe(config: Config, teacher: Teacher, job: Ranks, regime: str, view: str, images: int) -> dict[str, object]:
     """Return all that two students must have in common to be compared."""
-    settings = config.student.model_dump(mode="json", exclude={"networks", "seeds", "baselines"})
-    labels = config.labels.model_dump(mode="json", exclude={"regimes"})
+    seen = student.seen(config, view, images)
+    # How long it trains follows from the view: the epochs of a fixed number of updates depend on the set.
+    unused = {"networks", "seeds", "first_seed", "views", "baselines", "epochs" if view == "updates" else "updates"}
+    storage = {"encoding", "top_k", "budget"}
+    unstored = storage - {"stored": {"encoding", "top_k"}, "budget": storage}.get(regime, set())
     return {
-        **settings,
-        **labels,
-        "updates": updates,
+        **seen.student.model_dump(mode="json", exclude=unused),
+        **seen.labels.model_dump(mode="json", exclude={"regimes", *unstored}),
+        "updates": student.update_count(config, view, images),
         "optimizer": "adamw",
         "checkpoint": "last",
         "teacher": teacher.sha256,

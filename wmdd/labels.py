@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from wmdd import augment
 from wmdd.config import Config, Labels
 from wmdd.data import normalise
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import Ranks, generator
-from wmdd.errors import WmddError
+from wmdd.encoding import decode, encode, row_bytes
+from wmdd.errors import InputError, WmddError
 from wmdd.files import digest, read_tensors, write_tensors
 from wmdd.teacher import Teacher
 
@@ -90,23 +92,42 @@ def view(images: Tensor, batch: Batch, config: Config) -> Tensor:
 class SoftLabels:
     """The teacher's logits for every batch of a student's training, online or stored.
 
+    Stored logits lie in one file an epoch.  A student of the regime ``budget`` visits as many epochs as its budget pays
+    for in turn; they are the first ones of ``stored``, and the same files.
+
     Args:
-        config: of the run.
+        config: of the run, as the student sees it (``student.seen``).
         distilled: the set.
         teacher: who labels.
+        regime: ``soft``, ``stored`` or ``budget``.
         seed: of the student.
         ranks: device and precision.
-        folder: where labels are stored when ``labels.stored`` asks for it.
+        folder: where stored labels lie.
+
+    Raises:
+        InputError: the budget does not pay for one epoch.
     """
 
     def __init__(
-        self, config: Config, distilled: DistilledSet, teacher: Teacher, seed: int, ranks: Ranks, folder: Path
+        self,
+        config: Config,
+        distilled: DistilledSet,
+        teacher: Teacher,
+        regime: str,
+        seed: int,
+        ranks: Ranks,
+        folder: Path,
     ) -> None:
         self._config, self._teacher, self._seed, self._ranks = config, teacher, seed, ranks
-        self._count = len(distilled)
-        student = config.student
+        self._count, self._classes = len(distilled), len(distilled.classes)
+        self.stored = regime in STORED
+        """Whether logits come from files"""
+        self._epochs = stored_epochs(config, regime, self._count, self._classes) if self.stored else 0
+        # What decides the bytes of an epoch, and nothing else.
+        settings = config.labels.model_dump(mode="json", exclude={"regimes", "budget", "weighted"})
+        arithmetic = config.fingerprint("compute")
         self.identity = digest(
-            [distilled.sha256, teacher.sha256, config.fingerprint("labels"), seed, student.batch_size]
+            [distilled.sha256, teacher.sha256, settings, arithmetic, seed, config.student.batch_size]
         )
         """Names what these labels were made from"""
         self.folder = folder / self.identity[:16]
@@ -120,11 +141,15 @@ class SoftLabels:
         """Return the file of one epoch's logits."""
         return self.folder / f"epoch-{epoch:05d}.safetensors"
 
+    def visited(self, epoch: int) -> int:
+        """Return the epoch whose views and labels a student sees in this one."""
+        return epoch % self._epochs if self.stored else epoch
+
     def store(self, images: Tensor, epoch: int) -> None:
-        """Write one epoch's logits as fp16 [N, C], in the order in which the epoch visits the images."""
+        """Write one epoch's logits, in the order in which the epoch visits the images."""
         plan = self._plan(epoch)
         logits = torch.cat([self.online(view(images, batch, self._config)) for batch in plan])
-        write_tensors(self.file(epoch), {"logits": logits.half()}, {"labels": self.identity})
+        write_tensors(self.file(epoch), encode(logits, self._config.labels), {"labels": self.identity})
 
     def read(self, epoch: int) -> list[Tensor]:
         """Return one epoch's stored logits, float32, batch by batch.
@@ -132,12 +157,59 @@ class SoftLabels:
         Raises:
             WmddError: the file is absent or damaged, or does not fit the set.
         """
-        logits: Tensor = read_tensors(self.file(epoch))["logits"]
+        logits = decode(read_tensors(self.file(epoch)), self._classes)
         if len(logits) != self._count:
             raise WmddError(f"{self.file(epoch)}: holds labels of {len(logits)} images, the set has {self._count}")
         sizes = [len(batch.images) for batch in self._plan(epoch)]
-        return [part.float().to(self._ranks.device) for part in logits.split(sizes)]
+        return [part.to(self._ranks.device) for part in logits.split(sizes)]
+
+    def cost(self, labelled: int) -> dict[str, float]:
+        """Return the bytes on disk and the FLOPs that the labels of a finished student took.
+
+        ``label_bytes``: of the stored files, 0 online.  ``teacher_bytes``: of its weights, which online labels need
+        beside the images.  ``labelling_flops``: of the teacher's forward passes over ``labelled`` views (stored: over
+        each once).
+        """
+        files = [self.file(epoch) for epoch in range(self._epochs)]
+        side, channels = self._config.data.resolution, self._config.data.channels
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            self._teacher.network(torch.zeros(1, channels, side, side, device=self._ranks.device))
+        views = self._epochs * self._count if self.stored else labelled
+        return {
+            "label_bytes": float(sum(file.stat().st_size for file in files if file.exists())),
+            "teacher_bytes": 0.0 if self.stored else float(self._teacher.facts.get("bytes", 0)),
+            "labelling_flops": float(counter.get_total_flops() * views),
+        }
 
     def _plan(self, epoch: int) -> list[Batch]:
         data, student = self._config.data, self._config.student
         return batches(self._seed, epoch, self._count, data.resolution, student.batch_size, self._config.labels)
+
+
+STORED = ("stored", "budget")
+"""Regimes whose logits come from files"""
+_HEADER = 512
+"""Bytes that a file of logits holds besides them, at most."""
+
+
+def stored_epochs(config: Config, regime: str, images: int, classes: int) -> int:
+    """Return how many epochs of logits a student of a stored regime has on disk.
+
+    Raises:
+        InputError: ``labels.budget`` does not pay for one.
+    """
+    if regime != "budget":
+        return config.student.epochs
+    budget = config.labels.budget * images * config.data.channels * config.data.resolution**2
+    epoch = epoch_bytes(config.labels, images, classes)
+    if budget < epoch:
+        raise InputError(
+            f"labels.budget = {config.labels.budget:g} pays for {budget:,.0f} bytes, one epoch of logits takes"
+            f" {epoch:,}; use labels.budget >= {config.labels.budget * epoch / budget:.2g}, or labels.encoding=topk"
+        )
+    return min(config.student.epochs, int(budget / epoch))
+
+
+def epoch_bytes(settings: Labels, images: int, classes: int) -> int:
+    """Return the bytes that one epoch of stored logits takes, at most."""
+    return images * row_bytes(classes, settings) + _HEADER

@@ -75,8 +75,8 @@ class Record(Measurement):
     artefact: Sha | None = None
     """SHA-256 of the distilled set's manifest, or of the teacher's weights."""
     cost: dict[str, float] = {}
-    """What it took (``wmdd.cost``): seconds, device_seconds, peak_bytes, joules; of a student also updates and the bytes on
-    disk of what it learned from: image_bytes, label_bytes, teacher_bytes (where the teacher labels), labelling_flops."""
+    """What it took (``wmdd.cost``): seconds, device_seconds, peak_bytes, joules; of a student also updates,
+    labelling_flops and the bytes on disk of what it learned from: image_bytes, label_bytes, teacher_bytes (online)."""
 
     @model_validator(mode="after")
     def _complete(self) -> "Record":
@@ -114,9 +114,9 @@ class Speed(Measurement):
     unit: str
     """Of ``rate``: ``img·iter/s``, ``img/s``, ``students/h``, ``classes/s``."""
     metrics: dict[str, float]
-    """``rate`` (median over repeats), ``rate_low``, ``rate_high``, ``repeats``, ``seconds``, ``p50``, ``p90`` (of a step, in
-    seconds), ``peak_bytes``, ``mfu`` (against a measured peak); ``ratio``, ``ratio_low``, ``ratio_high`` to the engine that the
-    same command timed as its baseline; ``efficiency`` of a scaling study."""
+    """``rate`` (median over repeats), ``rate_low``, ``rate_high``, ``repeats``, ``seconds``, ``p50``, ``p90`` (of a step,
+    in seconds), ``peak_bytes``, ``mfu`` (against a measured peak); ``ratio``, ``ratio_low``, ``ratio_high`` to the engine
+    that the same command timed as its baseline; ``efficiency`` of a scaling study."""
     setup: dict[str, Any]
     """What two speeds must share to be compared: batch, precision, threads, compile, iterations, classes, ipc."""
 

@@ -1,7 +1,6 @@
 """Students: networks trained on a distilled set from scratch, judged at their last epoch."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch.nn import functional
 
 from wmdd import labels, networks
 from wmdd.config import Config, Student
+from wmdd.cost import Meter
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import Ranks, Team, seed_of
 from wmdd.errors import Interrupted
@@ -37,8 +37,8 @@ class Result:
     """top1, top5 (fractions), loss"""
     updates: int
     """Optimiser steps"""
-    seconds: float
-    """Training and validation"""
+    cost: dict[str, float]
+    """What training, labelling and validation took (``Meter.read``, ``SoftLabels.cost``), and bytes of the images"""
 
 
 def tasks(settings: Student, regimes: tuple[str, ...]) -> list[Task]:
@@ -66,7 +66,7 @@ def train(
 ) -> Result:
     """Train one student and measure it.
 
-    AdamW with a (smoothed) cosine schedule per epoch.  ``hard``: cross-entropy with the mixed classes.  ``soft``: KL
+    AdamW with a (smoothed) cosine schedule per epoch.  ``hard``: cross-entropy with the mixed classes.  Else: KL
     divergence to the teacher's logits for the same mixed batch at temperature T, times T².  Initialisation and batches
     follow from the student's seed alone, so students of one seed on different sets are pairs.
 
@@ -74,7 +74,7 @@ def train(
         config: recipe.
         task: which student.
         distilled: the set.
-        teacher: labels the batches of the soft regime.
+        teacher: labels the batches of the soft regimes.
         validation: judges the student.
         ranks: device and precision.
         team: the ranks that train it together; each takes its share of every batch.
@@ -85,46 +85,69 @@ def train(
     Raises:
         Interrupted: a stop was requested; a student starts again next time.
     """
-    begun = time.perf_counter()
+    meter = Meter(ranks.device, team.size)
+    wanted_updates = update_count(config, task.view, len(distilled))
+    config = seen(config, task.view, len(distilled))
     settings, data = config.student, config.data
     torch.manual_seed(seed_of("student", task.seed))
     network = networks.create(task.network, len(distilled.classes), data.channels, data.resolution).to(ranks.device)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    soft = labels.SoftLabels(config, distilled, teacher, task.seed, ranks, folder) if task.regime != "hard" else None
+    soft = None
+    if task.regime != "hard":
+        soft = labels.SoftLabels(config, distilled, teacher, task.regime, task.seed, ranks, folder)
     images, classes = distilled.images.to(ranks.device), distilled.labels.to(ranks.device)
     importance = _importance(distilled).to(ranks.device) if config.labels.weighted else None
     parallel = team.wrap(network.train())
-    updates = 0
+    updates = labelled = 0
     for epoch in range(settings.epochs):
         if team.sum(torch.tensor(float(stop()))):
             raise Interrupted("stopped between two epochs of a student")
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
-        plan = labels.batches(task.seed, epoch, len(images), data.resolution, settings.batch_size, config.labels)
-        stored = _stored(soft, images, epoch) if soft and task.regime != "soft" else None
-        for position, batch in enumerate(plan):
-            seen = team.shard(labels.view(images, batch, config))
+        visit = soft.visited(epoch) if soft else epoch
+        plan = labels.batches(task.seed, visit, len(images), data.resolution, settings.batch_size, config.labels)
+        stored = _stored(soft, images, visit) if soft and soft.stored else None
+        for position, batch in enumerate(plan[: wanted_updates - updates]):
+            views = team.shard(labels.view(images, batch, config))
             with ranks.autocast():
-                logits = parallel(seen)
+                logits = parallel(views)
             if soft is None:
                 loss = _hard_loss(logits.float(), classes, batch, team, importance)
             else:
-                wanted = team.shard(stored[position]) if stored else soft.online(seen)
+                wanted = team.shard(stored[position]) if stored else soft.online(views)
                 shares = None if importance is None else team.shard(_mixed(importance, batch))
                 loss = _soft_loss(logits.float(), wanted, config.labels.temperature, shares)
             optimizer.zero_grad(set_to_none=True)
             (loss * (team.size / len(batch.images))).backward()
             optimizer.step()
             updates += 1
+            labelled += len(batch.images)
             advance(1)
     network.eval()
-    return Result(validation(network, team), updates, time.perf_counter() - begun)
+    metrics = validation(network, team)
+    cost = {"image_bytes": float(distilled.bytes), "label_bytes": 0.0, **(soft.cost(labelled) if soft else {})}
+    return Result(metrics, updates, meter.read() | {"updates": float(updates)} | cost)
 
 
-def update_count(config: Config, images: int) -> int:
+def seen(config: Config, view: str, images: int) -> Config:
+    """Return the config under which a student of a view trains: its number of epochs and its augmentation."""
+    student, settings = config.student, config.labels
+    if view == "updates":
+        student = student.model_copy(update={"epochs": -(-student.updates // _steps(config, images))})
+    if view == "plain":
+        settings = settings.model_copy(update={"crop_scale": 1.0, "flip": False, "mix": "none"})
+    return config.model_copy(update={"student": student, "labels": settings})
+
+
+def update_count(config: Config, view: str, images: int) -> int:
     """Return the optimiser steps of one student on a set of so many images."""
+    return config.student.updates if view == "updates" else config.student.epochs * _steps(config, images)
+
+
+def _steps(config: Config, images: int) -> int:
+    """Return the optimiser steps of one epoch (``labels.batches``)."""
     size = config.student.batch_size
-    return config.student.epochs * (len(range(size, images - 1, size)) + 1)
+    return len(range(size, images - 1, size)) + 1
 
 
 def _stored(soft: labels.SoftLabels, images: Tensor, epoch: int) -> list[Tensor]:
@@ -178,11 +201,13 @@ def _smoothed_cosine(epoch: int, settings: Student) -> float:
 
 
 def check(config: Config, classes: int) -> None:
-    """Build every student architecture once.
+    """Build every student architecture once, and see whether a budget pays for labels.
 
     Raises:
-        InputError: no such network, or it cannot take images that small.
+        InputError: no such network, or it cannot take images that small, or ``labels.budget`` is too small.
     """
+    for regime in config.labels.regimes:
+        labels.stored_epochs(config, regime, classes * config.ipc, classes)
     for name in config.student.networks:
         with torch.device("meta"):
             networks.create(name, classes, config.data.channels, config.data.resolution)

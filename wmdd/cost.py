@@ -1,0 +1,59 @@
+"""What a stretch of work cost: time, device time, peak memory, and energy where the driver counts it."""
+
+import resource
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+_RAPL = Path("/sys/class/powercap")
+
+
+class Meter:
+    """Measures from its making on.
+
+    Args:
+        device: where the work runs.
+        devices: how many of them work on it together.
+    """
+
+    def __init__(self, device: torch.device, devices: int = 1) -> None:
+        self._device, self._devices = device, devices
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._energy = _joules(device)
+        self._begun = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Return ``seconds``, ``device_seconds``, ``peak_bytes`` and, where counters are readable, ``joules``.
+
+        ``peak_bytes``: of the device's allocator; on a CPU, of the process since it started.  ``joules``: of the whole
+        device or CPU package, whoever else used it, times the devices.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = time.perf_counter() - self._begun
+        found = {"seconds": round(seconds, 3), "device_seconds": round(seconds * self._devices, 3)}
+        now = _joules(self._device)
+        if self._energy is not None and now is not None and now >= self._energy:  # counters of CPUs wrap
+            found["joules"] = round((now - self._energy) * self._devices, 3)
+        return found | {"peak_bytes": float(peak)}
+
+
+def _joules(device: torch.device) -> float | None:
+    """Return the energy counter of the device, or None where it cannot be read (no pynvml, no rights)."""
+    try:
+        if device.type == "cuda":
+            driver = import_module("pynvml")
+            driver.nvmlInit()
+            handle = driver.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            return float(driver.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+        counters = [path / "energy_uj" for path in _RAPL.glob("intel-rapl:?")]
+        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
+    except Exception:
+        # An optional counter of a driver we do not control: whatever is wrong with it, there is no figure.
+        return None
