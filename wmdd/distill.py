@@ -17,6 +17,7 @@ from torch import Tensor
 from wmdd import methods, statistics
 from wmdd.config import Config
 from wmdd.console import progress, say
+from wmdd.cost import Meter
 from wmdd.data import Dataset, pixel_range, quantise
 from wmdd.distributed import ALONE, Ranks, Team
 from wmdd.errors import InputError, Interrupted, WmddError
@@ -219,7 +220,7 @@ def _distill_group(
     advance: Callable[[int], None],
 ) -> None:
     """Synthesise a group, with checkpoints, and write its file."""
-    begun = time.perf_counter()
+    meter = Meter(job.ranks.device, team.size)
     prepared = prepare(job, method, group, found)
     clock = _Clock(job.config.compute.checkpoint_seconds)
 
@@ -235,8 +236,7 @@ def _distill_group(
     final = optimise(job, method, prepared, state, team, advance, save, clock.due)
     if team.rank:
         return
-    seconds = round(time.perf_counter() - begun, 3)
-    meta = {"classes": prepared.names, "seconds": seconds, "curve": final.curve, "w2": prepared.w2}
+    meta = {"classes": prepared.names, **meter.read(), "curve": final.curve, "w2": prepared.w2}
     tensors = {
         "images": quantise(final.images, job.config.data),
         "labels": prepared.labels,
