@@ -1,24 +1,48 @@
-"""A protocol: methods × IPC × distillation seeds × student seeds under one student recipe, as a table of runs."""
+"""A protocol: methods × IPC × distillation seeds × students under one recipe, as a table of runs."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from wmdd import methods, pipeline
 from wmdd.config import Config, Positive, load_config
-from wmdd.console import progress
+from wmdd.data import load_dataset
 from wmdd.errors import InputError, nearest
-from wmdd.files import read_toml
+from wmdd.files import read_toml, write_json
 
 
-class Protocol(BaseModel):
-    """What is compared; the recipe of the students is the config's, the same for all."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Entry(_Part):
+    """One row of the comparison: a method, and what it changes in the config of all."""
+
+    method: str
+    """Name in the registry."""
+    name: str
+    """Name in the tables; tells recipes of one method apart."""
+    variant: str | None = None
+    """Variant of the config (``paper``, ``upstream``)."""
+    overrides: tuple[str, ...] = ()
+    """``key=value`` strings for how it distils; what decides the students is the same for all and refused here."""
+
+
+def _entry(value: Any) -> Any:
+    """Let a method's name alone stand for an entry."""
+    if isinstance(value, str):
+        return {"method": value, "name": value}
+    return {"name": value.get("variant") or value.get("method"), **value} if isinstance(value, dict) else value
+
+
+class Protocol(_Part):
+    """What is compared.  The recipe of the students is the config's, the same for all."""
 
     name: str
     """Name of the protocol; results lie in ``runs/NAME`` unless ``--out`` says otherwise."""
@@ -26,19 +50,27 @@ class Protocol(BaseModel):
     """Preset, preset with variants or TOML file that all cells start from."""
     overrides: tuple[str, ...] = ()
     """``key=value`` strings applied to it."""
-    methods: tuple[str, ...] = Field(("wmdd", "random"), min_length=1)
-    """Methods of the registry, compared at the same IPC by the same students."""
+    methods: tuple[Annotated[Entry, BeforeValidator(_entry)], ...] = Field(min_length=1)
+    """Methods of the registry by name, or tables ``{method, name, variant, overrides}``.  Without ``random`` among them
+    there is nothing to pair with."""
     ipc: tuple[Positive, ...] = Field((1, 10), min_length=1)
     """Images per class."""
-    distillation_seeds: Positive = 3
+    networks: tuple[str, ...] | None = None
+    """Architectures of the students; those of the config by default."""
+    regimes: tuple[str, ...] | None = None
+    """Labels of the students; those of the config by default."""
+    views: tuple[str, ...] | None = None
+    """``epochs`` (as many passes), ``updates`` (as many optimiser steps), ``plain`` (no augmentation)."""
+    distillation_seeds: Positive = 5
     """Independent distillations of each method; seeds 0 to N−1."""
-    student_seeds: Annotated[int, Field(ge=1)] = 3
-    """Students of each distilled set, architecture and label regime; seeds 0 to N−1."""
+    student_seeds: Positive = 1
+    """Students of each distilled set, architecture, regime and view.  No two of a method share a seed: a method that
+    always selects the same images has as many students as the others, and not one of them several times."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the protocol: one IPC and distillation seed, all methods."""
+    """One run of the protocol: a method at one IPC and distillation seed, with all its students."""
 
     folder: Path
     config: Config
@@ -59,43 +91,87 @@ def load_protocol(source: str) -> Protocol:
     else:
         raise InputError(f"{source}: no protocol of that name; {nearest(source, names)} (a file's name ends in .toml)")
     try:
-        return Protocol.model_validate(read_toml(place, source))
+        protocol = Protocol.model_validate(read_toml(place, source))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        hint = nearest(where, list(Protocol.model_fields)) if first["type"] == "extra_forbidden" else first["msg"]
+        where, key = ".".join(map(str, first["loc"])), str(first["loc"][-1])
+        valid = list(Entry.model_fields if first["loc"][0] == "methods" else Protocol.model_fields)
+        hint = nearest(key, valid) if first["type"] == "extra_forbidden" else first["msg"]
         raise InputError(f"{source}: {where}: {hint}") from None
+    if twice := [name for name, count in Counter(entry.name for entry in protocol.methods).items() if count > 1]:
+        raise InputError(f"{source}: methods: two entries are called {twice[0]!r}; give one a name of its own")
+    return protocol
 
 
-def cells(protocol: Protocol, out: Path) -> list[Cell]:
-    """Return the runs of a protocol: every method but the first is a baseline of the first one's run.
+def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """Return the runs of a protocol, seed by seed, so that a protocol that is stopped has whole comparisons.
+
+    Args:
+        protocol: what is compared.
+        out: folder of the runs.
+        overrides: ``key=value`` strings for all of them, such as ``data.root=...``.
 
     Raises:
-        InputError: a config or a method is wrong.
+        InputError: a config or a method is wrong, or an entry changes what decides the students.
     """
-    first, *others = protocol.methods
+    common = [*protocol.overrides, *overrides, "student.baselines=[]"]
+    for key, chosen in (
+        ("student.networks", protocol.networks),
+        ("labels.regimes", protocol.regimes),
+        ("student.views", protocol.views),
+    ):
+        common += [f"{key}={list(chosen)}"] if chosen else []
     made = []
-    for ipc in protocol.ipc:
-        for seed in range(protocol.distillation_seeds):
-            varied = [f"ipc={ipc}", f"seed={seed}", f"student.seeds={protocol.student_seeds}", f"method={first}"]
-            config = load_config(protocol.config, [*protocol.overrides, *varied])
-            student = config.student.model_copy(update={"baselines": tuple(others)})
-            config = config.model_copy(update={"name": protocol.name, "student": student})
-            made.append(Cell(out / f"ipc-{ipc:03d}" / f"seed-{seed:03d}", config))
-    for method in protocol.methods:
-        methods.create(made[0].config, method)
+    for seed in range(protocol.distillation_seeds):
+        for ipc in protocol.ipc:
+            students = f"student.seeds={protocol.student_seeds}", f"student.first_seed={seed * protocol.student_seeds}"
+            varied = [f"ipc={ipc}", f"seed={seed}", *students]
+            plain = load_config(protocol.config, [*common, *varied])
+            for entry in protocol.methods:
+                source = f"{protocol.config}+{entry.variant}" if entry.variant else protocol.config
+                own = [*entry.overrides, f"method={entry.method}", f"name={entry.name}"]
+                config = load_config(source, [*common, *own, *varied])
+                _check(entry, config, plain)
+                made.append(Cell(out / f"ipc-{ipc:03d}" / entry.name / f"seed-{seed:03d}", config))
+    for entry in protocol.methods:
+        methods.create(made[0].config, entry.method)
     return made
 
 
-def run(protocol: Protocol, out: Path) -> list[Path]:
-    """Run what is missing of a protocol on this machine; teachers, statistics and finished cells are shared.
+def _check(entry: Entry, config: Config, plain: Config) -> None:
+    """Refuse an entry whose students, data or teacher are not those of the others."""
+    for section in ("data", "teacher", "labels", "student", "compute"):
+        ours, theirs = (getattr(one, section).model_dump() for one in (config, plain))
+        if unlike := [key for key in ours if ours[key] != theirs[key]]:
+            raise InputError(
+                f"methods: {entry.name}: changes {section}.{unlike[0]}, which all methods share; set it in overrides of"
+                " the protocol, for all"
+            )
 
-    Returns:
-        the run folders.
+
+def check(table: Sequence[Cell]) -> None:
+    """Refuse what could only fail later, in any cell.
+
+    Raises:
+        InputError: the data is missing, a class is too small, a network or a method does not exist.
     """
-    table = cells(protocol, out)
-    with progress(f"protocol {protocol.name}", len(table), "runs") as advance:
-        for cell in table:
-            pipeline.run(cell.config, cell.folder, share=pipeline.Share(("teacher", "distill", "students")))
-            advance(1)
-    return [cell.folder for cell in table]
+    first = table[0].config
+    dataset = load_dataset(first.data, first.compute.workers)
+    for cell in table:
+        if cell.config.seed == first.seed:
+            pipeline.check(cell.config, dataset)
+
+
+def write_plan(protocol: Protocol, table: Sequence[Cell], out: Path) -> None:
+    """Write down what the protocol consists of, so that a report can tell which cells are missing."""
+    rows = [
+        {
+            "folder": str(cell.folder.relative_to(out)),
+            "method": cell.config.method,
+            "name": cell.config.name,
+            "ipc": cell.config.ipc,
+            "seed": cell.config.seed,
+        }
+        for cell in table
+    ]
+    write_json(out / "protocol.json", {"name": protocol.name, "protocol": protocol.model_dump(), "cells": rows})

@@ -78,7 +78,7 @@ def run(
         raise InputError("overrides go with a config that is given by name")
     folder = RunFolder(Path(out) if out is not None else Path("runs") / config.name)
     with stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop, ranks(config.compute, stop) as job:
-        console.quiet = not job.main
+        console.quiet = console.quiet or not job.main
         share = share or Share()
         with progress.reported(folder, share.name) if job.main else nullcontext():
             _run(config, folder, job, stop, share)

@@ -1,0 +1,119 @@
+"""Where runs are done: here, in several processes, or through a launcher that another package brings.
+
+A launcher registers a function ``target -> Launcher`` in the entry-point group ``wmdd.launchers``; ``slurm`` takes the
+name of a profile.
+"""
+
+import multiprocessing
+import queue
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from wmdd import console, pipeline
+from wmdd.config import Config
+from wmdd.errors import InputError, Interrupted, WmddError, nearest
+from wmdd.signals import StopRequest, stop_on
+
+STAGES = ("teacher", "distill", "students")
+"""What a launcher does of a run; whoever launched it reports."""
+
+
+class Launcher(ABC):
+    """Does runs, or sees to it that they are done."""
+
+    @abstractmethod
+    def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
+        """Do what is missing of every run (config, folder), or submit it and return.
+
+        Raises:
+            InputError: a run cannot be done; none was begun.
+            Interrupted: a stop was requested; what was done is kept.
+        """
+
+
+class Local(Launcher):
+    """This machine.
+
+    Args:
+        jobs: runs at a time; each has ``compute.threads`` threads.
+    """
+
+    def __init__(self, jobs: int = 1) -> None:
+        self._jobs = jobs
+
+    def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
+        """Do the runs in order, ``jobs`` at a time; the first that fails stops the others at their next safe point."""
+        with console.progress(title, len(runs), "runs") as advance:
+            if self._jobs == 1:
+                for config, folder in runs:
+                    _run(config, folder)
+                    advance(1)
+            else:
+                with stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop:
+                    _share(runs, self._jobs, stop, advance)
+
+
+def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest, advance: Callable[[int], None]) -> None:
+    # Each process imports torch anew: a forked one may hang in its thread pools.
+    fresh = multiprocessing.get_context("spawn")
+    todo, done = fresh.Queue(), fresh.Queue()
+    for run in runs:
+        todo.put(run)
+    workers = [fresh.Process(target=_work, args=(todo, done)) for _ in range(min(jobs, len(runs)))]
+    for worker in workers:
+        todo.put(None)
+        worker.start()
+    finished = 0
+    try:
+        while finished < len(runs):
+            if stop():
+                raise Interrupted(f"stopped after {finished} of {len(runs)} runs")
+            try:
+                failure = done.get(timeout=0.2)
+            except queue.Empty:
+                if any(worker.exitcode for worker in workers):
+                    raise WmddError(
+                        "a process that did runs was killed; memory may be short: try fewer --jobs"
+                    ) from None
+                continue
+            if failure:
+                raise failure
+            finished += 1
+            advance(1)
+    finally:
+        for worker in workers:
+            worker.terminate()  # its run checkpoints and leaves
+        for worker in workers:
+            worker.join()
+
+
+def _work(todo: Any, done: Any) -> None:
+    console.quiet = True
+    for config, folder in iter(todo.get, None):
+        try:
+            _run(config, folder)
+        except WmddError as error:
+            done.put(error)
+            return
+        done.put(None)
+
+
+def find(name: str, target: str) -> Launcher:
+    """Return the launcher of another package, made for a target such as a SLURM profile.
+
+    Raises:
+        InputError: there is none of that name, or the target is wrong.
+    """
+    known = {point.name: point for point in entry_points(group="wmdd.launchers")}
+    if name not in known:
+        raise InputError(f"no launcher {name!r} is installed; {nearest(name, sorted(known))}")
+    launcher: Launcher = known[name].load()(target)
+    return launcher
+
+
+def _run(config: Config, folder: Path) -> None:
+    pipeline.run(config, folder, share=pipeline.Share(STAGES))
