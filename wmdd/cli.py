@@ -218,6 +218,27 @@ def data_check(config: ConfigArgument, override: SetOption = None) -> None:
     typer.echo("every image can be read")
 
 
+@data_app.command(
+    "synthesize", epilog="Example:  wmdd data synthesize --classes 100 --images 300 --out /scratch/synthetic"
+)
+def data_synthesize(
+    out: Annotated[Path, typer.Option(help="New folder; train/CLASS/ and val/CLASS/ are written below it.")],
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 1000,
+    images: Annotated[int, typer.Option(help="Training images of each class.")] = 1300,
+    pixels: Annotated[int, typer.Option(help="Length of the shorter side.")] = 375,
+    val: Annotated[int, typer.Option(help="Validation images of each class.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of all images.", min=0)] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; as many as there are CPUs by default.", min=1)] = None,
+) -> None:
+    """Generate JPEG files in ImageNet's shape for speed tests; goes on where it stopped."""
+    from wmdd.console import progress
+    from wmdd.generated import synthesize
+
+    with progress(f"images in {out}", classes * (images + val), "images") as advance:
+        synthesize(out, classes, images, pixels, val, seed, workers, advance)
+    typer.echo(f"use it with --set data.source=folder --set data.root={out}")
+
+
 @cache_app.command("list")
 def cache_list() -> None:
     """List the store's entries, oldest first."""
