@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import scheduler, submit
-from slurm.profile import load_profile
+from slurm.profile import STAGES, load_profile
 from wmdd.config import Config
 from wmdd.console import progress, say
-from wmdd.launchers import STAGES, Launcher
+from wmdd.launchers import Launcher
 
 
 class Slurm(Launcher):
@@ -26,10 +26,11 @@ class Slurm(Launcher):
 
     def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
         """Submit what is missing of every run and is not in the queue; ``wmdd slurm status FOLDER`` follows each."""
+        stages = [stage for stage in STAGES if stage != "report"]  # whoever launched them reports them together
         submitted = jobs = 0
         with progress(f"submitting {title}", len(runs), "runs") as advance:
             for config, folder in runs:
-                request = submit.prepare(config, folder, self._profile, stages=STAGES)
+                request = submit.prepare(config, folder, self._profile, stages=stages)
                 if request.arrays:
                     jobs += len(submit.submit(request))
                     submitted += 1

@@ -18,10 +18,6 @@ from wmdd.config import Config
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
 from wmdd.signals import StopRequest, stop_on
 
-STAGES = ("teacher", "distill", "students")
-"""What a launcher does of a run; whoever launched it reports."""
-
-
 class Launcher(ABC):
     """Does runs, or sees to it that they are done."""
 
@@ -116,4 +112,5 @@ def find(name: str, target: str) -> Launcher:
 
 
 def _run(config: Config, folder: Path) -> None:
-    pipeline.run(config, folder, share=pipeline.Share(STAGES))
+    # Whoever launched several runs reports them together.
+    pipeline.run(config, folder, share=pipeline.Share(("teacher", "distill", "students")))
