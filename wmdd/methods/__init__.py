@@ -26,7 +26,13 @@ REGISTRY = {
     "ce-pcbn": "wmdd.methods.matching:CrossEntropyClassBN",
     "barycenter-global": "wmdd.methods.matching:BarycenterGlobalBN",
     "ce-global": "wmdd.methods.matching:CrossEntropyGlobalBN",
+    "sre2l": "wmdd.methods.sre2l:SRe2L",
+    "cda": "wmdd.methods.sre2l:CDA",
     "random": "wmdd.methods.selection:Random",
+    "herding": "wmdd.methods.selection:Herding",
+    "k-center": "wmdd.methods.selection:KCenter",
+    "medoids": "wmdd.methods.selection:Medoids",
+    "rded": "wmdd.methods.rded:RDED",
 }
 """Shipped methods: name -> ``module:Class``; resolved when asked for."""
 

@@ -1,7 +1,13 @@
 """Baselines that select real images; they are never optimised."""
 
-import torch
+from abc import abstractmethod
 
+import torch
+from torch import Tensor
+
+from wmdd.barycenter import Atoms, barycenter
+from wmdd.config import Barycenter
+from wmdd.distributed import seed_of
 from wmdd.methods import ClassData, Method, Plan
 
 
@@ -14,3 +20,86 @@ class Random(Method):
         """Draw the images."""
         order = torch.randperm(data.count, generator=data.generator("random"))
         return Plan(data.decode(order[: self.config.ipc].tolist()))
+
+
+class _Greedy(Method):
+    """K real images chosen one after the other by their features; the same ones for every seed."""
+
+    def prepare(self, data: ClassData) -> Plan:
+        """Choose the images."""
+        return Plan(data.decode(self.choose(_features(data), self.config.ipc)))
+
+    @staticmethod
+    @abstractmethod
+    def choose(features: Tensor, count: int) -> list[int]:
+        """Return ``count`` distinct rows of ``features`` [n, D], in the order of their choice."""
+
+
+class Herding(_Greedy):
+    """K real images whose mean feature follows the class's (herding, Welling 2009)."""
+
+    @staticmethod
+    def choose(features: Tensor, count: int) -> list[int]:
+        """Take, K times, the image with which the mean of those taken comes nearest to the class's mean.
+
+        Welling's weight vector w = (t + 1) μ − Σ x, with the next image at the least distance to it (Rebuffi et al.
+        2017, algorithm 4): his largest inner product would favour long features.  Ties go to the earlier image.
+        """
+        away = _centred(features)
+        total, chosen = torch.zeros_like(away[0]), list[int]()
+        for _ in range(count):
+            distances = (total + away).square().sum(1)
+            distances[chosen] = torch.inf
+            chosen.append(int(distances.argmin()))
+            total += away[chosen[-1]]
+        return chosen
+
+
+class KCenter(_Greedy):
+    """K real images that leave none far from all of them (greedy k-center, Sener & Savarese 2018)."""
+
+    @staticmethod
+    def choose(features: Tensor, count: int) -> list[int]:
+        """Take, K times, the image farthest from those taken; the first is the nearest to the class's mean.
+
+        A seeded first image would only add noise: greedy k-center is within a factor 2 of the least radius from any
+        start, and at IPC 1 the most typical image is the one worth having.  Ties go to the earlier image.
+        """
+        away = _centred(features)
+        chosen = [int(away.square().sum(1).argmin())]
+        distances = torch.full((len(away),), torch.inf, dtype=away.dtype)
+        for _ in range(count - 1):
+            distances = distances.minimum((away - away[chosen[-1]]).square().sum(1))
+            distances[chosen] = -1.0  # one that coincides with a taken image has distance 0
+            chosen.append(int(distances.argmax()))
+        return chosen
+
+
+class Medoids(Method):
+    """K real images nearest to the class's optimal quantisation, weighted by their cells: a coreset of least W2.
+
+    The atoms of free weights (k-means) are replaced by distinct real images, each weighs as many of the class as are
+    nearest to it, and of several seeded starts the one with the least W2² is kept; ``barycenter.starts`` and
+    ``barycenter.rounds`` are the config's.
+    """
+
+    def prepare(self, data: ClassData) -> Plan:
+        """Choose the images."""
+        atoms = self._atoms(_features(data), seed_of(self.config.seed, "barycenter", data.name))
+        return Plan(data.decode(atoms.images.tolist()), weights=atoms.weights.float(), w2=atoms.w2)
+
+    def _atoms(self, features: Tensor, seed: int) -> Atoms:
+        own = self.config.barycenter
+        settings = Barycenter(weights="free", atoms="medoids", starts=own.starts, rounds=own.rounds)
+        return barycenter(features, self.config.ipc, settings, seed)
+
+
+def _features(data: ClassData) -> Tensor:
+    if data.statistics is None:
+        raise ValueError("a choice by features needs the class statistics")
+    return data.statistics.features
+
+
+def _centred(features: Tensor) -> Tensor:
+    points = features.double()
+    return points - points.mean(0)
