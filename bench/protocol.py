@@ -91,16 +91,13 @@ def load_protocol(source: str) -> Protocol:
     else:
         raise InputError(f"{source}: no protocol of that name; {nearest(source, names)} (a file's name ends in .toml)")
     try:
-        protocol = Protocol.model_validate(read_toml(place, source))
+        return Protocol.model_validate(read_toml(place, source))
     except ValidationError as error:
         first = error.errors()[0]
         where, key = ".".join(map(str, first["loc"])), str(first["loc"][-1])
         valid = list(Entry.model_fields if first["loc"][0] == "methods" else Protocol.model_fields)
         hint = nearest(key, valid) if first["type"] == "extra_forbidden" else first["msg"]
         raise InputError(f"{source}: {where}: {hint}") from None
-    if twice := [name for name, count in Counter(entry.name for entry in protocol.methods).items() if count > 1]:
-        raise InputError(f"{source}: methods: two entries are called {twice[0]!r}; give one a name of its own")
-    return protocol
 
 
 def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
@@ -114,6 +111,8 @@ def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[
     Raises:
         InputError: a config or a method is wrong, or an entry changes what decides the students.
     """
+    if twice := [name for name, count in Counter(entry.name for entry in protocol.methods).items() if count > 1]:
+        raise InputError(f"methods: two entries are called {twice[0]!r}; give one a name of its own")
     common = [*protocol.overrides, *overrides, "student.baselines=[]"]
     for key, chosen in (
         ("student.networks", protocol.networks),
