@@ -26,6 +26,7 @@ from wmdd.data import Dataset, load_dataset, normalise, quantise
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, ranks
 from wmdd.errors import InputError, Interrupted
+from wmdd.metrics import label_robust_score
 from wmdd.synthesis import State
 from wmdd.teacher import Teacher, obtain
 from wmdd.validation import Validation, decode_all
@@ -268,17 +269,6 @@ def _features(bench: Bench, images: Tensor) -> Tensor:
             seen = bench.teacher.network(shown.contiguous(memory_format=torch.channels_last))
         parts.append(seen.features.float().cpu())
     return torch.cat(parts)
-
-
-def label_robust_score(hard: float, soft: float, real_hard: float, random_soft: float) -> float:
-    """Return LRS = (e^α − e^−1) / (e − e^−1) with α = (IOR − HLR) / 2 (DD-Ranking, accuracies as fractions).
-
-    HLR = real_hard − hard, what hard labels lose against the whole training set; IOR = soft − random_soft, what soft
-    labels gain over random real images.
-    """
-    alpha = torch.tensor(((soft - random_soft) - (real_hard - hard)) / 2, dtype=torch.float64)
-    floor = torch.exp(torch.tensor(-1.0, dtype=torch.float64))
-    return float((alpha.exp() - floor) / (1 / floor - floor))
 
 
 def _references(bench: Bench, stop: Stop) -> dict[str, float]:

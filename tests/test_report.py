@@ -14,7 +14,10 @@ from wmdd.errors import InputError
 from wmdd.files import digest, write_json, write_tensors
 from wmdd.page import write_html
 from wmdd.records import Record, write_records
-from wmdd.report import Report, collect, render_terminal, tables, to_csv, to_markdown
+from wmdd.render import csv, markdown, terminal
+from wmdd.report import Report, collect
+from wmdd.tables import tables
+from wmdd.words import Table
 
 RECIPE = {"epochs": 150, "updates": 300, "batch_size": 50, "checkpoint": "last", "lr": 0.001, "teacher": "7" * 64}
 PROVENANCE = {"revision": "8" * 40, "dirty": True, "wmdd": "0.1.0", "torch": "2.15.0", "device": "cpu", "cpu": "Xeon"}
@@ -105,9 +108,13 @@ def row_of(report: Report, method: str) -> Any:
     return report.accuracy[report.accuracy["method"] == method].iloc[0]
 
 
-def terminal(report: Report) -> str:
+def table(report: Report, title: str) -> Table:
+    return next(table for table in tables(report) if table.title == title)
+
+
+def printed(report: Report) -> str:
     console = Console(file=io.StringIO(), width=300)
-    render_terminal(report, console)
+    terminal(report, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -123,16 +130,18 @@ def test_the_accuracy_table_has_the_figures_computed_by_hand(tmp_path: Path) -> 
     assert wmdd["high"] - wmdd["difference"] == pytest.approx(0.02 * T2, rel=1e-5)
     assert (wmdd["pairs"], wmdd["paired_distillation_seeds"]) == (3, 1)
     # 0.01 · 4.302653 / √3 = 2.484 points; 0.02 of it 4.968 points.
-    cells = ["digits", "2", "convnet3x32", "soft", "wmdd", "97.0 ± 2.5", "100.0 ± 0.0", "1×3"]
-    assert tables(report)[0].rows[0] == [*cells, "+2.0 [−3.0, 7.0]", "0.225"]
-    assert tables(report)[0].rows[2][:6] == ["digits", "all", "convnet3x32", "–", "teacher", "98.5"]
+    cells = ["digits", "2", "convnet3x32", "soft", "epochs", "wmdd", "97.0 ± 2.5", "100.0 ± 0.0", "1×3"]
+    accuracy = table(report, "Accuracy")
+    assert accuracy.rows[0] == [*cells, "+2.0 [−3.0, 7.0]", "0.225"]
+    assert accuracy.rows[2][:7] == ["digits", "all", "convnet3x32", "–", "–", "teacher", "98.5"]
+    assert "over its students" in accuracy.caption, "with one distilled set the interval is not about images"
 
 
 def test_the_recipe_that_all_rows_share_stands_with_the_table_and_what_varies_in_a_column(tmp_path: Path) -> None:
     one = make_run(tmp_path / "ipc2", [0.97])
     two = make_run(tmp_path / "ipc1", [0.9], ipc=1, recipe=RECIPE | {"updates": 150})
 
-    accuracy = tables(collect([one, two]))[0]
+    accuracy = table(collect([one, two]), "Accuracy")
 
     shared = {"epochs": "150", "batch size": "50", "checkpoint": "last epoch", "teacher": "7" * 12, "lr": "0.001"}
     shared |= {"evaluated on": "test", "classes": "10", "resolution": "16 px"}
@@ -145,11 +154,11 @@ def test_the_summary_says_what_was_found_and_whether_the_interval_holds_zero(tmp
     run = make_pair(tmp_path)
     assert (
         "wmdd 97.0 ± 2.5 % vs random 95.0 ± 2.5 %, +2.0 [−3.0, 7.0] points (the interval holds 0), n = 1×3"
-        in terminal(collect([run]))
+        in printed(collect([run]))
     )
 
     make_run(run / "baselines" / "random", [0.85, 0.84, 0.87], method="random")
-    assert "holds 0" not in terminal(collect([run]))
+    assert "holds 0" not in printed(collect([run]))
 
 
 def test_students_of_several_distillation_seeds_make_one_row_and_both_numbers_are_told(tmp_path: Path) -> None:
@@ -158,9 +167,9 @@ def test_students_of_several_distillation_seeds_make_one_row_and_both_numbers_ar
         make_run(run / "baselines" / "random", [0.9, 0.91, 0.92], seed=seed, method="random")
     make_run(tmp_path / "seed1", [0.9, 0.92], seed=1)
 
-    accuracy = tables(collect([tmp_path]))[0]
+    accuracy = table(collect([tmp_path]), "Accuracy")
 
-    assert [row[7] for row in accuracy.rows] == ["5 of 2×3", "2×3", "1"]
+    assert [row[8] for row in accuracy.rows] == ["5 of 2×3", "2×3", "1"]
 
 
 def test_unlike_recipes_are_refused_naming_keys_values_and_runs(tmp_path: Path) -> None:
@@ -190,8 +199,8 @@ def test_test_images_are_not_mixed_with_held_out_ones(tmp_path: Path) -> None:
 def test_what_was_measured_on_held_out_images_is_marked(tmp_path: Path) -> None:
     report = collect([make_run(tmp_path / "a", [0.9], record={"evaluated_on": "holdout"})])
 
-    accuracy = tables(report)[0]
-    assert "on the holdout images" in terminal(report)
+    accuracy = table(report, "Accuracy")
+    assert "on the holdout images" in printed(report)
     assert accuracy.columns[-1] == "evaluated on"
     assert [row[-1] for row in accuracy.rows] == ["holdout", "test"], "the teacher was measured on other images"
 
@@ -238,10 +247,11 @@ def test_missing_blocks_students_and_baselines_are_named(tmp_path: Path) -> None
     report = collect([run])
 
     first, absent = report.coverage.to_dict("records")
+    assert [row[2] for row in table(report, "Coverage").rows] == [first["missing"], "all"]
     assert first["missing"] == "block 0, block 2–3, student convnet3x32 soft seed 1–2"
     assert (first["blocks"], first["blocks_expected"], first["students"], first["students_expected"]) == (1, 4, 1, 3)
     assert (absent["run"], absent["missing"]) == ("digits/baselines/random", "all")
-    assert "0 of 2 runs are complete" in terminal(report)
+    assert "0 of 2 runs are complete" in printed(report)
 
 
 def test_a_block_without_its_tensors_is_missing(tmp_path: Path) -> None:
@@ -258,7 +268,7 @@ def test_a_run_without_students_can_be_reported(tmp_path: Path) -> None:
     write_html(report, tmp_path / "report.html")
 
     assert list(report.accuracy["method"]) == ["teacher"]
-    assert "student convnet3x32 soft seed 0–2" in to_markdown(report)
+    assert "student convnet3x32 soft seed 0–2" in markdown(report)
     assert "No student has been measured yet" in (tmp_path / "report.html").read_text()
 
 
@@ -273,7 +283,7 @@ def test_a_corrupt_line_is_named_and_the_rest_counts(tmp_path: Path) -> None:
     assert any(problem.startswith("digits/records/students.jsonl:4: Invalid JSON") for problem in report.problems)
     assert any(problem.startswith("digits/blocks/block-00000.json: is not whole JSON") for problem in report.problems)
     assert row_of(report, "wmdd")["n"] == 3
-    assert "students.jsonl:4" in terminal(report)
+    assert "students.jsonl:4" in printed(report)
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
@@ -288,8 +298,8 @@ def test_costs_are_added_and_a_shared_teacher_counts_once(tmp_path: Path) -> Non
 
     # Teacher 30, one group 12.5, three students of 4 seconds: for the run and for its baseline.
     assert list(report.cost["total"]) == [54.5, 54.5]
-    total = tables(report)[2].rows[-1]
-    assert total == ["all runs, each teacher once", "30.0", "25.0", "24.0", "79.0", "1.0"]
+    total = table(report, "Cost").rows[-1]
+    assert total == ["all runs, each teacher once", "30.0", "25.0", "24.0", "79.0", "0.022", "1.07 GB"]
 
 
 def test_each_number_can_be_traced(tmp_path: Path) -> None:
@@ -306,7 +316,7 @@ def test_each_number_can_be_traced(tmp_path: Path) -> None:
 def test_csv_has_every_figure_and_the_recipe(tmp_path: Path) -> None:
     import pandas as pd
 
-    frame = pd.read_csv(io.StringIO(to_csv(collect([make_pair(tmp_path)])))).set_index("method")
+    frame = pd.read_csv(io.StringIO(csv(collect([make_pair(tmp_path)])))).set_index("method")
 
     assert frame.loc["wmdd", "top1"] == pytest.approx(0.97)
     assert frame.loc["wmdd", "recipe.epochs"] == 150
@@ -314,10 +324,11 @@ def test_csv_has_every_figure_and_the_recipe(tmp_path: Path) -> None:
 
 
 def test_markdown_is_made_of_whole_tables(tmp_path: Path) -> None:
-    text = to_markdown(collect([make_pair(tmp_path)]))
+    text = markdown(collect([make_pair(tmp_path)]))
 
     assert (
-        "| digits | 2 | convnet3x32 | soft | wmdd | 97.0 ± 2.5 | 100.0 ± 0.0 | 1×3 | +2.0 [−3.0, 7.0] | 0.225 |" in text
+        "| digits | 2 | convnet3x32 | soft | epochs | wmdd | 97.0 ± 2.5 | 100.0 ± 0.0 | 1×3 | +2.0 [−3.0, 7.0] | 0.225 |"
+        in text
     )
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1
@@ -379,7 +390,10 @@ def test_ten_thousand_records_are_tabulated(tmp_path: Path) -> None:
     run = make_run(tmp_path / "digits", [0.9])
     line = json.loads((run / "records" / "students.jsonl").read_text())
     records = [
-        Record(**line | {"network": f"net{n}", "distillation_seed": d, "student_seed": s, "method": m})
+        Record(
+            **line
+            | {"network": f"net{n}", "distillation_seed": d, "student_seed": s, "method": m, "artefact": f"{m}-{d}"}
+        )
         for m in ("wmdd", "random")
         for n in range(50)
         for d in range(10)
@@ -388,7 +402,7 @@ def test_ten_thousand_records_are_tabulated(tmp_path: Path) -> None:
     write_records(run / "records" / "students.jsonl", records)
 
     report = collect([run])
-    render_terminal(report, Console(file=io.StringIO()))
+    terminal(report, Console(file=io.StringIO()))
 
     assert len(report.accuracy) == 101
     assert report.accuracy["n"].sum() == 10_001

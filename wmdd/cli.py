@@ -124,28 +124,31 @@ def verify(run: RunArgument) -> None:
     typer.echo(f"{run}: {len(found)} images of {len(found.classes)} classes are whole, SHA-256 {found.sha256}")
 
 
-@app.command(epilog="Example:  wmdd report runs/digits runs/digits+paper --html both.html")
+@app.command(epilog="Example:  wmdd report runs/digits runs/digits+paper results.jsonl --html both.html")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, of sweeps or of protocols; files of records (.jsonl)."),
+    ],
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the accuracy table as CSV.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the accuracies (without any: the speeds) as CSV.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Write the tables as LaTeX (booktabs).")] = None,
 ) -> None:
-    """Consolidate runs into tables: on the terminal, and as HTML, CSV or Markdown."""
+    """Consolidate runs into tables: on the terminal, and as HTML, CSV, Markdown or LaTeX."""
     from rich.console import Console
 
-    from wmdd import page
+    from wmdd import page, render
     from wmdd import report as reporter
     from wmdd.files import write_bytes
 
     collected = reporter.collect(runs)
-    reporter.render_terminal(collected, Console())
+    render.terminal(collected, Console())
     if html:
         page.write_html(collected, html)
-    if csv:
-        write_bytes(csv, reporter.to_csv(collected).encode())
-    if markdown:
-        write_bytes(markdown, reporter.to_markdown(collected).encode())
+    for path, form in ((csv, render.csv), (markdown, render.markdown), (latex, render.latex)):
+        if path:
+            write_bytes(path, form(collected).encode())
 
 
 @app.command()

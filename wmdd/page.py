@@ -7,10 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from wmdd.compared import headlines
 from wmdd.errors import WmddError
 from wmdd.files import read_tensors, write_bytes
 from wmdd.metrics import REFERENCE
-from wmdd.report import Report, Run, headlines, tables
+from wmdd.report import Report
+from wmdd.runs import Run
+from wmdd.spent import coverage_line
+from wmdd.tables import tables
 
 MAX_CURVES = 12
 """Groups whose loss curves the page shows."""
@@ -37,6 +41,7 @@ def write_html(report: Report, path: Path) -> None:
     times = sorted(f"{record.time:%Y-%m-%d}" for run in report.runs for record in run.records)
     page = template.render(
         datasets=list(dict.fromkeys(report.accuracy["dataset"])),
+        coverage=coverage_line(report),
         runs=len(report.runs),
         numbers=sum(len(run.records) for run in report.runs),
         dates=list(dict.fromkeys(times[:1] + times[-1:])),

@@ -1,0 +1,121 @@
+"""Tables of text, and numbers as words: accuracies in percent, amounts with prefixes, – for what is not known."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+
+from wmdd.records import shorten
+
+NONE = "–"
+
+_UNITS = {"checkpoint": "epoch", "resolution": "px"}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table ready to print."""
+
+    title: str
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+    words: int = 1
+    """Leading columns that hold words; the others hold numbers."""
+    terms: dict[str, str] = field(default_factory=dict)
+    """What all rows share."""
+    origins: list[list[dict[str, str]]] = field(default_factory=list)
+    """Where the numbers of each row come from; empty where the caption says it."""
+
+    @property
+    def id(self) -> str:
+        """A name for anchors."""
+        return self.title.lower().replace(" ", "-")
+
+
+def trimmed(table: Table) -> Table:
+    """Return the table without the columns that say nothing in any row."""
+    kept = [i for i in range(len(table.columns)) if any(row[i] != NONE for row in table.rows)]
+    return replace(
+        table,
+        columns=[table.columns[i] for i in kept],
+        rows=[[row[i] for i in kept] for row in table.rows],
+        words=sum(i < table.words for i in kept),
+    )
+
+
+def shared_columns(table: Table) -> list[int]:
+    """Return the columns of words in which all of several rows agree: they can stand below a narrow table."""
+    values = [{row[index] for row in table.rows} for index in range(table.words)]
+    return [index for index, found in enumerate(values) if len(found) == 1 < len(table.rows)]
+
+
+def caption(table: Table, words: Iterable[str] = ()) -> str:
+    """Return the caption with what all rows share."""
+    terms = ", ".join(f"{key} {value}" for key, value in table.terms.items())
+    recipe = f"Shared by all rows: {terms}." if terms else ""
+    return " ".join(part for part in (*words, table.caption, recipe) if part)
+
+
+def percent(row: Row, metric: str) -> str:
+    """Return an accuracy in percent with its interval."""
+    mean, half_width = row[metric], row[f"{metric}_half_width"]
+    if pd.isna(mean):
+        return NONE
+    return f"{100 * mean:.1f}" if pd.isna(half_width) else f"{100 * mean:.1f} ± {100 * half_width:.1f}"
+
+
+def difference(row: Row) -> str:
+    """Return a difference to the baseline in points, with its interval."""
+    if pd.isna(row["difference"]):
+        return NONE
+    text = f"{100 * row['difference']:+.1f}"
+    if not pd.isna(row["low"]):
+        text += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    return text.replace("-", "−")
+
+
+def count(row: Row) -> str:
+    """Return distinct distilled sets × students of each."""
+    if pd.isna(row["sets"]):
+        return str(row["n"])
+    crossed = f"{row['sets']}×{row['students']}"
+    return crossed if row["n"] == row["sets"] * row["students"] else f"{row['n']} of {crossed}"
+
+
+def points(value: Any, sign: str = "") -> str:
+    """Return a fraction as hundredths."""
+    return NONE if pd.isna(value) else f"{100 * value:{sign}.1f}".replace("-", "−")
+
+
+def number(value: Any, unit: int = 1, digits: int = 1) -> str:
+    """Return a number of so many units."""
+    return NONE if pd.isna(value) else f"{value / unit:,.{digits}f}"
+
+
+def size(value: Any, unit: str = "B") -> str:
+    """Return an amount with a decimal prefix: 24.6 kB, 5.67 GB, 1.2 TFLOP."""
+    if pd.isna(value):
+        return NONE
+    amount, prefixes = float(value), iter(("", "k", "M", "G", "T", "P", "E"))
+    prefix = next(prefixes)
+    while abs(amount) >= 999.5:
+        amount, prefix = amount / 1000, next(prefixes)
+    return f"{amount:.3g} {prefix}{unit}"
+
+
+def p_value(value: Any) -> str:
+    """Return a p-value."""
+    return NONE if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def term(key: str, value: Any) -> str:
+    """Return a setting's value in words."""
+    if value is None or value != value:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join([shorten(value), *([_UNITS[key]] if key in _UNITS else [])])
