@@ -5,14 +5,16 @@ from typing import Annotated
 
 import typer
 
-from wmdd.cli import SetOption
+from wmdd.cli import ConfigArgument, SetOption
 
-app = typer.Typer(help="Compare methods under one protocol.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Compare methods under one protocol, and measure speeds.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.callback()
 def bench() -> None:
-    """Compare methods under one protocol."""
+    """Compare methods under one protocol, and measure speeds."""
 
 
 @app.command(
@@ -49,3 +51,58 @@ def protocol(
     page.write_html(collected, folder / "report.html")
     report.render_terminal(collected, Console())
     typer.echo(f"report: {folder / 'report.html'}")
+
+
+@app.command(
+    epilog="Examples:  wmdd bench throughput digits   |   "
+    "wmdd bench throughput imagenet-1k --set data.root=/scratch/synthetic --stage synthesis --profile profiles"
+)
+def throughput(
+    config: ConfigArgument,
+    override: SetOption = None,
+    stage: Annotated[
+        str, typer.Option(metavar="NAME,NAME", help="What to time.")
+    ] = "synthesis,statistics,students,barycenters",
+    repeats: Annotated[int, typer.Option(min=1, help="Of each engine, in turns with the reference.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0, help="That one repeat shall last.")] = 1.0,
+    reference: Annotated[bool, typer.Option(help="Time the same work done plainly, and compare results.")] = True,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
+    profile: Annotated[Path | None, typer.Option(metavar="DIR", help="Write traces and tables of kernels.")] = None,
+) -> None:
+    """Time each stage on one device: rates, memory, MFU, and how they compare to the same work done plainly."""
+    from rich.console import Console
+
+    from bench import throughput as speeds
+    from wmdd.config import load_config
+
+    stages = speeds.stages_of(stage)
+    found = speeds.run(load_config(config, override or []), stages, repeats, seconds, reference, profile)
+    speeds.tell(found, out, Console())
+
+
+@app.command(
+    epilog="Examples:  wmdd bench evaluate sre2l_in1k_rn18_4k_ipc50 --config imagenet-1k   |   "
+    "wmdd bench evaluate theirs --config digits --set student.epochs=50 --baselines random"
+)
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Distilled images, one sub-folder a class.")],
+    config: Annotated[
+        str, typer.Option(metavar="CONFIG", help="Preset or TOML file: data set, teacher, labels and students.")
+    ],
+    override: SetOption = None,
+    layout: Annotated[
+        str, typer.Option(metavar="auto|classes|numbered", help="What the sub-folders are called.")
+    ] = "auto",
+    ipc: Annotated[int | None, typer.Option(help="Images of each class; read off the folder by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the report; the folder's by default.")] = None,
+    baselines: Annotated[
+        str, typer.Option(metavar="METHOD,...", help="Methods measured beside it; an empty text for none.")
+    ] = "random,medoids",
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
+) -> None:
+    """Measure a distilled set that others made, beside random real images and a real coreset, and report it."""
+    from bench.evaluate import config_of
+    from wmdd import pipeline
+
+    beside = [method.strip() for method in baselines.split(",") if method.strip()]
+    pipeline.run(config_of(folder, config, override or [], layout, ipc, name, beside), out)

@@ -249,6 +249,21 @@ class Student(Section):
     """Methods distilled beside the run's own at the same IPC, and measured by the same students."""
 
 
+class External(Section):
+    """A distilled set that others made, for ``method = "external"`` (``wmdd bench evaluate``)."""
+
+    folder: str | None = None
+    """Folder of its images, one sub-folder a class."""
+    layout: Literal["auto", "classes", "numbered"] = "auto"
+    """``classes``: sub-folders bear the names of the classes. ``numbered``: ``new007`` or ``00007`` holds the class at
+    position 7 in the sorted list of the data set's classes. ``auto``: by names if all are there, else by numbers."""
+    sha256: str | None = None
+    """Names the files, by their names and contents: a changed folder is another distillation, and is refused."""
+
+
+_DECIDE_IMAGES = ("seed", "ipc", "method", "data", "teacher", "statistics", "barycenter", "synthesis", "external")
+
+
 class Config(Section):
     """One run: a data set, a method and its settings."""
 
@@ -270,6 +285,7 @@ class Config(Section):
     synthesis: Synthesis = Synthesis()
     labels: Labels = Labels()
     student: Student = Student()
+    external: External = External()
 
     @model_validator(mode="after")
     def _classes_split_evenly(self) -> "Config":
@@ -280,13 +296,17 @@ class Config(Section):
     def fingerprint(self, *sections: str) -> str:
         """Return the SHA-256 of all that may change a result in ``sections`` (top keys; default: what decides images).
 
-        Left out, because results must not depend on it: name, blocks, device, workers, checkpoint interval, data root.
-        Threads, precision and compilation, which change rounding, are always in.
+        Left out, because results must not depend on it: name, blocks, device, workers, checkpoint interval, data root,
+        folder of an external set.  Threads, precision and compilation, which change rounding, are always in.
         """
-        chosen = sections or ("seed", "ipc", "method", "data", "teacher", "statistics", "barycenter", "synthesis")
+        chosen = sections or _DECIDE_IMAGES
         values = self.model_dump(mode="json", include=set(chosen))
         if "data" in values:
             del values["data"]["root"]
+        if "external" in values:
+            del values["external"]["folder"]
+            if self.external.sha256 is None:  # no such set: nothing of the section decides an image
+                del values["external"]
         compute = self.compute
         values["compute"] = {"threads": compute.threads, "precision": compute.precision, "compile": compute.compile}
         return digest(values)

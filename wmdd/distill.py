@@ -44,9 +44,10 @@ def check(config: Config, dataset: Dataset) -> methods.Method:
     """Return the method, once nothing speaks against the run.
 
     Raises:
-        InputError: unknown method, or a class with fewer images than the method takes.
+        InputError: unknown method, what the method itself refuses, or a class with fewer images than it takes.
     """
     method = methods.create(config)
+    method.check(dataset)
     for index, name in enumerate(dataset.classes):
         count = len(dataset.train.of_class(index))
         if count < config.ipc:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from wmdd import console, distill, evaluation, methods, progress, rundir, student
-from wmdd.config import Config, load_config
+from wmdd.config import Config, External, load_config
 from wmdd.data import Dataset, load_dataset
 from wmdd.distributed import Ranks, ranks
 from wmdd.errors import InputError
@@ -143,9 +143,15 @@ def _chosen(items: list[T], positions: Sequence[int] | None, kind: str) -> list[
 
 
 def baseline(config: Config, method: str) -> Config:
-    """Return the config of a baseline: the same run with another method, and no baselines of its own."""
+    """Return the config of a baseline: the same run with another method, and no baselines of its own.
+
+    An external set is left out unless it is the baseline: it decides no image of another method.
+    """
     unbranched = config.student.model_copy(update={"baselines": ()})
-    return config.model_copy(update={"name": f"{config.name}/{method}", "method": method, "student": unbranched})
+    changes = {"name": f"{config.name}/{method}", "method": method, "student": unbranched}
+    if method != "external":
+        changes["external"] = External()
+    return config.model_copy(update=changes)
 
 
 def check(config: Config, dataset: Dataset) -> None:

@@ -172,5 +172,14 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return keys
 
 
-_FREE = ("name", "data.root", "compute.device", "compute.workers", "compute.checkpoint_seconds", "labels.", "student.")
+_FREE = (
+    "name",
+    "data.root",
+    "external.folder",
+    "compute.device",
+    "compute.workers",
+    "compute.checkpoint_seconds",
+    "labels.",
+    "student.",
+)
 """Keys that a run folder may change: they decide no image."""

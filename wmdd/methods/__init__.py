@@ -33,6 +33,7 @@ REGISTRY = {
     "k-center": "wmdd.methods.selection:KCenter",
     "medoids": "wmdd.methods.selection:Medoids",
     "rded": "wmdd.methods.rded:RDED",
+    "external": "wmdd.methods.external:Imported",
 }
 """Shipped methods: name -> ``module:Class``; resolved when asked for."""
 
@@ -97,6 +98,13 @@ class Method(ABC):
     def objective(self) -> Objective | None:
         """Return what the images are optimised for; None leaves them as ``prepare`` made them."""
         return None
+
+    def check(self, dataset: Dataset) -> None:  # noqa: B027 - most methods take any data set
+        """Refuse what could only fail later; called before any work starts.
+
+        Raises:
+            InputError: the method cannot work on this data set; the message says why, and what would help.
+        """
 
     @abstractmethod
     def prepare(self, data: ClassData) -> Plan:

@@ -1,0 +1,35 @@
+"""A distilled set that others made, as a method among the others."""
+
+from wmdd import external
+from wmdd.config import Config
+from wmdd.data import BrokenImage, Dataset, ImageSet, normalise
+from wmdd.errors import InputError
+from wmdd.methods import ClassData, Method, Plan
+
+
+class Imported(Method):
+    """Images that others distilled, read from a folder (config section ``external``); never optimised."""
+
+    uses_statistics = False
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._opened: ImageSet | None = None
+
+    def check(self, dataset: Dataset) -> None:
+        """Refuse a folder that is not whole, or not the one of the config."""
+        external.check(self._images(dataset), self.config.external, self.config.ipc)
+
+    def prepare(self, data: ClassData) -> Plan:
+        """Decode the images of the class, in the order of their names."""
+        images = self._images(data.dataset)
+        try:
+            pixels = images.decode(images.of_class(data.index))
+        except BrokenImage as error:
+            raise InputError(f"{error.file}: {error.reason}; replace it in the distilled set") from None
+        return Plan(normalise(pixels, self.config.data))
+
+    def _images(self, dataset: Dataset) -> ImageSet:
+        if self._opened is None:  # a method serves one run, which has one data set
+            self._opened = external.open_set(self.config.external, self.config.data, dataset)
+        return self._opened
