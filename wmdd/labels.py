@@ -135,7 +135,7 @@ class SoftLabels:
     def online(self, views: Tensor) -> Tensor:
         """Return the teacher's logits [b, C] float32 for a batch as the student sees it."""
         with torch.inference_mode(), self._ranks.autocast():
-            return self._teacher.network(views).logits.float().clone()
+            return self._teacher.network.predict(views).clone()
 
     def file(self, epoch: int) -> Path:
         """Return the file of one epoch's logits."""
@@ -173,7 +173,7 @@ class SoftLabels:
         files = [self.file(epoch) for epoch in range(self._epochs)]
         side, channels = self._config.data.resolution, self._config.data.channels
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            self._teacher.network(torch.zeros(1, channels, side, side, device=self._ranks.device))
+            self._teacher.network.predict(torch.zeros(1, channels, side, side, device=self._ranks.device))
         views = self._epochs * self._count if self.stored else labelled
         return {
             "label_bytes": float(sum(file.stat().st_size for file in files if file.exists())),

@@ -91,7 +91,7 @@ def train(
     settings, data = config.student, config.data
     torch.manual_seed(seed_of("student", task.seed))
     network = networks.create(task.network, len(distilled.classes), data.channels, data.resolution).to(ranks.device)
-    optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
     soft = None
     if task.regime != "hard":
         soft = labels.SoftLabels(config, distilled, teacher, task.regime, task.seed, ranks, folder)
