@@ -64,7 +64,7 @@ def throughput(
         str, typer.Option(metavar="NAME,NAME", help="What to time.")
     ] = "synthesis,statistics,students,barycenters",
     repeats: Annotated[int, typer.Option(min=1, help="Of each engine, in turns with the reference.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0, help="That one repeat shall last.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0, help="That one repeat shall last.")] = 0.5,
     reference: Annotated[bool, typer.Option(help="Time the same work done plainly, and compare results.")] = True,
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
     profile: Annotated[Path | None, typer.Option(metavar="DIR", help="Write traces and tables of kernels.")] = None,

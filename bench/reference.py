@@ -6,12 +6,16 @@ purpose: gradients are taken for the images alone and nothing is computed twice.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import ot
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
 
@@ -128,3 +132,94 @@ def augmented(images: Tensor, box: Sequence[int], flip: bool, shift: Sequence[in
     if flip:
         cropped = cropped.flip(-1)
     return torch.roll(cropped, list(shift), (-2, -1))
+
+
+LossOf = Callable[[Probe, Tensor, Sequence[ClassTarget]], Tensor]
+"""A loss of the images of all classes, such as ``paper_loss`` with its weights filled in."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """How an iteration sees the images: torchvision's random resized crop, a flip, a roll."""
+
+    scale: tuple[float, float]
+    """Range of the area that a crop keeps"""
+    flip: bool
+    """Mirror with probability one half"""
+    jitter: int
+    """Largest roll along each axis, in pixels"""
+    each: bool = False
+    """A view for each image, or one for the whole batch"""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the batch [N, channels, H, W] as one iteration sees it, drawn from torch's global generator."""
+        if self.each:
+            return torch.cat([self._one(image[None]) for image in images])
+        return self._one(images)
+
+    def _one(self, images: Tensor) -> Tensor:
+        crop = RandomResizedCrop(images.shape[-2:], self.scale)
+        box = crop.make_params([images])
+        flip = self.flip and bool(torch.rand(()) < 0.5)
+        shift = torch.randint(-self.jitter, self.jitter + 1, (2,)).tolist()
+        return augmented(images, [box[key] for key in ("top", "left", "height", "width")], flip, shift)
+
+
+def synthesise(
+    probe: Probe,
+    images: Tensor,
+    targets: Sequence[ClassTarget],
+    loss_of: LossOf,
+    views: Views,
+    iterations: int,
+    lr: float,
+    betas: tuple[float, float],
+    limits: tuple[Tensor, Tensor] | None,
+    advance: Callable[[int], None] = lambda iterations: None,
+) -> Tensor:
+    """Return the images after so many steps of Adam under a cosine schedule, each seeing them in a new view.
+
+    Args:
+        probe: the hooked teacher.
+        images: [C·K, channels, H, W], the classes one after the other, normalised.
+        targets: of each class.
+        loss_of: what is minimised.
+        views: random crop, flip and roll.
+        iterations: steps.
+        lr: peak learning rate.
+        betas: of Adam.
+        limits: smallest and largest pixel value, each [channels, 1, 1]; None leaves pixels free.
+        advance: called after each step.
+    """
+    images = images.clone().requires_grad_(True)
+    probe.network.requires_grad_(False)
+    optimizer = torch.optim.Adam([images], lr=lr, betas=betas)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        loss_of(probe, views(images), targets).backward()
+        optimizer.step()
+        schedule.step()
+        if limits is not None:
+            with torch.no_grad():
+                images.clamp_(*limits)
+        advance(1)
+    return images.detach()
+
+
+def pot_barycenter(features: Tensor, count: int, seed: int) -> float:
+    """Return W2² between a class and its barycenter by POT's solver, with POT's own limits, from random points.
+
+    On one thread, as the engine: both are then spread over processes alike.
+
+    Args:
+        features: [n, D], on the CPU.
+        count: number K of atoms, each of weight 1/K.
+        seed: of the start.
+    """
+    points = features.double().numpy()
+    mass, weights = ot.unif(len(points)), ot.unif(count)
+    start = points[np.random.default_rng(seed).choice(len(points), count, replace=False)]
+    with threadpool_limits(limits=1):
+        atoms = ot.lp.free_support_barycenter([points], [mass], start)
+        return float(ot.emd2(weights, mass, ot.dist(atoms, points)))

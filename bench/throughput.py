@@ -1,0 +1,200 @@
+"""``wmdd bench throughput``: how fast each stage is on one device, beside the same work done plainly."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench import timing
+from bench.stages import STAGES
+from bench.workloads import OWN, Bench, Workload, open_bench
+from wmdd import records
+from wmdd.config import Config
+from wmdd.console import progress
+from wmdd.distributed import Ranks
+from wmdd.errors import InputError, nearest
+from wmdd.records import Speed
+
+
+def stages_of(text: str) -> list[str]:
+    """Return the stages that ``synthesis,students`` names.
+
+    Raises:
+        InputError: there is no such stage.
+    """
+    wanted = [part.strip() for part in text.split(",") if part.strip()]
+    for name in wanted or [text]:
+        if name not in STAGES:
+            raise InputError(f"--stage {text}: no stage {name!r}; {nearest(name, list(STAGES))}")
+    return wanted
+
+
+def run(
+    config: Config,
+    stages: Sequence[str],
+    repeats: int = 5,
+    seconds: float = 0.5,
+    with_reference: bool = True,
+    folder: Path | None = None,
+) -> list[Speed]:
+    """Time the stages, one after the other, in this process.
+
+    Args:
+        config: what the work is, and where and how it runs.
+        stages: names in ``STAGES``.
+        repeats: of each engine, in turns with the reference.
+        seconds: that one repeat shall last.
+        with_reference: whether to time the plain reference and compare results.
+        folder: where profiles go, if they are wanted.
+
+    Returns:
+        one record of each stage and engine.
+
+    Raises:
+        InputError: config, data or stage is wrong, or the reference has no such objective.
+    """
+    found: list[Speed] = []
+    peaks: dict[str, float] = {}
+    with open_bench(config) as bench:
+        for stage in stages:
+            workload = STAGES[stage](bench, with_reference)
+            with progress(f"timing {stage}", (repeats + 1) * len(workload.contestants), "repeats") as advance:
+                samples = timing.in_turns(
+                    workload.contestants, repeats, seconds, workload.most, workload.device, workload.warm, advance
+                )
+            found += _records(bench, workload, samples, peaks)
+            if folder:
+                own = workload.contestants[OWN]
+                timing.profile(own, workload.device, workload.warm, folder, stage, min(3, workload.most))
+    return found
+
+
+def _records(
+    bench: Bench, workload: Workload, samples: dict[str, list[timing.Sample]], peaks: dict[str, float]
+) -> list[Speed]:
+    checked = workload.check()
+    baseline = next((name for name in samples if name != OWN), None)
+    operations = workload.step_flops() if workload.step_flops else None
+    made = []
+    for engine, taken in samples.items():
+        metrics = timing.figures(taken, workload.work) | dict(checked.get(engine, {}))
+        precision = bench.ranks.precision if engine == OWN else "fp32"
+        if operations:
+            if precision not in peaks:
+                peaks[precision] = timing.matmul_peak(bench.ranks.device, precision)
+            achieved = operations * metrics["steps"] / metrics["seconds"]
+            metrics |= {"mfu": achieved / peaks[precision], "peak_flops": peaks[precision]}
+        if engine == OWN and baseline:
+            metrics |= timing.ratio(taken, samples[baseline])
+        made.append(
+            Speed(
+                kind="throughput",
+                stage=workload.stage,
+                engine=engine,
+                dataset=bench.name,
+                network=workload.network,
+                resolution=bench.config.data.resolution,
+                unit=workload.unit,
+                metrics=metrics,
+                setup=_circumstances(bench.config, bench.ranks, engine, precision) | dict(workload.setup),
+                provenance=records.provenance(bench.config.compute),
+            )
+        )
+    return made
+
+
+def _circumstances(config: Config, job: Ranks, engine: str, precision: str) -> dict[str, Any]:
+    return {
+        "device": job.device.type,
+        "precision": precision,
+        "threads": config.compute.threads,
+        "compile": config.compute.compile and engine == OWN,
+    }
+
+
+def tell(found: Sequence[Speed], out: Path | None, console: Console) -> None:
+    """Add the records to a file, if one is named, and print table and footnotes."""
+    if out:
+        for record in found:
+            records.append(out, record)
+    console.print(table(found))
+    for line in footnotes(found):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def table(found: Sequence[Speed]) -> Table:
+    """Return the records as a table for the terminal."""
+    shown = Table(box=box.SIMPLE_HEAD, title="Throughput", title_justify="left", pad_edge=False)
+    shown.add_column("Stage")
+    shown.add_column("Engine")
+    for column in ("Rate", "Step", "Memory", "MFU", "Times the baseline"):
+        shown.add_column(column, justify="right")
+    for record in found:
+        metrics = record.metrics
+        shown.add_row(
+            f"{record.stage}, {record.unit}",
+            record.engine,
+            _spread(metrics, "rate"),
+            duration(metrics["p50"]),
+            f"{metrics['peak_bytes'] / 1e6:,.0f} MB" if "peak_bytes" in metrics else "–",
+            f"{metrics['mfu']:.1%}" if "mfu" in metrics else "–",
+            _spread(metrics, "ratio") if "ratio" in metrics else "–",
+        )
+    return shown
+
+
+def _spread(metrics: dict[str, float], key: str) -> str:
+    low, high = number(metrics[f"{key}_low"]), number(metrics[f"{key}_high"])
+    return escape(f"{number(metrics[key])} [{low}, {high}]")
+
+
+_COMPARED = {
+    "loss_difference": "loss",
+    "gradient_difference": "gradient",
+    "feature_difference": "features",
+    "moment_difference": "moments",
+    "student_difference": "logits after the first updates",
+}
+"""Metric -> what differs between engine and reference, relative to the reference."""
+
+
+def footnotes(found: Sequence[Speed]) -> list[str]:
+    """Return what must be known to read the table: hardware, what memory and MFU mean, what is compared."""
+    if not found:
+        return []
+    seen = found[0].provenance
+    place = seen["device"] if seen["device"] != "cpu" else seen["cpu"]
+    setup = found[0].setup
+    lines = [
+        f"{place}, {setup['threads']} thread(s), {setup['precision']}, torch {seen['torch']}, {found[0].dataset},"
+        f" {found[0].resolution} px; median [least, largest] of {found[0].metrics['repeats']:.0f} repeats in turns"
+    ]
+    for record in found:
+        differ = [f"{name} {record.metrics[key]:.1e}" for key, name in _COMPARED.items() if key in record.metrics]
+        if differ:
+            lines.append(f"{record.stage}: relative difference from the reference: {', '.join(differ)}")
+    distances = [f"{record.engine} {number(record.metrics['w2'])}" for record in found if "w2" in record.metrics]
+    if distances:
+        lines.append(f"barycenters: mean W2²: {', '.join(distances)}")
+    peaks = {record.setup["precision"]: record.metrics["peak_flops"] for record in found if "mfu" in record.metrics}
+    if peaks:
+        told = ", ".join(f"{peak / 1e12:.3g} TFLOP/s ({precision})" for precision, peak in peaks.items())
+        lines.append(f"MFU: operations of the networks against a matrix product measured here: {told}")
+    if torch.device(setup["device"]).type == "cpu":
+        lines.append("Memory: largest resident size of the whole process during a repeat")
+    return lines
+
+
+def number(value: float) -> str:
+    """Return a number with three significant digits and no exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds, or milliseconds below one second."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

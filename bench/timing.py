@@ -1,0 +1,260 @@
+"""How speeds are measured: steps by the clock of the device, contestants in turns, memory, arithmetic, profiles."""
+
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from wmdd.errors import WmddError
+from wmdd.files import write_bytes
+
+MIN_STEPS = 2
+"""Fewest steps of a repeat."""
+MAX_STEPS = 2000
+"""Most steps of a repeat."""
+
+
+class Stopwatch:
+    """Notes when each step ends; on CUDA through events, so that no step waits for the one before it.
+
+    Args:
+        device: where the work runs.
+        warm: steps at the beginning that do not count.
+    """
+
+    def __init__(self, device: torch.device, warm: int = 0) -> None:
+        self._cuda = device.type == "cuda"
+        self._device, self._warm = device, warm
+        self._marks: list[Any] = []
+        if not warm:
+            self._mark()
+
+    def __call__(self, steps: int = 1) -> None:
+        """Note the end of a step; the argument is ignored, so that it fits where an engine tells its progress."""
+        self._warm -= 1
+        if self._warm <= 0:
+            self._mark()
+
+    def _mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def read(self) -> list[float]:
+        """Return the seconds of each step that counts."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+            return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
+        return [after - before for before, after in pairwise(self._marks)]
+
+
+Run = Callable[[int, Stopwatch], None]
+"""Does so many steps and tells the stopwatch at the end of each, the warm ones included."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One repeat of one contestant."""
+
+    asked: int
+    """Steps that it was asked to do; one that takes two passes tells of twice as many"""
+    steps: list[float]
+    """Seconds of each step"""
+    peak: int | None
+    """Bytes of the device's allocator at most; on a CPU of the whole process; None where it cannot be told"""
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps together."""
+        return sum(self.steps)
+
+
+def once(run: Run, steps: int, device: torch.device, warm: int) -> Sample:
+    """Do ``steps`` steps after ``warm`` ones that do not count."""
+    _forget_peak(device)
+    watch = Stopwatch(device, warm)
+    run(steps + warm, watch)
+    taken = watch.read()
+    if not taken:
+        raise WmddError("the stopwatch was told of no step")
+    return Sample(steps, taken, _peak(device))
+
+
+def in_turns(
+    contestants: Mapping[str, Run],
+    repeats: int,
+    seconds: float,
+    most: int,
+    device: torch.device,
+    warm: int,
+    advance: Callable[[int], None] = lambda repeats: None,
+) -> dict[str, list[Sample]]:
+    """Time the contestants one after the other, again and again, so that all meet the same weather.
+
+    A first, short repeat of each warms up and does not count.  From the first contestant's it follows how many steps
+    make up ``seconds``; all then do as many.
+
+    Args:
+        contestants: name -> what it does.
+        repeats: of each.
+        seconds: that a repeat of the first contestant shall last.
+        most: steps that there is work for.
+        device: where the work runs.
+        warm: steps at the beginning of every repeat that do not count.
+        advance: called after each repeat.
+
+    Returns:
+        name -> one sample for each repeat, in order.
+    """
+    pace = []
+    for run in contestants.values():
+        once(run, 1, device, warm)  # compiles and fills caches
+        trial = once(run, min(MIN_STEPS, most), device, warm)
+        pace.append(trial.seconds / trial.asked)
+        advance(1)
+    steps = max(1, min(most, MAX_STEPS, max(MIN_STEPS, round(seconds / max(pace[0], 1e-9)))))
+    samples: dict[str, list[Sample]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            samples[name].append(once(run, steps, device, warm))
+            advance(1)
+    return samples
+
+
+def spread(values: list[float], prefix: str) -> dict[str, float]:
+    """Return the median under ``prefix``, and the least and the largest under ``prefix_low`` and ``prefix_high``."""
+    return {prefix: statistics.median(values), f"{prefix}_low": min(values), f"{prefix}_high": max(values)}
+
+
+def figures(samples: list[Sample], work: Callable[[int], float]) -> dict[str, float]:
+    """Return ``rate`` with its spread, ``seconds``, ``repeats``, ``steps``, ``p50``, ``p90`` and ``peak_bytes``.
+
+    Args:
+        samples: the repeats of one contestant.
+        work: how much so many steps are, in units of the rate.
+    """
+    steps = [seconds for sample in samples for seconds in sample.steps]
+    found = spread([work(sample.asked) / sample.seconds for sample in samples], "rate")
+    found |= {"repeats": float(len(samples)), "steps": float(samples[0].asked)}
+    found |= {"seconds": statistics.median(sample.seconds for sample in samples)}
+    p50, p90 = torch.tensor(steps).quantile(torch.tensor([0.5, 0.9])).tolist()
+    peaks = [sample.peak for sample in samples if sample.peak is not None]
+    return found | {"p50": p50, "p90": p90} | ({"peak_bytes": float(max(peaks))} if peaks else {})
+
+
+def ratio(samples: list[Sample], baseline: list[Sample]) -> dict[str, float]:
+    """Return how many times faster than the baseline: median, least and largest over the pairs of repeats.
+
+    Both did the same steps.
+    """
+    pairs = zip(samples, baseline, strict=True)
+    return spread([slow.seconds / fast.seconds for fast, slow in pairs], "ratio")
+
+
+def flops(work: Callable[[], object]) -> float:
+    """Return the floating-point operations of the matrix products and convolutions of ``work``."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+def matmul_peak(device: torch.device, precision: str, seconds: float = 1.0) -> float:
+    """Return the most FLOP/s that a square matrix product reaches here: what a network is held against for its MFU.
+
+    On CUDA, fp32 products use TF32 if convolutions do: it is the peak of the arithmetic that networks get.
+
+    Args:
+        device: where.
+        precision: fp32 or bf16.
+        seconds: to spend on each size.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048)
+        return max(2 * size**3 / _product_seconds(size, dtype, device, seconds) for size in sizes)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """Return the least time of a product of two square matrices."""
+    left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+
+    def run(steps: int, watch: Stopwatch) -> None:
+        for _ in range(steps):
+            torch.mm(left, right, out=out)
+            watch()
+
+    pace = min(once(run, 2, device, 1).steps)
+    return min(once(run, max(3, min(200, int(seconds / pace))), device, 1).steps)
+
+
+def profile(run: Run, device: torch.device, warm: int, folder: Path, name: str, steps: int = 3) -> str:
+    """Write ``NAME.trace.json`` (chrome://tracing) and ``NAME.txt`` (the kernels that took longest); return the table.
+
+    Raises:
+        WmddError: the folder cannot be written.
+    """
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profiler(activities=activities, profile_memory=True) as recorded:
+        once(run, steps, device, warm)
+    key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    table: str = recorded.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60)
+    write_bytes(folder / f"{name}.txt", table.encode())
+    recorded.export_chrome_trace(str(folder / f"{name}.trace.json"))
+    return table
+
+
+@contextmanager
+def fresh_store() -> Iterator[None]:
+    """Give this process an empty store for the length of the block, so that nothing is found that was done before."""
+    before = os.environ.get("WMDD_CACHE")
+    with tempfile.TemporaryDirectory(prefix="wmdd-bench-") as folder:
+        os.environ["WMDD_CACHE"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["WMDD_CACHE"]
+            else:
+                os.environ["WMDD_CACHE"] = before
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        # Linux: 5 resets the high-water mark of this process's resident memory (proc_pid_clear_refs(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

@@ -1,0 +1,147 @@
+"""What a stage's measurement is made of, and what all stages share: images, a teacher, the first group of classes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.timing import Run
+from wmdd import distill, networks, rundir, statistics, student
+from wmdd.config import Config
+from wmdd.console import progress, say
+from wmdd.data import Dataset, load_dataset
+from wmdd.distributed import Ranks, ranks, seed_of
+from wmdd.errors import WmddError
+from wmdd.generated import name_of
+from wmdd.networks import FrozenNetwork
+from wmdd.teacher import Teacher, is_stored, obtain
+from wmdd.validation import Validation
+
+OWN = "wmdd"
+"""What records call the engine of this package."""
+
+Checks = Mapping[str, Mapping[str, float]]
+"""Engine -> figures that say whether, or how well, it does the same work as the others."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One stage: the contestants, the work they do, and how to tell that it is the same."""
+
+    stage: str
+    unit: str
+    """Of the rate"""
+    contestants: Mapping[str, Run]
+    """Engine -> what it does; the first is this package's"""
+    work: Callable[[int], float]
+    """How much so many steps are, in the unit (for a rate per hour: 3600 times as much)"""
+    most: int
+    """Steps that there is work for"""
+    warm: int
+    """Steps at the beginning of every repeat that do not count"""
+    device: torch.device
+    check: Callable[[], Checks]
+    """Compares the contestants' results"""
+    setup: Mapping[str, Any]
+    """What two speeds must share to be compared"""
+    network: str | None = None
+    """The network that computed"""
+    step_flops: Callable[[], float] | None = None
+    """Counts the floating-point operations of the networks in one step: of the model, not of an implementation"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all workloads share: the images, a teacher, the first group of classes."""
+
+    config: Config
+    dataset: Dataset
+    teacher: Teacher
+    trained: bool
+    """Whether the teacher comes from the store; else it is untrained, which changes no speed of a network"""
+    ranks: Ranks
+
+    @property
+    def name(self) -> str:
+        """What records call the data set."""
+        return name_of(self.config.data)
+
+    @cached_property
+    def groups(self) -> list[rundir.Group]:
+        """Return the groups of the run, in order."""
+        return [group for block in rundir.plan(self.config, len(self.dataset.classes)) for group in block.groups]
+
+    @cached_property
+    def classifier(self) -> nn.Module:
+        """Return the teacher as a plain network, in contiguous layout.
+
+        Raises:
+            WmddError: the plain network does not compute what the frozen one does.
+        """
+        return plain(self.teacher.network, self.config).to(self.ranks.device)
+
+    @cached_property
+    def measured(self) -> dict[int, statistics.ClassStatistics]:
+        """Return the statistics of the first group's classes, from the store or in one pass."""
+        classes = self.groups[0].classes
+        images = sum(len(self.dataset.train.of_class(index)) for index in classes)
+        with progress("statistics of the first group", images, "images") as advance:
+            return dict(statistics.measure(self.config, self.dataset, self.teacher, self.ranks, list(classes), advance))
+
+
+@contextmanager
+def open_bench(config: Config) -> Iterator[Bench]:
+    """Join the ranks, list the images and get a teacher: the stored one, or an untrained one.
+
+    Raises:
+        InputError: the config or the data is wrong.
+    """
+    with ranks(config.compute) as job:
+        dataset = load_dataset(config.data, config.compute.workers)
+        distill.check(config, dataset)
+        student.check(config, len(dataset.classes))
+        yield Bench(config, dataset, *teacher_of(config, dataset, job), job)
+
+
+def teacher_of(config: Config, dataset: Dataset, job: Ranks) -> tuple[Teacher, bool]:
+    """Return the stored teacher and True, or an untrained one, always the same, and False."""
+    if is_stored(config, dataset):
+        return obtain(config, dataset, Validation(config, dataset, job), job, lambda: False), True
+    data, settings = config.data, config.teacher
+    say("the store holds no teacher for this config: an untrained one takes its place, which changes no speed")
+    torch.manual_seed(seed_of("bench", "teacher"))
+    network = networks.create(settings.network, len(dataset.classes), data.channels, data.resolution, settings.stem)
+    name = f"untrained-{settings.network}-{settings.stem}-{data.resolution}"
+    return Teacher(FrozenNetwork(network).to(job.device), name, {"network": settings.network}), False
+
+
+def plain(frozen: FrozenNetwork, config: Config) -> nn.Module:
+    """Return the classifier that a frozen network was made from: contiguous, evaluating, without gradients.
+
+    Raises:
+        WmddError: it does not compute what the frozen one does.
+    """
+    data, settings = config.data, config.teacher
+    network = networks.create(settings.network, frozen.classes, data.channels, data.resolution, settings.stem)
+    network.to(memory_format=torch.contiguous_format)
+    inner = [module for module in frozen.body.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+    outer = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+    for mine, its in zip(outer, [*inner, frozen.head], strict=True):
+        mine.load_state_dict(its.state_dict())
+    network.eval().requires_grad_(False)
+    images = torch.randn(2, data.channels, data.resolution, data.resolution)
+    with torch.no_grad():
+        found, expected = network(images), frozen.predict(images.to(next(frozen.parameters()).device)).cpu()
+    if difference(found, expected) > 1e-3:
+        raise WmddError(f"the plain {settings.network} does not compute what the frozen one does; use --no-reference")
+    return network
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Return ‖found − expected‖ / ‖expected‖."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    return float((found - expected).norm() / expected.norm())
