@@ -177,13 +177,13 @@ def test_each_repeat_times_all_contestants_before_the_next() -> None:
 
 
 def test_ratios_are_of_pairs_and_rates_of_the_work_asked_for() -> None:
-    own = [timing.Sample(4, [0.5, 0.5], 10), timing.Sample(4, [1.0, 1.0], 30), timing.Sample(4, [0.1, 0.9], 20)]
-    baseline = [timing.Sample(4, [2.0], None), timing.Sample(4, [2.0], None), timing.Sample(4, [3.0], None)]
-    # Of the medians it would be 2 / 1; the pairs were 2, 1 and 3 times as fast.
+    own = [timing.Sample(4, [0.5, 0.5], 10), timing.Sample(4, [1.0, 1.0], 30), timing.Sample(4, [1.0, 3.0], 20)]
+    baseline = [timing.Sample(4, [2.0], None), timing.Sample(4, [6.0], None), timing.Sample(4, [4.0], None)]
+    # Of the medians it would be 4 / 2 as well; of the extremes 2 / 1 and 6 / 4.
     assert timing.ratio(own, baseline) == {"ratio": 2.0, "ratio_low": 1.0, "ratio_high": 3.0}
     told = timing.figures(own, lambda steps: 10.0 * steps)
-    assert (told["rate"], told["rate_low"], told["rate_high"]) == (40.0, 20.0, 40.0)
-    assert (told["p50"], told["peak_bytes"], told["seconds"]) == (pytest.approx(0.7), 30.0, 1.0)
+    assert (told["rate"], told["rate_low"], told["rate_high"]) == (20.0, 10.0, 40.0)
+    assert (told["p50"], told["peak_bytes"], told["seconds"]) == (1.0, 30.0, 2.0)
     assert "peak_bytes" not in timing.figures(baseline, float)
 
 
