@@ -8,7 +8,11 @@ from wmdd.methods import ClassData, Method, Plan
 
 
 class Imported(Method):
-    """Images that others distilled, read from a folder (config section ``external``); never optimised."""
+    """Images that others distilled, as they lie in a folder (`wmdd bench evaluate`); never optimised.
+
+    The config section ``external`` names the folder, its layout and its files; ``wmdd.external`` describes the layouts.
+    Whatever weights and soft labels came with them are not known: images weigh alike, and the run's teacher labels.
+    """
 
     uses_statistics = False
 

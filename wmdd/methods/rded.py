@@ -16,7 +16,7 @@ STITCHED_FROM = 128
 
 
 class RDED(Method):
-    """RDED (Sun et al. 2024): the real crops of least cross-entropy, four stitched into each image from 128 px on.
+    """RDED (Sun et al. 2024): the real crops that the teacher is surest of, stitched 2x2 from 128 px on.
 
     From each of at most 300 images, five square crops of 8 to 100 % of the area are resized to the size at which they
     are stored and scored by the teacher's cross-entropy, on a canvas of the mean colour as in the published code.  Of

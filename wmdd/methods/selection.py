@@ -76,7 +76,7 @@ class KCenter(_Greedy):
 
 
 class Medoids(Method):
-    """K real images nearest to the class's optimal quantisation, weighted by their cells: a coreset of least W2.
+    """K real images of least W2 to their class, weighted: the medoids of its optimal quantisation (k-means).
 
     The atoms of free weights (k-means) are replaced by distinct real images, each weighs as many of the class as are
     nearest to it, and of several seeded starts the one with the least W2² is kept; ``barycenter.starts`` and

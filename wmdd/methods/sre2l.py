@@ -48,7 +48,7 @@ class SRe2L(Wmdd):
 
 
 class CDA(SRe2L):
-    """CDA (Yin & Shen 2023): SRe2L whose smallest crop shrinks from the whole image to 8 % over all iterations.
+    """CDA (Yin & Shen 2023): SRe2L with crops that go from the whole image down to 8 % of it.
 
     Settings as for ``SRe2L``, but for the curriculum (cosine, to the last iteration) and the weight of the BatchNorm
     term on Tiny-ImageNet, which is 0.05.  Published learning rates: 0.25 on ImageNet-1K, 0.4 on Tiny-ImageNet.
