@@ -21,7 +21,7 @@ from wmdd.cost import Meter
 from wmdd.data import Dataset, pixel_range, quantise
 from wmdd.distributed import ALONE, Ranks, Team
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.files import digest, read_tensors, write_json, write_tensors
+from wmdd.files import digest, read_metadata, read_tensors, write_json, write_tensors
 from wmdd.records import provenance
 from wmdd.rundir import Block, Group, RunFolder
 from wmdd.synthesis import State, Target, synthesise
@@ -237,7 +237,8 @@ def _distill_group(
     final = optimise(job, method, prepared, state, team, advance, save, clock.due)
     if team.rank:
         return
-    meta = {"classes": prepared.names, **meter.read(), "curve": final.curve, "w2": prepared.w2}
+    measured = {"statistics_seconds": round(sum(one.seconds for one in found.values()), 3)}
+    meta = {"classes": prepared.names, **measured, **meter.read(), "curve": final.curve, "w2": prepared.w2}
     tensors = {
         "images": quantise(final.images, job.config.data),
         "labels": prepared.labels,
@@ -276,7 +277,7 @@ def _write_checkpoint(job: Job, group: Group, state: State) -> None:
 
 def _read_checkpoint(job: Job, group: Group) -> State | None:
     path = job.folder.checkpoint_file(group.index)
-    meta = _metadata(path)
+    meta = read_metadata(path)
     if meta.get("run") != _identity(job):
         return None
     tensors = read_tensors(path)
@@ -291,18 +292,8 @@ def _read_checkpoint(job: Job, group: Group) -> State | None:
 
 def _finished(job: Job, group: Group) -> dict[str, Any] | None:
     """Return what is known of a finished group whose block is not yet whole."""
-    meta = _metadata(job.folder.group_file(group.index))
+    meta = read_metadata(job.folder.group_file(group.index))
     return json.loads(meta["group"]) if meta.get("run") == _identity(job) else None
-
-
-def _metadata(path: Any) -> dict[str, str]:
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except (FileNotFoundError, safetensors.SafetensorError, OSError):
-        return {}
 
 
 def _assemble(job: Job, block: Block) -> None:

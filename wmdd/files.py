@@ -104,6 +104,17 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise WmddError(f"{path}: is not a whole safetensors file ({error})") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; nothing for one that is absent or damaged."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (FileNotFoundError, safetensors.SafetensorError, OSError):
+        return {}
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal.
 

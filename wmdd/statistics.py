@@ -1,7 +1,8 @@
 """Class statistics: one pass over the real images gives features and per-class BatchNorm moments, exactly."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from wmdd.config import Config
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, generator
 from wmdd.errors import WmddError
-from wmdd.files import digest, read_tensors, write_tensors
+from wmdd.files import digest, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from wmdd.teacher import Teacher
@@ -66,6 +67,8 @@ class ClassStatistics:
     """[M] float32"""
     between: Tensor
     """[M] float32"""
+    seconds: float = 0.0
+    """Wall-clock time of the pass over its images, whoever made it"""
 
     def variance(self, weights: Tensor, matched: bool) -> Tensor:
         """Return the target variance [M] for K images of such weights (they sum to one).
@@ -130,8 +133,10 @@ def measure(
     for index in classes:
         found = known.pop(index, None)
         if found is None:
-            found = next(fresh)
-            write_tensors(paths[index], vars(found))
+            begun = time.perf_counter()
+            found = replace(next(fresh), seconds=round(time.perf_counter() - begun, 4))
+            tensors = {name: value for name, value in vars(found).items() if isinstance(value, Tensor)}
+            write_tensors(paths[index], tensors, {"seconds": str(found.seconds)})
         else:
             advance(len(found.features))
         yield index, found
@@ -139,8 +144,8 @@ def measure(
 
 def _load(path: Path) -> ClassStatistics | None:
     try:
-        return ClassStatistics(**read_tensors(path))
-    except (WmddError, TypeError):
+        return ClassStatistics(**read_tensors(path), seconds=float(read_metadata(path)["seconds"]))
+    except (WmddError, TypeError, KeyError):
         path.unlink(missing_ok=True)  # damaged: measured anew
         return None
 
