@@ -106,3 +106,25 @@ def evaluate(
 
     beside = [method.strip() for method in baselines.split(",") if method.strip()]
     pipeline.run(config_of(folder, config, override or [], layout, ipc, name, beside), out)
+
+
+@app.command(
+    epilog="Example:  wmdd bench scaling digits --ranks 1,2 --set synthesis.iterations=500 --out scaling.jsonl"
+)
+def scaling(
+    config: ConfigArgument,
+    override: SetOption = None,
+    ranks: Annotated[str, typer.Option(metavar="N,N", help="Numbers of ranks.")] = "1,2",
+    mode: Annotated[str, typer.Option(help="strong: the same groups for all; weak: as many for each rank.")] = "strong",
+    repeats: Annotated[int, typer.Option(min=1, help="Of each number of ranks, in turns.")] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
+) -> None:
+    """Time synthesis over more and more ranks of this machine: efficiency, and where the time goes."""
+    from rich.console import Console
+
+    from bench import scaling as study
+    from wmdd.config import load_config
+
+    numbers = study.numbers_of(ranks)
+    chosen = study.mode_of(mode)
+    study.tell(study.run(load_config(config, override or []), numbers, chosen, repeats), out, Console())

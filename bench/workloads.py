@@ -73,7 +73,7 @@ class Bench:
     @cached_property
     def groups(self) -> list[rundir.Group]:
         """Return the groups of the run, in order."""
-        return [group for block in rundir.plan(self.config, len(self.dataset.classes)) for group in block.groups]
+        return groups_of(self.config, len(self.dataset.classes))
 
     @cached_property
     def classifier(self) -> nn.Module:
@@ -91,6 +91,11 @@ class Bench:
         images = sum(len(self.dataset.train.of_class(index)) for index in classes)
         with progress("statistics of the first group", images, "images") as advance:
             return dict(statistics.measure(self.config, self.dataset, self.teacher, self.ranks, list(classes), advance))
+
+
+def groups_of(config: Config, classes: int) -> list[rundir.Group]:
+    """Return the groups of a run, in order."""
+    return [group for block in rundir.plan(config, classes) for group in block.groups]
 
 
 @contextmanager

@@ -1,0 +1,115 @@
+"""One rank of a scaling study: ``torchrun -m bench.scaling_worker``; does its groups as a run would, and says when.
+
+Writes ``FOLDER/rank-00000.json``: seconds of start-up, statistics, preparation and warm-up; ``own``, the seconds of
+this rank's synthesis, and ``synthesis``, those until the last rank was done; the SHA-256 of each group's images.
+"""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch.distributed as dist
+import typer
+
+from bench.timing import fresh_store
+from bench.workloads import groups_of, teacher_of
+from wmdd import distill, rundir, statistics
+from wmdd.config import Config, load_config
+from wmdd.data import load_dataset, pixel_range, quantise
+from wmdd.distributed import Ranks, Team, ranks
+from wmdd.errors import InputError, WmddError
+from wmdd.files import write_json
+from wmdd.synthesis import State, synthesise
+
+
+def main(
+    config: Annotated[str, typer.Argument(help="TOML file.")],
+    folder: Annotated[Path, typer.Argument(help="Where the rank writes what it measured.")],
+    groups: Annotated[int, typer.Option(help="The first so many groups are synthesised.")],
+    launched: Annotated[float | None, typer.Option(help="When the job was started, in seconds since 1970.")] = None,
+) -> None:
+    """Time this rank's share of the groups."""
+    begun = time.time() if launched is None else launched
+    settings = load_config(config)
+    with ranks(settings.compute) as job:
+        write_json(folder / f"rank-{job.rank:05d}.json", _measure(settings, job, groups, begun))
+
+
+def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str, Any]:
+    dataset = load_dataset(config.data, config.compute.workers)
+    method = distill.check(config, dataset)
+    objective = method.objective()
+    if objective is None:
+        raise InputError(f"method = {config.method!r} optimises no images: there is no synthesis to time")
+    teacher, _ = teacher_of(config, dataset, job)
+    team = job.team(config.synthesis.split_class, "synthesis.split_class")
+    own = team.deal(groups_of(config, len(dataset.classes))[:groups])
+    marks = {"startup": time.time() - begun}
+
+    clock = time.perf_counter()
+    classes = [index for group in own for index in group.classes]
+    with fresh_store():
+        found = dict(statistics.measure(config, dataset, teacher, job, classes)) if method.uses_statistics else {}
+    marks["statistics"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    with TemporaryDirectory() as place:
+        work = distill.Job(config, dataset, teacher, job, rundir.RunFolder(Path(place)), lambda: False)
+        prepared = [distill.prepare(work, method, group, found) for group in own]
+    marks["preparation"] = time.perf_counter() - clock
+
+    def synthesised(group: distill.Prepared, iterations: int) -> State:
+        if group.target is None:
+            raise InputError(f"method = {config.method!r} sets no target: there is no synthesis to time")
+        return synthesise(
+            teacher.network,
+            State(group.images),
+            group.target,
+            objective,
+            method.synthesis().model_copy(update={"iterations": iterations}),
+            pixel_range(config.data),
+            (config.seed, *group.seed),
+            job,
+            team,
+            config.compute.compile,
+        )
+
+    clock = time.perf_counter()
+    for group in prepared[:1]:
+        synthesised(group, 2)  # compiles, and fills caches
+    marks["warmup"] = time.perf_counter() - clock
+
+    job.barrier()  # names a rank that is gone
+    _line_up(job)
+    clock = time.perf_counter()
+    finished = [synthesised(group, method.synthesis().iterations) for group in prepared]
+    marks["own"] = time.perf_counter() - clock
+    _line_up(job)
+    marks["synthesis"] = time.perf_counter() - clock
+    images = {group.index: _sha256(state, config) for group, state in zip(own, finished, strict=True)}
+    return {**marks, "images": images if _speaks(team) else {}, "device": str(job.device), "precision": job.precision}
+
+
+def _line_up(job: Ranks) -> None:
+    # The barrier of a run looks for lost ranks and may return a tenth of a second late: too coarse for a clock.
+    if job.size > 1:
+        dist.barrier()
+
+
+def _speaks(team: Team) -> bool:
+    return team.rank == 0
+
+
+def _sha256(state: State, config: Config) -> str:
+    return hashlib.sha256(quantise(state.images, config.data).numpy().tobytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except WmddError as error:
+        typer.echo(f"wmdd: {error}", err=True)
+        sys.exit(error.exit_code)
