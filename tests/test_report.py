@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from report_runs import RECIPE, SETTINGS, make_pair, make_run
 from rich.console import Console
 
 from wmdd.config import Config
 from wmdd.errors import InputError
-from wmdd.files import digest, write_json, write_tensors
+from wmdd.files import digest
 from wmdd.page import write_html
 from wmdd.records import Record, write_records
 from wmdd.render import csv, markdown, terminal
@@ -19,89 +19,8 @@ from wmdd.report import Report, collect
 from wmdd.tables import tables
 from wmdd.words import Table
 
-RECIPE = {"epochs": 150, "updates": 300, "batch_size": 50, "checkpoint": "last", "lr": 0.001, "teacher": "7" * 64}
-PROVENANCE = {"revision": "8" * 40, "dirty": True, "wmdd": "0.1.0", "torch": "2.15.0", "device": "cpu", "cpu": "Xeon"}
-SETTINGS: dict[str, Any] = {
-    "name": "digits",
-    "ipc": 2,
-    "data": {"source": "digits", "resolution": 16, "channels": 1, "mean": [0.3], "std": [0.4]},
-    "labels": {"regimes": ["soft"]},
-    "student": {"networks": ["convnet3x32"], "seeds": 3},
-}
 T2 = 4.302653 / math.sqrt(3)
 """Half-width of the 95 % interval of three values, in standard deviations."""
-
-
-def make_run(
-    folder: Path,
-    top1: list[float] | None = None,
-    *,
-    recipe: dict[str, Any] | None = None,
-    classes: tuple[str, ...] = ("0", "1"),
-    missing: tuple[int, ...] = (),
-    channels: int = 1,
-    record: dict[str, Any] | None = None,
-    **changes: Any,
-) -> Path:
-    """Write a run folder: a block for every two classes, and a student for each accuracy."""
-    config = Config.model_validate({**SETTINGS, "blocks": len(classes) // 2, **changes})
-    teacher = {"sha256": "7" * 64, "network": "convnet3x32", "top1": 0.985, "seconds": 30.0, "evaluated_on": "test"}
-    write_json(folder / "config.json", {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint()})
-    write_json(folder / "teacher.json", teacher)
-    for block in range(config.blocks):
-        if block not in missing:
-            make_block(folder, block, classes, channels)
-    recipe = recipe or RECIPE
-    measured = [
-        {
-            "kind": "student",
-            "run": config.name,
-            "dataset": "digits",
-            "classes": 10,
-            "resolution": config.data.resolution,
-            "method": config.method,
-            "ipc": config.ipc,
-            "network": "convnet3x32",
-            "regime": "soft",
-            "distillation_seed": config.seed,
-            "student_seed": seed,
-            "evaluated_on": "test",
-            "metrics": {"top1": value, "top5": 1.0},
-            "recipe": recipe,
-            "protocol": digest(recipe),
-            "config": config.fingerprint(),
-            "artefact": digest([config.method, config.seed]),
-            "cost": {"seconds": 4.0, "peak_bytes": 2.0**30},
-            "provenance": PROVENANCE,
-        }
-        for seed, value in enumerate(top1 or [])
-    ]
-    if measured:
-        write_records(folder / "records" / "students.jsonl", [Record(**one | (record or {})) for one in measured])
-    return folder
-
-
-def make_block(folder: Path, block: int, classes: tuple[str, ...], channels: int) -> None:
-    indices = [2 * block, 2 * block + 1]
-    names = [classes[index] for index in indices]
-    steps = list(range(0, 200, 4))
-    loss = [100 * math.exp(-step / 50) + block + 1 for step in steps]
-    curve = {"iteration": steps, "total": loss, "feature": [0.3 * x for x in loss], "bn": [0.7 * x for x in loss]}
-    curve["ce"] = [0.0 for _ in steps]
-    labels = torch.tensor(indices).repeat_interleave(2)
-    ramp = torch.arange(16 * 16).reshape(1, 1, 16, 16).expand(4, channels, 16, 16)
-    tensors = {"images": ((ramp + 40 * labels[:, None, None, None]) % 256).to(torch.uint8), "labels": labels}
-    sha = write_tensors(folder / "blocks" / f"block-{block:05d}.safetensors", tensors)
-    groups = [{"classes": names, "seconds": 12.5, "curve": curve}]
-    sidecar = {"block": block, "classes": names, "class_indices": indices, "sha256": sha, "groups": groups}
-    write_json(folder / "blocks" / f"block-{block:05d}.json", sidecar | {"provenance": PROVENANCE})
-
-
-def make_pair(tmp_path: Path) -> Path:
-    """Write a run and its random baseline, differing by 2, 0 and 4 points."""
-    run = make_run(tmp_path / "digits", [0.97, 0.96, 0.98])
-    make_run(run / "baselines" / "random", [0.95, 0.96, 0.94], method="random", name="digits/random")
-    return run
 
 
 def row_of(report: Report, method: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from wmdd.files import digest
 from wmdd.metrics import (
     REFERENCE,
     SETTING,
@@ -88,18 +89,20 @@ def distillation(run: Run) -> dict[str, Any]:
 def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
     """Return ``wmdd.metrics.compare`` with what belongs to each row; then a row for each teacher, without an IPC.
 
-    Added: ``recipe``, ``teacher`` (SHA-256), ``origins`` (``origin`` of its records), the columns ``BYTES``, and
-    ``device_seconds`` that the teacher, the statistics and one distilled set took.
+    Added: ``recipe``, ``teacher`` (SHA-256), ``origins`` (``origins`` of its records), the columns ``BYTES``,
+    ``device_seconds`` that the teacher, the statistics and one distilled set took, λ as ``bn_weight`` and
+    ``otherwise``, a name for all else that decided the images.
     """
     frame = compare(chosen)
     several = frame.groupby("method")["name"].nunique() > 1
-    labels = [f"{m} ({n})" if n and several[m] else m for m, n in zip(frame["method"], frame["name"], strict=True)]
+    names = zip(frame["method"], frame["name"], strict=True)
+    labels = [f"{m} ({n})" if several[m] and n not in ("", m) else m for m, n in names]
     spent = {row["run"]: row for row in cost(runs).to_dict("records")}
     key = [*SETTING, "method", "name"]
     cells = {cell: _about(group, spent) for cell, group in chosen.groupby(key)}
     added = pd.DataFrame([cells[cell] for cell in frame[key].itertuples(index=False, name=None)])
     teachers = pd.DataFrame(list(_teachers(runs)), dtype=object)
-    columns = [*frame.columns, "recipe", "teacher", "origins", *BYTES, "device_seconds"]
+    columns = [*frame.columns, "recipe", "teacher", "origins", *BYTES, "device_seconds", "bn_weight", "otherwise"]
     frame = frame.assign(method=labels).join(added).astype(object)
     whole = pd.concat([part for part in (frame, teachers) if len(part)] or [frame]).reindex(columns=columns)
     return whole.sort_values("dataset", kind="stable", ignore_index=True)
@@ -115,8 +118,19 @@ def _about(group: pd.DataFrame, spent: dict[str, dict[str, Any]]) -> dict[str, A
         "device_seconds": sum(known) / len(known) if known else None,
         "recipe": {"evaluated_on": records[0].evaluated_on, **flatten(records[0].recipe)},
         "teacher": records[0].recipe.get("teacher"),
+        **_bn_weight(group["run"].iloc[0]),
         "origins": origins(zip(group["run"], records, strict=True)),
     }
+
+
+def _bn_weight(run: Run) -> dict[str, Any]:
+    """Return λ of a run and a name for all else that decides its images, if it was optimised."""
+    weight = run.config.get("synthesis", {}).get("bn_weight")
+    if weight is None or not run.optimised:
+        return {}
+    terms = distillation(run)
+    synthesis = {key: value for key, value in terms["synthesis"].items() if key != "bn_weight"}
+    return {"bn_weight": weight, "otherwise": digest(terms | {"synthesis": synthesis})}
 
 
 def _teachers(runs: list[Run]) -> Iterator[dict[str, Any]]:

@@ -8,15 +8,15 @@ import pandas as pd
 from wmdd.compared import headlines
 from wmdd.spent import coverage_line
 from wmdd.tables import tables
-from wmdd.words import Table, caption, shared_columns
+from wmdd.words import Table, caption, folded
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from wmdd.report import Report
 
-MAX_HEADLINES = 12
-"""Results in words at the top; more of them are read in the table."""
+MAX_HEADLINES = 8
+"""Results in words at the top; where there are more, the tables say it better."""
 MAX_ROWS = 20
 """Rows of coverage and cost on a terminal."""
 
@@ -33,34 +33,52 @@ def terminal(report: "Report", console: "Console") -> None:
     from rich.table import Table as Grid
     from rich.text import Text
 
-    for where, method, result in headlines(report)[:MAX_HEADLINES]:
+    for where, method, result in _results(report):
         console.print(Text(f"{where}: "), Text(method, style="bold"), Text(result), sep=" ")
-    shown = tables(report)
+    shown = [folded(table) for table in tables(report) if table.title != "Provenance"]
     for table in shown:
-        if table.title == "Provenance":
-            continue
-        shared = shared_columns(table)
         grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         grid.collapse_padding = True
         rows = table.rows
         if len(rows) > MAX_ROWS and table.title in ("Coverage", "Cost"):
             rows = [*rows[: MAX_ROWS - 1], rows[-1]]
-        for index, column in enumerate(table.columns):
-            if index not in shared:
-                words = index < table.words
-                # A narrow terminal breaks between words and never inside one; the last columns give way first.
-                longest = max(len(word) for cell in [column, *(row[index] for row in rows)] for word in cell.split())
-                grid.add_column(column, justify="left" if words else "right", min_width=longest if words else None)
+        kept = _fitting(table, rows, console.width)
+        for index in kept:
+            cells = [table.columns[index], *(row[index] for row in rows)]
+            # Words break between words and never inside one; a figure stays on one line with its interval.
+            width = _longest_word(cells) if index < table.words else None
+            grid.add_column(cells[0], justify="left" if width else "right", min_width=width, no_wrap=width is None)
         for row in rows:
-            grid.add_row(*(Text(cell) for index, cell in enumerate(row) if index not in shared))
-        below = [f"{table.columns[index]}: {table.rows[0][index]}." for index in shared]
-        if left := len(table.rows) - len(rows):
-            below.insert(0, f"{left} more rows are in the page (--html).")
-        console.print(grid, Text(f"{caption(table, below)}\n", style="dim"))
+            grid.add_row(*(Text(row[index]) for index in kept))
+        left = len(table.rows) - len(rows)
+        below = f"{left} more rows are in the page (--html). " if left else ""
+        if hidden := [column for index, column in enumerate(table.columns) if index not in kept]:
+            below += f"For want of room without: {', '.join(hidden)}. "
+        console.print(grid, Text(f"{below}{caption(table)}\n", style="dim"))
     if not any(table.title == "Coverage" for table in shown) and (line := coverage_line(report)):
         console.print(Text(line, style="dim"))
     for problem in report.problems:
         console.print(Text(problem, style="yellow"))
+
+
+def _fitting(table: Table, rows: list[list[str]], room: int) -> list[int]:
+    """Return the columns that fit side by side: all of the words, and figures from the left on."""
+    kept = []
+    for index, column in enumerate(table.columns):
+        cells = [column, *(row[index] for row in rows)]
+        room -= 2 + (_longest_word(cells) if index < table.words else max(map(len, cells)))
+        if room >= -2 or index < table.words:
+            kept.append(index)
+    return kept
+
+
+def _longest_word(cells: list[str]) -> int:
+    return max(len(word) for cell in cells for word in cell.split())
+
+
+def _results(report: "Report") -> list[tuple[str, str, str]]:
+    found = headlines(report)
+    return found if len(found) <= MAX_HEADLINES else []
 
 
 def markdown(report: "Report") -> str:
@@ -69,8 +87,8 @@ def markdown(report: "Report") -> str:
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
-    results = headlines(report)[:MAX_HEADLINES]
-    parts = ["\n".join(f"- {where}: **{method}** {result}" for where, method, result in results), coverage_line(report)]
+    parts = ["\n".join(f"- {where}: **{method}** {result}" for where, method, result in _results(report))]
+    parts.append(coverage_line(report))
     for table in tables(report):
         rule = [":--" if index < table.words else "--:" for index in range(len(table.columns))]
         lines = [line(table.columns), line(rule), *map(line, table.rows)]
@@ -82,28 +100,25 @@ def markdown(report: "Report") -> str:
 
 def latex(report: "Report") -> str:
     """Return the tables as LaTeX floats that need the package ``booktabs``; what a whole column shares is a caption."""
-    return "\n".join(_latex(table) for table in tables(report) if table.title != "Provenance")
+    return "\n".join(_latex(folded(table)) for table in tables(report) if table.title != "Provenance")
 
 
 def _latex(table: Table) -> str:
     def line(cells: Iterable[str]) -> str:
         return "  " + " & ".join(map(_tex, cells)) + r" \\"
 
-    shared = shared_columns(table)
-    kept = [index for index in range(len(table.columns)) if index not in shared]
-    align = "".join("l" if index < table.words else "r" for index in kept)
-    below = [f"{table.columns[index]}: {table.rows[0][index]}." for index in shared]
+    align = "l" * table.words + "r" * (len(table.columns) - table.words)
     return "\n".join(
         [
             r"\begin{table}",
-            rf"  \caption{{{_tex(caption(table, below))}}}",
+            rf"  \caption{{{_tex(caption(table))}}}",
             rf"  \label{{tab:{table.id}}}",
             r"  \centering",
             rf"  \begin{{tabular}}{{{align}}}",
             r"  \toprule",
-            line(table.columns[index] for index in kept),
+            line(table.columns),
             r"  \midrule",
-            *(line(row[index] for index in kept) for row in table.rows),
+            *map(line, table.rows),
             r"  \bottomrule",
             r"  \end{tabular}",
             r"\end{table}",
@@ -121,6 +136,6 @@ def csv(report: "Report") -> str:
     if report.accuracy.empty and report.speeds:
         rows = [{"run": run.label, **speed.model_dump(mode="json")} for run, speed in report.speeds]
         return str(pd.json_normalize(rows).to_csv(index=False))
-    frame = report.accuracy.drop(columns=["recipe", "origins"])
+    frame = report.accuracy.drop(columns=["recipe", "origins", "otherwise"])
     recipes = pd.DataFrame(list(report.accuracy["recipe"]), index=frame.index)
     return str(frame.join(recipes.add_prefix("recipe.")).to_csv(index=False))

@@ -1,6 +1,5 @@
 """Tables of text, and numbers as words: accuracies in percent, amounts with prefixes, – for what is not known."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,17 +46,23 @@ def trimmed(table: Table) -> Table:
     )
 
 
-def shared_columns(table: Table) -> list[int]:
-    """Return the columns of words in which all of several rows agree: they can stand below a narrow table."""
-    values = [{row[index] for row in table.rows} for index in range(table.words)]
-    return [index for index, found in enumerate(values) if len(found) == 1 < len(table.rows)]
+def folded(table: Table) -> Table:
+    """Return the table with the columns of words in which all of several rows agree moved to what all rows share."""
+    values = [{row[i] for row in table.rows} for i in range(table.words)]
+    alike = [i for i, found in enumerate(values) if len(found) == 1 < len(table.rows)]
+    return replace(
+        table,
+        columns=[column for i, column in enumerate(table.columns) if i not in alike],
+        rows=[[cell for i, cell in enumerate(row) if i not in alike] for row in table.rows],
+        words=table.words - len(alike),
+        terms={table.columns[i].lower(): table.rows[0][i] for i in alike} | table.terms,
+    )
 
 
-def caption(table: Table, words: Iterable[str] = ()) -> str:
+def caption(table: Table) -> str:
     """Return the caption with what all rows share."""
     terms = ", ".join(f"{key} {value}" for key, value in table.terms.items())
-    recipe = f"Shared by all rows: {terms}." if terms else ""
-    return " ".join(part for part in (*words, table.caption, recipe) if part)
+    return f"{table.caption} Shared by all rows: {terms}." if terms else table.caption
 
 
 def percent(row: Row, metric: str) -> str:
@@ -88,7 +93,7 @@ def count(row: Row) -> str:
 
 def points(value: Any, sign: str = "") -> str:
     """Return a fraction as hundredths."""
-    return NONE if pd.isna(value) else f"{100 * value:{sign}.1f}".replace("-", "−")
+    return NONE if pd.isna(value) else f"{100 * value:{sign if value else ''}.1f}".replace("-", "−")
 
 
 def number(value: Any, unit: int = 1, digits: int = 1) -> str:
