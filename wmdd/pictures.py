@@ -12,7 +12,7 @@ from wmdd.files import read_tensors
 from wmdd.metrics import REFERENCE
 from wmdd.runs import Run
 
-MAX_SETS, MAX_METHODS, MAX_CLASSES, MAX_IMAGES, MAX_PIXELS = 4, 4, 20, 10, 64
+MAX_SETS, MAX_METHODS, MAX_CLASSES, MAX_IMAGES, MAX_PIXELS = 4, 6, 20, 10, 64
 """Groups of distilled sets, methods of each, classes, images of a class, pixels of a thumbnail."""
 MAX_REAL = 5000
 """Real images that one group is compared with: a page is written in seconds."""
@@ -54,7 +54,9 @@ def grids(runs: Sequence[Run], problems: list[str]) -> tuple[list[Grid], int]:
 
 
 def _grid(key: tuple[Any, ...], runs: list[Run], problems: list[str]) -> Grid:
-    shown = runs[:MAX_METHODS]
+    # What others are held against is always among them.
+    shown = sorted(runs, key=lambda run: run.method != REFERENCE)[:MAX_METHODS]
+    shown.sort(key=runs.index)
     tensors = [_images(run, problems) for run in shown]
     names = list(dict.fromkeys(name for found in tensors for name in found))[:MAX_CLASSES]
     optimised = [(run, found) for run, found in zip(shown, tensors, strict=True) if run.optimised]

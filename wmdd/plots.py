@@ -190,7 +190,7 @@ def _fronts(
         points = [(at(row), 100 * row["top1"]) for row in own]
         with Drawing(f"{title}{len(panels)}") as drawing:
             front = [points[index] for index in pareto(points)]
-            drawing.axes.plot(*zip(*front, strict=True), color=_COLOURS["line"], linewidth=2.5, zorder=1)
+            drawing.axes.plot(*zip(*front, strict=True), color=_COLOURS["quiet"], linewidth=1, zorder=1)
             for (x, y), row in zip(points, own, strict=True):
                 fill = _COLOURS[look[row["method"]][0]] if (x, y) in front else _COLOURS["page"]
                 edge = {"markeredgecolor": _COLOURS[look[row["method"]][0]], "markerfacecolor": fill}
