@@ -128,3 +128,23 @@ def scaling(
     numbers = study.numbers_of(ranks)
     chosen = study.mode_of(mode)
     study.tell(study.run(load_config(config, override or []), numbers, chosen, repeats), out, Console())
+
+
+@app.command(epilog="Example:  wmdd bench plan imagenet-1k --gpus 64 --from speeds.jsonl")
+def plan(
+    config: ConfigArgument,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the run.")],
+    override: SetOption = None,
+    source: Annotated[
+        Path, typer.Option("--from", metavar="FILE.jsonl", help="Records of `wmdd bench throughput --out`.")
+    ] = Path("speeds.jsonl"),
+) -> None:
+    """Project the GPU-hours and the wall time of a whole run from measured speeds."""
+    from rich.console import Console
+
+    from bench import plan as projection
+    from wmdd.config import load_config
+
+    settings = load_config(config, override or [])
+    parts, told = projection.run(settings, gpus, projection.read(source), source)
+    projection.tell(settings, gpus, parts, told, Console())

@@ -171,10 +171,9 @@ def _job(argv: list[str], folder: Path) -> None:
     argv = [*argv, "--launched", str(time.time())]
     done = subprocess.run(argv, capture_output=True, text=True, env=clean, check=False)  # noqa: S603
     if done.returncode:
-        known = [line for line in done.stderr.splitlines() if "Error:" in line or line.startswith("wmdd:")]
-        raise WmddError(
-            f"a job of the study failed: {(known or done.stderr.splitlines() or ['no message'])[0].strip()}"
-        )
+        lines = done.stderr.splitlines() or ["it said nothing"]
+        told = next((line for line in lines if line.startswith("wmdd: ")), lines[-1])
+        raise WmddError(f"a job of the study failed: {told.removeprefix('wmdd: ').strip()}")
 
 
 def collect(folder: Path, size: Size, work: int) -> Point:
