@@ -102,11 +102,9 @@ def run(config: Config, gpus: int, measured: Sequence[Speed], source: Path) -> t
     distilled = classes * config.ipc
     for name in config.student.networks:
         one_network = config.student.model_copy(update={"networks": (name,)})
-        tasks = student.tasks(one_network, config.labels.regimes)
-        tasks = tasks * (1 + len(config.student.baselines))
-        record = measure(
-            Need("students", name, {"precision": precision_of(config), "batch": _batch(config, distilled)})
-        )
+        tasks = student.tasks(one_network, config.labels.regimes) * (1 + len(config.student.baselines))
+        batch = min(config.student.batch_size, distilled)
+        record = measure(Need("students", name, {"precision": precision_of(config), "batch": batch}))
         updates = [float(student.update_count(config, task.view, distilled)) for task in tasks]
         per_hour = record.metrics["rate"] * float(record.setup["updates"])
         dealt(f"{len(tasks)} students ({name})", "updates", updates, record, per_hour)
