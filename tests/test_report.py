@@ -245,10 +245,8 @@ def test_csv_has_every_figure_and_the_recipe(tmp_path: Path) -> None:
 def test_markdown_is_made_of_whole_tables(tmp_path: Path) -> None:
     text = markdown(collect([make_pair(tmp_path)]))
 
-    assert (
-        "| digits | 2 | convnet3x32 | soft | epochs | wmdd | 97.0 ± 2.5 | 100.0 ± 0.0 | 1×3 | +2.0 [−3.0, 7.0] | 0.225 |"
-        in text
-    )
+    cells = ["digits", "2", "convnet3x32", "soft", "epochs", "wmdd", "97.0 ± 2.5", "100.0 ± 0.0", "1×3"]
+    assert f"| {' | '.join(cells)} | +2.0 [−3.0, 7.0] | 0.225 |" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1
 
@@ -267,7 +265,7 @@ def test_the_page_loads_nothing_and_escapes_names(tmp_path: Path, channels: int)
     assert "&lt;b&gt;bold" in page
     assert "{{ 7 * 7 }}" in page
     assert not re.search(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", page))
-    assert not re.search(r"@import|url\((?!#)|<script|<link(?! rel="icon" href="data:,")", page)
+    assert not re.search(r"@import|url\((?!#)|<script|<link(?! rel=.icon. href=.data:,.>)", page)
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len([source for source in sources if source.startswith("data:image/png")]) == 8
     assert all(source.startswith(("data:", "#")) for source in sources)

@@ -76,6 +76,7 @@ def accuracy(report: "Report") -> Table:
             for row in rows
         ],
         words=6,
+        setting=5,
         terms={key.replace("_", " "): next(iter(values[key])) for key in keys if key not in unlike and values[key]},
         origins=[row["origins"] for row in rows],
     )  # fmt: skip
@@ -123,6 +124,7 @@ def published(report: "Report") -> Table:
         columns=[*columns, "Published %", "published at", "Measured %", "measured at"],
         rows=lines,
         words=9,
+        setting=4,
         origins=origins,
     )
 
@@ -155,6 +157,7 @@ def architectures(report: "Report") -> Table:
             for found in several
         ],
         words=5,
+        setting=4,
         origins=[[one for row in found.values() for one in row["origins"]] for found in several],
     )
 
@@ -183,7 +186,9 @@ def ablation(report: "Report") -> Table:
     if any(line[-1] != NONE for line in lines):
         caption += " Published: ablation of WMDD's project page."
     columns = ["Data set", "IPC", "Network", "Labels", "View", "Method", "Features", "BatchNorm"]
-    return Table("Ablation", caption, [*columns, "Top-1 %", "n", "Published %"], lines, words=8, origins=origins)
+    return Table(
+        "Ablation", caption, [*columns, "Top-1 %", "n", "Published %"], lines, words=8, setting=5, origins=origins
+    )
 
 
 def robustness(report: "Report") -> Table:
@@ -205,6 +210,7 @@ def robustness(report: "Report") -> Table:
             for row in rows
         ],
         words=6,
+        setting=5,
         origins=[row["origins"] for row in rows],
     )
 

@@ -39,6 +39,7 @@ def throughput(report: "Report") -> Table:
             for _, speed in sorted(found, key=lambda pair: _order(pair[1]))
         ],
         words=5,
+        setting=3,
         terms=shared,
         origins=[[_origin(run.label, speed)] for run, speed in sorted(found, key=lambda pair: _order(pair[1]))],
     )
@@ -65,6 +66,7 @@ def scaling(report: "Report") -> Table:
             for _, speed in found
         ],
         words=6,
+        setting=4,
         terms=shared,
         origins=[[_origin(run.label, speed)] for run, speed in found],
     )

@@ -24,6 +24,8 @@ class Table:
     rows: list[list[str]]
     words: int = 1
     """Leading columns that hold words; the others hold numbers."""
+    setting: int = 0
+    """Leading columns that say what rows have in common before they differ: a page makes them headings."""
     terms: dict[str, str] = field(default_factory=dict)
     """What all rows share."""
     origins: list[list[dict[str, str]]] = field(default_factory=list)
@@ -43,6 +45,7 @@ def trimmed(table: Table) -> Table:
         columns=[table.columns[i] for i in kept],
         rows=[[row[i] for i in kept] for row in table.rows],
         words=sum(i < table.words for i in kept),
+        setting=sum(i < table.setting for i in kept),
     )
 
 
@@ -55,6 +58,7 @@ def folded(table: Table) -> Table:
         columns=[column for i, column in enumerate(table.columns) if i not in alike],
         rows=[[cell for i, cell in enumerate(row) if i not in alike] for row in table.rows],
         words=table.words - len(alike),
+        setting=sum(i not in alike for i in range(table.setting)),
         terms={table.columns[i].lower(): table.rows[0][i] for i in alike} | table.terms,
     )
 
