@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from wmdd.barycenter import Atoms, barycenter, starts, w2_squared
+from wmdd.barycenter import Atoms, barycenter, barycenters, starts, w2_squared
 from wmdd.config import Barycenter
 from wmdd.errors import InputError, WmddError
 
@@ -234,16 +234,64 @@ def test_fewer_distinct_points_than_atoms(weights: str, kind: str) -> None:
     assert atoms.w2 == pytest.approx(0, abs=1e-9)
 
 
+def stored(atoms: Atoms) -> bytes:
+    parts = (atoms.positions, atoms.weights, atoms.images, torch.tensor(atoms.w2, dtype=torch.float64))
+    return b"".join(part.numpy().tobytes() for part in parts)
+
+
 @pytest.mark.parametrize("weights", VARIANTS)
 def test_same_seed_same_bytes_on_any_number_of_threads(weights: str) -> None:
-    def stored(seed: int, threads: int) -> bytes:
+    def solved(seed: int, threads: int) -> bytes:
         with threadpool_limits(threads):
-            atoms = barycenter(features, 10, Barycenter(weights=weights, starts=2, rounds=20), seed)
-        return b"".join(part.numpy().tobytes() for part in (atoms.positions, atoms.weights, atoms.images))
+            return stored(barycenter(features, 10, Barycenter(weights=weights, starts=2, rounds=20), seed))
 
     features = relu_like(600, 128)
     before = np.random.get_state(legacy=False)["state"]["pos"]
-    first = stored(seed=4, threads=1)
-    assert first == stored(seed=4, threads=1) == stored(seed=4, threads=4)
-    assert first != stored(seed=5, threads=1)
+    first = solved(seed=4, threads=1)
+    assert first == solved(seed=4, threads=1) == solved(seed=4, threads=4)
+    assert first != solved(seed=5, threads=1)
     assert np.random.get_state(legacy=False)["state"]["pos"] == before
+
+
+def test_uniform_is_on_average_no_worse_than_pot_from_the_same_starts() -> None:
+    ratios = []
+    for seed in range(12):
+        points = relu_like(200, 64, modes=4, seed=seed).double().numpy()
+        atoms = barycenter(torch.from_numpy(points), 8, Barycenter(starts=1), seed)
+        single = ot.lp.free_support_barycenter([points], [ot.unif(200)], starts(points, 8, 1, seed)[0])
+        ratios.append(atoms.w2 / ot.emd2([], [], ot.dist(single, points)))
+    assert np.mean(ratios) <= 1
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e20])
+def test_the_unit_of_the_features_does_not_matter(size: float) -> None:
+    features = relu_like(100, 8)
+    expected = barycenter(features, 5, Barycenter(starts=2), seed=0)
+    atoms = barycenter(features.double() * size, 5, Barycenter(starts=2), seed=0)
+    assert atoms.images.tolist() == expected.images.tolist()
+    assert atoms.w2 == pytest.approx(expected.w2 * size**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", VARIANTS)
+def test_many_classes_at_once_are_the_same_bytes_as_one_by_one_on_any_number_of_workers(weights: str) -> None:
+    classes = [relu_like(images, 16, seed=images) for images in (40, 41, 60, 12, 50, 47, 30)]
+    chosen, seeds = Barycenter(weights=weights, starts=2, rounds=10), range(3, 10)
+    expected = [stored(barycenter(points, 6, chosen, seed)) for points, seed in zip(classes, seeds, strict=True)]
+    for workers in (0, 2, 3):
+        assert [stored(atoms) for atoms in barycenters(iter(classes), 6, chosen, seeds, workers)] == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_class_that_cannot_be_solved_ends_many_at_once_in_its_one_line(workers: int) -> None:
+    classes = [gaussian(8, 2), gaussian(4, 2), gaussian(9, 2)]
+    with pytest.raises(InputError, match="5 atoms asked of a class of 4 images"):
+        list(barycenters(classes, 5, Barycenter(starts=1), range(3), workers))
+
+
+def test_classes_are_read_no_further_ahead_than_the_workers_need() -> None:
+    read = []
+    classes = (read.append(index) or gaussian(8, 2, index) for index in range(40))  # type: ignore[func-returns-value]
+    stream = barycenters(classes, 2, Barycenter(starts=1), range(40), workers=2)
+    next(stream)
+    assert len(read) <= 5
+    stream.close()

@@ -7,8 +7,12 @@ several seeded starts, and the least W2² is kept.
 """
 
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import ot
@@ -23,10 +27,21 @@ from wmdd.config import Barycenter
 from wmdd.errors import InputError, WmddError
 
 Array = NDArray[np.float64]
-Solver = Callable[[Array, Array, int], Array]
+Single = NDArray[np.float32]
+Solved = tuple[Array, Array, NDArray[np.int64], float]
 
 _STILL = 1e-7
 """W2² stands still once a round changes it by less than this share."""
+_SETTLED = 1e-3
+"""With uniform weights a start is left once a round gains less than this share; what is left is less than that."""
+_TEMPERATURES = (0.2, 0.003)
+"""First and last temperature of the annealing, as shares of the variance of the features."""
+_ANNEALING = 10
+"""Rounds of the annealing."""
+_STEPS = 2
+"""Sinkhorn steps of a round."""
+_RELAXATION = np.float32(1.7)
+"""Over-relaxation of these steps; they converge for values below 2."""
 _PIVOTS = 10_000_000
 """Most pivots of the network simplex: POT's 100,000 would end a large class early, with a plan that is not optimal."""
 
@@ -64,31 +79,48 @@ def barycenter(features: torch.Tensor, count: int, settings: Barycenter, seed: i
         InputError: K is below 1, or above n.
         WmddError: a feature is not finite.
     """
-    images = len(features)
-    if not 1 <= count <= images:
-        raise InputError(f"ipc: {count} atoms asked of a class of {images} images; give a number from 1 to {images}")
-    if not torch.isfinite(features).all():
-        raise WmddError("features: NaN or infinity among the class's features; is the teacher's training sound?")
-    points = features.detach().double().numpy()
-    balanced = settings.weights == "uniform"
+    return _atoms(*_solved(_points(features, count), count, settings, seed))
 
-    with threadpool_limits(limits=1):
-        if count == images:
-            candidates = [points]
-        else:
-            drawn = starts(points, count, settings.starts, seed)
-            candidates = _solve(settings.weights, points, drawn, settings.rounds)
-        positions, weights, w2 = _best(points, candidates, balanced)
-        _, nearest = linear_sum_assignment(ot.dist(positions, points))
-        if settings.atoms == "medoids":
-            positions, weights, w2 = _best(points, [points[nearest]], balanced)
 
-    return Atoms(
-        positions=torch.from_numpy(positions).float(),
-        weights=torch.from_numpy(weights),
-        images=torch.from_numpy(nearest).long(),
-        w2=w2,
-    )
+def barycenters(
+    features: Iterable[torch.Tensor], count: int, settings: Barycenter, seeds: Iterable[int], workers: int = 0
+) -> Iterator[Atoms]:
+    """Yield what ``barycenter`` returns for each class, in the order given, whatever the number of workers.
+
+    Classes are read from ``features`` no further ahead than twice the number of workers.
+
+    Args:
+        features: of each class, [n, D].
+        count: number K of atoms of each class.
+        settings: as of ``barycenter``.
+        seeds: one for each class.
+        workers: processes that compute; 0 or 1 computes in this one.
+
+    Raises:
+        InputError: K is below 1, or above the n of a class.
+        WmddError: a feature is not finite, or a process died.
+    """
+    pairs = zip(features, seeds, strict=True)
+    if workers <= 1:
+        for points, seed in pairs:
+            yield barycenter(points, count, settings, seed)
+        return
+    # Forked, as DataLoader's workers are: they start at once, and touch neither torch's threads nor a GPU.
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        waiting: deque[Future[Solved]] = deque()
+        try:
+            for points, seed in pairs:
+                waiting.append(pool.submit(_solved, _points(points, count), count, settings, seed))
+                if len(waiting) > 2 * workers:
+                    yield _atoms(*waiting.popleft().result())
+            while waiting:
+                yield _atoms(*waiting.popleft().result())
+        except BrokenProcessPool:
+            raise WmddError(
+                "a process that computes barycenters died; memory may be short: try fewer workers"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def w2_squared(features: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor) -> float:
@@ -130,6 +162,36 @@ def starts(points: Array, count: int, number: int, seed: int) -> list[Array]:
     return drawn
 
 
+def _points(features: torch.Tensor, count: int) -> Array:
+    """Return the features as float64, once they are known to be fit for ``count`` atoms."""
+    images = len(features)
+    if not 1 <= count <= images:
+        raise InputError(f"ipc: {count} atoms asked of a class of {images} images; give a number from 1 to {images}")
+    if not torch.isfinite(features).all():
+        raise WmddError("features: NaN or infinity among the class's features; is the teacher's training sound?")
+    return features.detach().double().numpy()
+
+
+def _atoms(positions: Array, weights: Array, nearest: NDArray[np.int64], w2: float) -> Atoms:
+    return Atoms(torch.from_numpy(positions).float(), torch.from_numpy(weights), torch.from_numpy(nearest).long(), w2)
+
+
+def _solved(points: Array, count: int, settings: Barycenter, seed: int) -> Solved:
+    """Return positions, weights, nearest images and W2² of the best start, in NumPy alone: processes compute it too."""
+    balanced = settings.weights == "uniform"
+    with threadpool_limits(limits=1):
+        if count == len(points):
+            candidates = [points]
+        else:
+            drawn = starts(points, count, settings.starts, seed)
+            candidates = _solve(settings.weights, points, drawn, settings.rounds)
+        positions, weights, w2 = _best(points, candidates, balanced)
+        _, nearest = linear_sum_assignment(ot.dist(positions, points))
+        if settings.atoms == "medoids":
+            positions, weights, w2 = _best(points, [points[nearest]], balanced)
+    return positions, weights, nearest, w2
+
+
 def _solve(weights: str, points: Array, drawn: list[Array], rounds: int) -> list[Array]:
     """Return the local minima [K, D] that the solver for these weights reaches from the starts ``drawn``."""
     if weights == "alternating":
@@ -142,14 +204,71 @@ def _solve(weights: str, points: Array, drawn: list[Array], rounds: int) -> list
 
 
 def _uniform(points: Array, start: Array, rounds: int) -> Array:
-    """Descend with weights 1/K: optimal plan, then conditional means (POT's free_support_barycenter).
+    """Descend with weights 1/K: annealed plans first, then optimal ones, each followed by conditional means.
 
-    It reaches a fixed point in few rounds, because it moves between the finitely many vertices of the plans' polytope.
-    POT stops on the squared displacement, an absolute number: the threshold is therefore a share of the variance.
+    With optimal plans alone this is POT's free_support_barycenter (Cuturi & Doucet 2014, algorithm 2), which stays in
+    a minimum near its start.  Annealing, as Rose, "Deterministic annealing" (Proc. IEEE 1998) for clustering, passes
+    over many of these, in cheap rounds: one float32 product each, and entropic plans by Sinkhorn steps on K potentials.
+
+    The potentials then halve the work of the network simplex: of the reduced costs c − u − v most of those that the
+    plan uses are near zero, and the optimal plan is the same.  Only its speed depends on them, so that float32 is
+    enough.  The last rounds stop once W2² falls by less than ``_SETTLED``.
     """
-    still = 1e-12 * points.var(axis=0).sum()
-    mass = ot.unif(len(points))
-    return ot.lp.free_support_barycenter([points], [mass], start, numItermax=rounds, stopThr=still)
+    images, count = len(points), len(start)
+    centre, scale = points.mean(axis=0), np.sqrt(points.var(axis=0).sum())
+    if scale == 0:
+        return start
+    data, positions = ((part - centre) / scale for part in (points, start))  # of variance 1
+    data, positions = data.astype(np.float32), positions.astype(np.float32)
+    squares = np.square(data).sum(axis=1)
+    potentials = np.zeros(count, np.float32)
+    for temperature in np.geomspace(*_TEMPERATURES, min(rounds, _ANNEALING)):
+        cost = _squared_distances(positions, data, squares)
+        potentials, plan = _sinkhorn(cost, potentials, temperature)
+        positions = plan @ data / plan.sum(axis=1, keepdims=True)
+
+    rows, columns = ot.unif(count), ot.unif(images)
+    previous = np.inf
+    for _ in range(rounds):
+        cost = _squared_distances(positions, data, squares)
+        potentials, _ = _sinkhorn(cost, potentials, _TEMPERATURES[1])
+        reduced = cost - potentials[:, None]
+        reduced -= reduced.min(axis=0)
+        plan = ot.emd(rows, columns, reduced.astype(np.float64), numItermax=_PIVOTS).astype(np.float32)
+        positions = plan @ data * count
+        w2 = (plan * cost).sum(dtype=np.float64)
+        if previous - w2 <= _SETTLED * w2:
+            break
+        previous = w2
+    return positions * scale + centre
+
+
+def _sinkhorn(cost: Single, potentials: Single, temperature: float) -> tuple[Single, Single]:
+    """Take over-relaxed Sinkhorn steps towards rows of mass 1/K; return the potentials u [K] and the plan [K, n].
+
+    The columns always have mass 1/n; over-relaxed as Thibault et al., "Overrelaxed Sinkhorn-Knopp" (Algorithms 2021).
+    """
+    count = len(cost)
+    step = np.float32(temperature)
+    for _ in range(_STEPS):
+        plan = _entropic_plan(cost, potentials, step)
+        potentials = potentials - _RELAXATION * step * np.log(count * plan.sum(axis=1))
+    return potentials, _entropic_plan(cost, potentials, step)
+
+
+def _entropic_plan(cost: Single, potentials: Single, temperature: np.float32) -> Single:
+    plan = potentials[:, None] - cost
+    plan -= plan.max(axis=0)
+    plan /= temperature
+    np.maximum(plan, -60, out=plan)  # subnormal numbers would slow the products down by a factor
+    np.exp(plan, out=plan)
+    plan /= plan.sum(axis=0) * np.float32(cost.shape[1])
+    return plan
+
+
+def _squared_distances(positions: Single, data: Single, squares: Single) -> Single:
+    """Return ‖b − x‖² [K, n], with ‖x‖² given."""
+    return np.square(positions).sum(axis=1)[:, None] - 2 * (positions @ data.T) + squares
 
 
 def _lloyd(points: Array, start: Array, rounds: int) -> Array:
