@@ -83,7 +83,7 @@ def make_block(folder: Path, block: int, classes: tuple[str, ...], channels: int
     ramp = torch.arange(16 * 16).reshape(1, 1, 16, 16).expand(4, channels, 16, 16)
     tensors = {"images": ((ramp + 40 * labels[:, None, None, None]) % 256).to(torch.uint8), "labels": labels}
     sha = write_tensors(folder / "blocks" / f"block-{block:05d}.safetensors", tensors)
-    groups = [{"classes": names, "seconds": 12.5, "curve": curve if optimised else None}]
+    groups = [{"classes": names, "seconds": 12.5, "statistics_seconds": 0.5, "curve": curve if optimised else None}]
     sidecar = {"block": block, "classes": names, "class_indices": indices, "sha256": sha, "groups": groups}
     write_json(folder / "blocks" / f"block-{block:05d}.json", sidecar | {"provenance": PROVENANCE})
 

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from wmdd.config import Config
 from wmdd.errors import InputError
-from wmdd.files import digest
+from wmdd.files import digest, write_json
 from wmdd.page import write_html
 from wmdd.records import Record, write_records
 from wmdd.render import csv, markdown, terminal
@@ -52,7 +53,7 @@ def test_the_accuracy_table_has_the_figures_computed_by_hand(tmp_path: Path) -> 
     cells = ["digits", "2", "convnet3x32", "soft", "epochs", "wmdd", "97.0 ± 2.5", "100.0 ± 0.0", "1×3"]
     accuracy = table(report, "Accuracy")
     assert accuracy.rows[0] == [*cells, "+2.0 [−3.0, 7.0]", "0.225"]
-    assert accuracy.rows[2][:7] == ["digits", "all", "convnet3x32", "–", "–", "teacher", "98.5"]
+    assert accuracy.rows[2][:7] == ["digits", "all", "convnet3x32", "–", "epochs", "teacher", "98.5"]
     assert "over its students" in accuracy.caption, "with one distilled set the interval is not about images"
 
 
@@ -215,10 +216,10 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
 def test_costs_are_added_and_a_shared_teacher_counts_once(tmp_path: Path) -> None:
     report = collect([make_pair(tmp_path)])
 
-    # Teacher 30, one group 12.5, three students of 4 seconds: for the run and for its baseline.
-    assert list(report.cost["total"]) == [54.5, 54.5]
+    # Teacher 30, one group 0.5 and 12.5, three students of 4 seconds: for the run and for its baseline.
+    assert list(report.cost["total"]) == [55.0, 55.0]
     total = table(report, "Cost").rows[-1]
-    assert total == ["all runs, each teacher once", "30.0", "25.0", "24.0", "79.0", "0.022", "1.07 GB"]
+    assert total == ["all runs, each teacher once", "30.0", "1.0", "25.0", "24.0", "80.0", "0.022", "1.07 GB"]
 
 
 def test_each_number_can_be_traced(tmp_path: Path) -> None:
@@ -303,23 +304,79 @@ def test_the_page_is_the_same_each_time(tmp_path: Path) -> None:
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
 
 
-def test_ten_thousand_records_are_tabulated(tmp_path: Path) -> None:
+def test_ten_thousand_records_of_many_runs_are_collected_tabulated_and_written(tmp_path: Path) -> None:
+    # 2 methods × 5 IPCs × 10 distillation seeds = 100 runs of 5 networks × 2 regimes × 10 students each.
+    line = json.loads((make_run(tmp_path / "one", [0.9]) / "records" / "students.jsonl").read_text())
+    for method, ipc, seed in itertools.product(("wmdd", "random"), (1, 2, 5, 10, 20), range(10)):
+        folder = make_run(tmp_path / "all" / method / str(ipc) / str(seed), method=method, ipc=ipc, seed=seed)
+        about = {"method": method, "ipc": ipc, "distillation_seed": seed, "artefact": f"{method}-{ipc}-{seed}"}
+        records = [
+            Record(**line | about | {"network": f"net{network}", "regime": regime, "student_seed": 10 * seed + student})
+            for network, regime, student in itertools.product(range(5), ("hard", "soft"), range(10))
+        ]
+        write_records(folder / "records" / "students.jsonl", records)
+
+    report = collect([tmp_path / "all"])
+    terminal(report, Console(file=io.StringIO()))
+    write_html(report, tmp_path / "report.html")
+
+    assert len(report.students) == report.accuracy["n"].sum() - 1 == 10_000, "one of them is the teacher"
+    assert len(report.accuracy) == 2 * 5 * 5 * 2 + 1
+    assert set(report.accuracy["sets"].dropna()) == {10}
+    assert "10,000 measurements" in (tmp_path / "report.html").read_text()
+
+
+def test_a_file_of_records_is_reported_without_configs() -> None:
+    report = collect([Path(__file__).parents[1] / "bench" / "results" / "digits-protocol.jsonl"])
+
+    accuracy = table(report, "Accuracy")
+    assert [row[5] for row in accuracy.rows] == ["wmdd", "random"] * 4
+    assert {row[8] for row in accuracy.rows} == {"5×2"}
+    assert all(row[9] != "–" for row in accuracy.rows[::2]), "the file's baseline is found"
+    assert {"Coverage"}.isdisjoint(table.title for table in tables(report))
+    assert report.problems == []
+
+
+def test_what_a_protocol_still_misses_is_listed(tmp_path: Path) -> None:
+    make_run(tmp_path / "wmdd" / "seed-0", [0.9, 0.9, 0.9], student={"baselines": []})
+    cells = [{"folder": f"wmdd/seed-{n}", "method": "wmdd", "name": "paper", "ipc": 2, "seed": n} for n in range(3)]
+    write_json(tmp_path / "protocol.json", {"name": "p", "cells": [*cells, {"method": "wmdd"}]})
+
+    report = collect([tmp_path])
+
+    assert table(report, "Coverage").caption.startswith("0 of 3 runs are complete")
+    missing = {row[0].rpartition("/")[2]: row[1:4] for row in table(report, "Coverage").rows}
+    assert missing["seed-1"] == ["wmdd (paper)", "all", "1"]
+    assert missing["seed-2"] == ["wmdd (paper)", "all", "2"]
+    assert "seed 1" not in missing["seed-0"][1], "all students of the first are there"
+    assert any("protocol.json: cells.3: names no folder" in problem for problem in report.problems)
+
+
+def test_a_sweep_is_reported_by_its_best_run(tmp_path: Path) -> None:
+    write_json(tmp_path / "sweep.json", {})
+    make_run(tmp_path / "trials" / "trial-00001", [0.1])
+    with pytest.raises(InputError, match=r"its best trial was not run yet: wmdd sweep best"):
+        collect([tmp_path])
+
+    make_run(tmp_path / "best", [0.9])
+    assert [run.folder.name for run in collect([tmp_path]).runs] == ["best"]
+
+
+def test_an_empty_file_of_records_is_named_and_the_rest_counts(tmp_path: Path) -> None:
     run = make_run(tmp_path / "digits", [0.9])
-    line = json.loads((run / "records" / "students.jsonl").read_text())
-    records = [
-        Record(
-            **line
-            | {"network": f"net{n}", "distillation_seed": d, "student_seed": s, "method": m, "artefact": f"{m}-{d}"}
-        )
-        for m in ("wmdd", "random")
-        for n in range(50)
-        for d in range(10)
-        for s in range(10)
-    ]
-    write_records(run / "records" / "students.jsonl", records)
+    (run / "records" / "later.jsonl").write_text("")
 
     report = collect([run])
-    terminal(report, Console(file=io.StringIO()))
 
-    assert len(report.accuracy) == 101
-    assert report.accuracy["n"].sum() == 10_001
+    assert report.problems == ["digits/records/later.jsonl: is empty"]
+    assert row_of(report, "wmdd")["n"] == 1
+
+
+def test_students_of_every_view_and_of_later_seeds_are_expected(tmp_path: Path) -> None:
+    student = {"networks": ["convnet3x32"], "seeds": 3, "first_seed": 6, "views": ["epochs", "plain"], "baselines": []}
+    run = make_run(tmp_path / "digits", [0.9], student=student, record={"student_seed": 6})
+
+    missing = collect([run]).coverage.iloc[0]["missing"]
+
+    assert "student convnet3x32 soft seed 7–8" in missing
+    assert "student convnet3x32 soft plain seed 6–8" in missing

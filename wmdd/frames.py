@@ -60,7 +60,7 @@ def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
     for (*setting, method, name), group in latest.groupby(cell):
         what = f"runs of {method} that go by one name ({name or method}) on {where(setting)}"
         refuse_unlike(what, _distillations(group))
-        for _, twice in group.groupby(seeds):
+        for _, twice in group[group.duplicated(seeds, keep=False)].groupby(seeds):
             images = zip(twice["run"], twice["images"], strict=True)
             refuse_unlike(f"{what} and one seed", ((run.label, {"artefact": artefact}) for run, artefact in images))
     return latest
@@ -111,7 +111,8 @@ def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
 def _about(group: pd.DataFrame, spent: dict[str, dict[str, Any]]) -> dict[str, Any]:
     records: list[Record] = list(group["record"])
     sizes = {key: [record.cost[key] for record in records if key in record.cost] for key in BYTES}
-    devices = [spent[label]["set_device_seconds"] for label in dict.fromkeys(run.label for run in group["run"])]
+    labels = dict.fromkeys(run.label for run in group["run"])
+    devices = [spent[label]["set_device_seconds"] for label in labels if label in spent]
     known = [seconds for seconds in devices if not pd.isna(seconds)]
     return {
         **{key: sum(found) / len(found) if found else None for key, found in sizes.items()},
@@ -157,6 +158,7 @@ def _teachers(runs: list[Run]) -> Iterator[dict[str, Any]]:
                 "dataset": about.dataset if about else data.get("source", "?"),
                 "resolution": about.resolution if about else data.get("resolution"),
                 "classes": about.classes if about else None,
+                "view": "epochs",
                 "method": "teacher",
                 "name": "",
                 "baseline": True,
@@ -273,25 +275,22 @@ def cost(runs: list[Run]) -> pd.DataFrame:
     """
     rows = []
     for run in runs:
-        kinds = {
-            kind: [r.cost for r in run.records if r.kind == kind] for kind in ("teacher", "distillation", "student")
-        }
-        measured = [
-            sidecar["statistics"] for sidecar in run.blocks.values() if "seconds" in (sidecar.get("statistics") or {})
-        ]
+        recorded: dict[str, list[dict[str, Any]]] = {}
+        for record in run.records:
+            if record.cost:
+                recorded.setdefault(record.kind, []).append(record.cost)
+        statistics = [group["statistics_seconds"] for group in run.groups if group.get("statistics_seconds")]
         parts = {
-            "teacher": kinds["teacher"] or ([run.teacher] if "seconds" in run.teacher else []),
-            "statistics": measured,
-            "distillation": run.groups or kinds["distillation"],
-            "students": kinds["student"],
+            "teacher": recorded.get("teacher") or [part for part in [run.teacher] if "seconds" in part],
+            "statistics": [{"seconds": seconds} for seconds in statistics],
+            "distillation": run.groups or recorded.get("distillation", []),
+            "students": recorded.get("student", []),
         }
         if not any(parts.values()):
             continue
         row: dict[str, Any] = {"run": run.label, "teacher_sha256": run.teacher.get("sha256")}
-        row |= {
-            stage: sum(part.get("seconds", 0.0) for part in found) if found else None for stage, found in parts.items()
-        }
-        row["total"] = sum(row[stage] or 0.0 for stage in STAGES)
+        seconds = {stage: sum(part.get("seconds", 0.0) for part in found) for stage, found in parts.items()}
+        row |= {stage: seconds[stage] if parts[stage] else None for stage in STAGES} | {"total": sum(seconds.values())}
         devices = {stage: sum(map(_device_seconds, found)) for stage, found in parts.items()}
         row["device_seconds"] = sum(devices.values())
         made = bool(parts["distillation"])

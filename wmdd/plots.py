@@ -77,7 +77,9 @@ class Drawing:
         from matplotlib.figure import Figure as Canvas
 
         self._context.__enter__()
-        self.figure = Canvas(figsize=self._size, layout="constrained")
+        self.figure = Canvas(figsize=self._size)
+        # Margins that every label fits: searching for the best ones would take as long as drawing.
+        self.figure.subplots_adjust(left=0.18, right=0.97, bottom=0.2, top=0.95)
         self.axes: Any = self.figure.add_subplot()
         return self
 
@@ -229,6 +231,8 @@ def _over_bn_weight(rows: Sequence[Row], look: Looks) -> Figure:
 
 
 def _over_ranks(report: "Report") -> Figure:
+    from matplotlib.ticker import EngFormatter
+
     groups: dict[tuple[Any, ...], dict[str, list[Any]]] = {}
     for _, speed in report.speeds:
         if speed.kind == "scaling" and "rate" in speed.metrics:
@@ -251,6 +255,7 @@ def _over_ranks(report: "Report") -> Figure:
                 drawing.axes.plot(ranks, ideal, ":", color=_COLOURS["quiet"], linewidth=1)
             _ticks(drawing.axes, sorted({speed.ranks for line in own.values() for speed in line}))
             drawing.axes.set_ylim(bottom=0)
+            drawing.axes.yaxis.set_major_formatter(EngFormatter())
             drawing.axes.set_xlabel("ranks")
             drawing.axes.set_ylabel(unit)
         what = ", ".join(str(part) for part in (network, resolution and f"{resolution} px") if part)

@@ -9,6 +9,7 @@ from wmdd.records import shorten
 
 NONE = "–"
 
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 _UNITS = {"checkpoint": "epoch", "resolution": "px"}
 
 Row = dict[str, Any]
@@ -109,11 +110,10 @@ def size(value: Any, unit: str = "B") -> str:
     """Return an amount with a decimal prefix: 24.6 kB, 5.67 GB, 1.2 TFLOP."""
     if pd.isna(value):
         return NONE
-    amount, prefixes = float(value), iter(("", "k", "M", "G", "T", "P", "E"))
-    prefix = next(prefixes)
-    while abs(amount) >= 999.5:
-        amount, prefix = amount / 1000, next(prefixes)
-    return f"{amount:.3g} {prefix}{unit}"
+    amount, power = float(value), 0
+    while abs(amount) >= 999.5 and power < len(_PREFIXES) - 1:
+        amount, power = amount / 1000, power + 1
+    return f"{amount:.3g} {_PREFIXES[power]}{unit}"
 
 
 def p_value(value: Any) -> str:
