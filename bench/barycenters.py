@@ -1,0 +1,199 @@
+"""Barycenters of many classes beside POT's free-support solver, from the same starts: ``python -m bench.barycenters``.
+
+Features are generated as ReLU networks make them: non-negative, about half of them zero, in clusters within the class.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import ot
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from threadpoolctl import threadpool_limits
+
+from wmdd import records
+from wmdd.barycenter import barycenters, starts, w2_squared
+from wmdd.config import Barycenter, Compute
+from wmdd.console import progress
+from wmdd.errors import InputError
+from wmdd.records import Speed
+
+MODES = 12
+"""Clusters of a class."""
+Spectrum = Literal["decaying", "flat"]
+
+
+def features(images: int, dimension: int, spectrum: Spectrum, seed: int) -> torch.Tensor:
+    """Generate the features [n, D] of one class: the positive part of a mixture of 12 Gaussians.
+
+    ``decaying``: clusters of unequal size; within them 20 directions of variance 1, 1/2, 1/3, ..., and white noise.
+    ``flat``: clusters of equal size and white noise alone, the same in all directions; the hardest case for a solver
+    that relies on structure.
+    """
+    draw = np.random.default_rng(seed)
+    centres = 0.8 * draw.normal(size=(MODES, dimension))
+    if spectrum == "flat":
+        noise = draw.normal(size=(images, dimension))
+        return torch.from_numpy(np.maximum(centres[draw.integers(MODES, size=images)] + noise, 0)).float()
+    shares = draw.dirichlet(np.full(MODES, 2.0))
+    directions = draw.normal(size=(20, dimension)) / np.sqrt(np.arange(1, 21))[:, None]
+    points = centres[draw.choice(MODES, size=images, p=shares)] + draw.normal(size=(images, 20)) @ directions
+    return torch.from_numpy(np.maximum(points + 0.6 * draw.normal(size=points.shape) - 0.4, 0)).float()
+
+
+def compare(
+    classes: int,
+    images: int,
+    dimension: int,
+    count: int,
+    seed: int = 0,
+    workers: int = 2,
+    spectrum: Spectrum = "decaying",
+    repeats: int = 5,
+    advance: Callable[[int], None] = lambda classes: None,
+) -> dict[str, dict[str, float]]:
+    """Solve each class by ``wmdd`` in ``workers`` processes and by POT in one, each from one start, the same.
+
+    The classes are dealt to the repeats, in each of which the two take turns at who begins. ``wmdd``'s time holds the
+    drawing of the starts, the exact W2² and the choice of the nearest images. POT's has none of these in ``ratio``,
+    and the drawing in ``ratio_from_features``.
+
+    Args:
+        classes: in all.
+        images: n of each class.
+        dimension: D of the features.
+        count: K, the atoms of each class.
+        seed: of features and starts.
+        workers: processes of ``wmdd``.
+        spectrum: which features.
+        repeats: parts of the classes that are timed one by one.
+        advance: called with the number of classes done.
+
+    Returns:
+        for ``wmdd`` and ``pot`` the metrics of a speed: classes per second and mean W2²; for ``wmdd`` also ratios of
+        the rates and of W2², medians and extremes over the repeats.
+    """
+    settings = Barycenter(starts=1)
+    seconds: dict[str, list[float]] = {"wmdd": [], "pot": [], "drawing": []}
+    w2: dict[str, list[float]] = {"wmdd": [], "pot": []}
+    parts = [part.tolist() for part in np.array_split(np.arange(classes), min(repeats, classes))]
+    for turn, part in enumerate(parts):
+        made = [features(images, dimension, spectrum, seed * 1_000_003 + index) for index in part]
+        points = [one.double().numpy() for one in made]
+
+        def own(part: list[int] = part, made: list[torch.Tensor] = made) -> None:
+            begun = time.perf_counter()
+            found = list(barycenters(made, count, settings, part, workers))
+            seconds["wmdd"].append(time.perf_counter() - begun)
+            w2["wmdd"] += [atoms.w2 for atoms in found]
+
+        def pot(part: list[int] = part, points: list[np.ndarray] = points) -> None:
+            begun = time.perf_counter()
+            drawn = [starts(one, count, 1, index)[0] for one, index in zip(points, part, strict=True)]
+            drawing = time.perf_counter() - begun
+            mass = ot.unif(images)
+            begun = time.perf_counter()
+            found = [
+                ot.lp.free_support_barycenter([one], [mass], start) for one, start in zip(points, drawn, strict=True)
+            ]
+            seconds["pot"].append(time.perf_counter() - begun)
+            seconds["drawing"].append(drawing)
+            even = torch.full((count,), 1 / count, dtype=torch.float64)
+            pairs = zip(points, found, strict=True)
+            w2["pot"] += [w2_squared(torch.from_numpy(one), torch.from_numpy(atoms), even) for one, atoms in pairs]
+
+        with threadpool_limits(limits=1):
+            for solve in (own, pot) if turn % 2 else (pot, own):
+                solve()
+        advance(len(part))
+
+    sizes = [len(part) for part in parts]
+    table = {name: _rates(sizes, seconds[name]) | {"w2": statistics.fmean(w2[name])} for name in ("wmdd", "pot")}
+    triples = list(zip(seconds["wmdd"], seconds["pot"], seconds["drawing"], strict=True))
+    ratios = [theirs / ours for ours, theirs, _ in triples]
+    below = np.array(w2["wmdd"]) / np.array(w2["pot"]) - 1
+    table["wmdd"] |= {
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "ratio_from_features": statistics.median((theirs + drawing) / ours for ours, theirs, drawing in triples),
+        "w2_excess": float(below.mean()),
+        "w2_excess_error": float(below.std(ddof=1) / np.sqrt(classes)) if classes > 1 else 0.0,
+    }
+    return table
+
+
+def _rates(sizes: list[int], seconds: list[float]) -> dict[str, float]:
+    rates = [size / taken for size, taken in zip(sizes, seconds, strict=True)]
+    return {
+        "rate": statistics.median(rates),
+        "rate_low": min(rates),
+        "rate_high": max(rates),
+        "repeats": len(rates),
+        "seconds": sum(seconds),
+    }
+
+
+def main(
+    classes: Annotated[int, typer.Option(min=1)] = 1000,
+    images: Annotated[int, typer.Option(min=2, help="Of each class.")] = 1300,
+    dimension: Annotated[int, typer.Option(min=1, help="Of the features.")] = 512,
+    ipc: Annotated[str, typer.Option(metavar="K,K,...", help="Atoms of each class.")] = "10,50",
+    spectrum: Annotated[str, typer.Option(help="decaying or flat: the directions within a cluster.")] = "decaying",
+    workers: Annotated[int, typer.Option(min=1, help="Processes of wmdd; POT has one.")] = 2,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Append the records to a file.")] = None,
+) -> None:
+    """Time the barycenters of generated classes beside POT's."""
+    if spectrum not in ("decaying", "flat"):
+        raise InputError(f"--spectrum {spectrum}: valid: decaying, flat")
+    counts = [int(part) for part in ipc.split(",") if part.strip().isdigit()]
+    if not counts or not all(1 <= count <= images for count in counts):
+        raise InputError(f"--ipc {ipc}: expected numbers from 1 to {images}, such as 10,50")
+    table = Table("IPC", "engine", "classes/s", "least", "most", "ratio", "least", "most", "mean W2²")
+    for count in counts:
+        with progress(f"barycenters, IPC {count}", classes, "classes") as advance:
+            chosen: Spectrum = "flat" if spectrum == "flat" else "decaying"
+            found = compare(classes, images, dimension, count, seed, workers, chosen, advance=advance)
+        for engine, metrics in found.items():
+            keys = ("rate", "rate_low", "rate_high", "ratio", "ratio_low", "ratio_high", "w2")
+            row = [f"{metrics[key]:.2f}" if key in metrics else "–" for key in keys]
+            table.add_row(str(count), engine, *row)
+            setup: dict[str, object] = {
+                "ipc": count,
+                "images": images,
+                "dimension": dimension,
+                "classes": classes,
+                "starts": 1,
+            }
+            setup |= {"weights": "uniform", "spectrum": spectrum, "seed": seed, "threads": 1}
+            setup |= {"workers": workers if engine == "wmdd" else 1}
+            speed = Speed(
+                kind="throughput",
+                stage="barycenters",
+                engine=engine,
+                dataset="synthetic",
+                unit="classes/s",
+                metrics=metrics,
+                setup=setup,
+                provenance=records.provenance(Compute(device="cpu")),
+            )
+            if out:
+                records.append(out, speed)
+        own = found["wmdd"]
+        drawn = own["ratio_from_features"]
+        typer.echo(
+            f"IPC {count}: {own['ratio']:.2f} times as fast ({drawn:.2f} where POT's time holds the drawing of the "
+            f"starts too), W2² {own['w2_excess']:+.2%} ± {own['w2_excess_error']:.2%} (standard error)"
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
