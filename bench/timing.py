@@ -217,7 +217,7 @@ def profile(run: Run, device: torch.device, warm: int, folder: Path, name: str, 
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with profiler(activities=activities, profile_memory=True) as recorded:
         once(run, steps, device, warm)
-    key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
     table: str = recorded.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60)
     write_bytes(folder / f"{name}.txt", table.encode())
     recorded.export_chrome_trace(str(folder / f"{name}.trace.json"))

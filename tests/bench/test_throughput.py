@@ -13,15 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bench import reference, throughput, timing
-from bench.stages import (
-    STAGES,
-    first_group,
-    reference_loss,
-    reference_targets,
-    start_differences,
-    statistics_of,
-    synthesis_of,
-)
+from bench.stage_synthesis import first_group, reference_loss, reference_targets, start_differences, synthesis_of
+from bench.stages import STAGES, statistics_of
 from bench.workloads import OWN, Bench, open_bench
 from wmdd import synthesis
 from wmdd.cli import app
@@ -212,6 +205,9 @@ def test_refusals(config: Config) -> None:
     other = load_config("digits", [*TINY, "synthesis.bn_first_weight=10"])
     with pytest.raises(InputError, match="--no-reference"):
         throughput.run(other, ["synthesis"])
+    augmented = load_config("digits", [*TINY, "statistics.augment=true"])
+    with pytest.raises(InputError, match="--no-reference"):
+        throughput.run(augmented, ["statistics"])
     with pytest.raises(InputError, match="no synthesis to time"):
         throughput.run(load_config("digits", [*TINY, "method=random"]), ["synthesis"])
 

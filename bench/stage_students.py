@@ -1,0 +1,136 @@
+"""The training of a student: the engine, the plain loop, and how far apart two students are."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from bench import reference_student
+from bench.timing import Stopwatch, flops
+from bench.workloads import OWN, Bench, Checks, Workload
+from wmdd import labels, networks, student
+from wmdd.distilled import DistilledSet
+from wmdd.distributed import ALONE, Team, seed_of
+
+
+def students_of(bench: Bench, with_reference: bool) -> Workload:
+    """Updates of a student on a set of the run's size; a student's validation is not among them.
+
+    The images are noise, which takes as long as any.
+    """
+    config, job = bench.config, bench.ranks
+    name = config.student.networks[0]
+    regime = "hard" if set(config.labels.regimes) == {"hard"} else "soft"
+    data, classes = config.data, len(bench.dataset.classes)
+    source = torch.Generator().manual_seed(seed_of("bench", "students"))
+    shape = (classes * config.ipc, data.channels, data.resolution, data.resolution)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=source)
+    owners = torch.arange(classes).repeat_interleave(config.ipc)
+    even = torch.full((len(images),), 1 / config.ipc)
+    distilled = DistilledSet(images, owners, even, bench.dataset.classes, data, "noise")
+    task = student.Task(name, regime, 0, "updates")
+
+    def engine(updates: int, judge: Callable[..., dict[str, float]], advance: Callable[[int], None]) -> None:
+        settings = config.student.model_copy(update={"updates": updates})
+        limited = config.model_copy(update={"student": settings})
+        with TemporaryDirectory() as folder:
+            student.train(limited, task, distilled, bench.teacher, judge, job, ALONE, Path(folder), advance)  # type: ignore[arg-type]  # any judge will do
+
+    def own(steps: int, watch: Stopwatch) -> None:
+        engine(steps, lambda predict, team: {}, watch)
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(seed_of("student", task.seed))
+        return networks.create(name, classes, data.channels, data.resolution).to(job.device)
+
+    size = min(config.student.batch_size, len(images))
+
+    def model_flops() -> float:
+        network = fresh()
+        batch = torch.zeros(size, *shape[1:], device=job.device)
+        with job.autocast():
+            taught = flops(lambda: bench.teacher.network.predict(batch)) if regime == "soft" else 0.0
+            return taught + flops(lambda: network(batch).sum().backward())
+
+    recipe = reference_student.Recipe(
+        epochs=config.student.epochs,
+        batch_size=config.student.batch_size,
+        lr=config.student.lr,
+        weight_decay=config.student.weight_decay,
+        stretch=config.student.cosine_stretch,
+        soft=regime == "soft",
+        temperature=config.labels.temperature,
+        crop_scale=config.labels.crop_scale,
+        flip=config.labels.flip,
+        mix=config.labels.mix,
+        mix_alpha=config.labels.mix_alpha,
+        mean=data.mean,
+        std=data.std,
+    )
+
+    def plainly(steps: int, watch: Stopwatch) -> None:
+        network = fresh().to(memory_format=torch.contiguous_format)
+        pictures = reference_student.Pictures(images, owners, recipe)
+        workers = config.compute.workers
+        reference_student.train(network, bench.classifier, pictures, recipe, workers, job.device, steps, watch)
+
+    def check() -> Checks:
+        return {OWN: {"student_difference": student_difference(bench, engine, fresh, distilled, recipe)}}
+
+    updates = student.update_count(config, config.student.views[0], len(images))
+    return Workload(
+        stage="students",
+        unit="students/h",
+        contestants={OWN: own} | ({"reference": plainly} if with_reference else {}),
+        work=lambda steps: 3600 * steps / updates,
+        most=10**9,
+        warm=1,
+        device=job.device,
+        check=check if with_reference else dict,
+        setup={"batch": size, "images": len(images), "updates": updates, "regime": regime},
+        network=name,
+        step_flops=model_flops,
+    )
+
+
+def student_difference(
+    bench: Bench,
+    engine: Callable[..., None],
+    fresh: Callable[[], nn.Module],
+    distilled: DistilledSet,
+    recipe: reference_student.Recipe,
+) -> float:
+    """Return how far the engine's student is from the plain one after the same batches, by what both say of images.
+
+    ‖logits − plain logits‖ / ‖plain logits − logits of an untrained student‖: the share of what was learned that
+    differs.  The batches are the engine's, because random crops of two programs are never the same ones.
+    """
+    config, device = bench.config, bench.ranks.device
+    images = distilled.images.to(device)
+    # Two updates if they lie in the first epoch: in the second one the learning rate is another.
+    plan = labels.batches(0, 0, len(images), images.shape[-1], config.student.batch_size, config.labels)[:2]
+    shown = labels.view(images, plan[0], config)
+    seen: list[Tensor] = []
+
+    def judge(predict: Callable[[Tensor], Tensor], team: Team | None = None) -> dict[str, float]:
+        with torch.no_grad():
+            seen.append(predict(shown).float())
+        return {}
+
+    engine(len(plan), judge, lambda updates: None)
+    network = fresh().to(memory_format=torch.contiguous_format)
+    network.eval()
+    judge(network)
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    for batch in plan:
+        classes = distilled.labels[batch.images].to(device)
+        views = labels.view(images, batch, config)
+        others = classes[batch.partners.to(device)]
+        reference_student.update(network, bench.classifier, optimizer, recipe, views, classes, others, batch.share)
+    network.eval()
+    judge(network)
+    own, untrained, plain = seen
+    return float((own - plain).norm() / (plain - untrained).norm())

@@ -1,0 +1,168 @@
+"""The synthesis of one group: the engine, the plain loop, and how far apart they are at the start."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import reference
+from bench.timing import Run, Stopwatch, flops
+from bench.workloads import OWN, Bench, Checks, Workload, difference
+from wmdd import distill, methods, rundir, synthesis
+from wmdd.data import pixel_range
+from wmdd.errors import InputError, WmddError
+
+
+def first_group(bench: Bench) -> tuple[distill.Prepared, synthesis.Target]:
+    """Return the first group of classes as the run would begin it, and what its images are matched to.
+
+    Raises:
+        InputError: the method optimises nothing.
+    """
+    method = methods.create(bench.config)
+    if method.objective() is None:
+        raise InputError(f"method = {bench.config.method!r} optimises no images: there is no synthesis to time")
+    with TemporaryDirectory() as folder:
+        place = rundir.RunFolder(Path(folder))
+        job = distill.Job(bench.config, bench.dataset, bench.teacher, bench.ranks, place, lambda: False)
+        prepared = distill.prepare(job, method, bench.groups[0], bench.measured)
+    if prepared.target is None:
+        raise InputError(f"method = {bench.config.method!r} sets no target: there is no synthesis to time")
+    return prepared, prepared.target
+
+
+def synthesis_of(bench: Bench, with_reference: bool) -> Workload:
+    """Iterations of the first group."""
+    config, job = bench.config, bench.ranks
+    method = methods.create(config)
+    prepared, target = first_group(bench)
+    objective, settings = method.objective() or synthesis.Objective.of(config.synthesis), method.synthesis()
+    limits = pixel_range(config.data)
+    count = len(prepared.images)
+
+    def engine(
+        chosen: Any, images: Tensor, iterations: int, advance: Callable[[int], None] = lambda iterations: None
+    ) -> synthesis.State:
+        return synthesis.synthesise(
+            bench.teacher.network,
+            synthesis.State(images),
+            target,
+            objective,
+            chosen.model_copy(update={"iterations": iterations}),
+            limits,
+            (config.seed, *prepared.seed),
+            job,
+            compiled=config.compute.compile,
+            advance=advance,
+        )
+
+    def own(steps: int, watch: Stopwatch) -> None:
+        engine(settings, prepared.images, steps, watch)
+
+    def model_flops() -> float:
+        images = prepared.images.to(job.device, copy=True).requires_grad_(True)
+        with job.autocast():
+            return flops(lambda: bench.teacher.network.predict(images).sum().backward())
+
+    contestants: dict[str, Run] = {OWN: own}
+    check: Callable[[], Checks] = dict
+    if with_reference:
+        probe = reference.Probe(bench.classifier)
+        loss_of = reference_loss(objective, target.weights)
+        plain_targets = reference_targets(target, probe, job.device)
+        views = reference.Views(settings.crop_scale, settings.flip, settings.jitter, settings.augment == "image")
+        edges = (limits[0].to(job.device), limits[1].to(job.device)) if settings.clamp else None
+
+        def plainly(steps: int, watch: Stopwatch) -> None:
+            start = prepared.images.to(job.device)
+            lr, betas = settings.lr, settings.betas
+            reference.synthesise(probe, start, plain_targets, loss_of, views, steps, lr, betas, edges, watch)
+
+        def check() -> Checks:
+            return {
+                OWN: start_differences(engine, settings, prepared.images, probe, plain_targets, loss_of, job.device)
+            }
+
+        contestants["reference"] = plainly
+    return Workload(
+        stage="synthesis",
+        unit="img·iter/s",
+        contestants=contestants,
+        work=lambda steps: steps * count,
+        most=10**9,
+        warm=1,
+        device=job.device,
+        check=check,
+        setup={"batch": count, "classes": len(bench.groups[0].classes), "ipc": config.ipc, "method": config.method},
+        network=config.teacher.network,
+        step_flops=model_flops,
+    )
+
+
+def start_differences(
+    engine: Callable[[Any, Tensor, int], synthesis.State],
+    settings: Any,
+    images: Tensor,
+    probe: reference.Probe,
+    targets: list[reference.ClassTarget],
+    loss_of: reference.LossOf,
+    device: torch.device,
+) -> dict[str, float]:
+    """Return the relative differences of the engine's loss and image gradient from the reference's, at ``images``.
+
+    Both see whole images.  The engine takes one step: Adam's first moment is then (1 − β1) times its gradient.
+    """
+    whole = settings.model_copy(
+        update={"crop_scale": (1.0, 1.0), "flip": False, "jitter": 0, "crop_curriculum": 0.0, "betas": (0.5, 0.9)}
+    )
+    state = engine(whole, images, 1)
+    pixels = images.to(device, copy=True).requires_grad_(True)
+    loss = loss_of(probe, pixels, targets)
+    (gradient,) = torch.autograd.grad(loss, pixels)
+    if state.first is None:
+        raise WmddError("the engine returned no gradient")
+    own = torch.tensor(state.curve["total"][0])
+    return {"loss_difference": difference(own, loss), "gradient_difference": difference(2 * state.first, gradient)}
+
+
+def reference_loss(objective: synthesis.Objective, weights: Tensor) -> reference.LossOf:
+    """Return the plain loss for an objective.
+
+    Raises:
+        InputError: the reference has no such objective.
+    """
+    common = objective.per_class and objective.feature == 1 and objective.bn_first == 1
+    if common and objective.squared and not objective.ce:
+        return partial(reference.paper_loss, bn_weight=objective.bn)
+    if common and not objective.squared and torch.allclose(weights, weights[0, 0]):
+        return partial(reference.upstream_loss, bn_weight=objective.bn, ce_weight=objective.ce)
+    raise InputError(
+        "the plain reference computes the published objective and the public code's alone (config variants +paper and"
+        " +upstream): time this one with --no-reference"
+    )
+
+
+def reference_targets(
+    target: synthesis.Target, probe: reference.Probe, device: torch.device
+) -> list[reference.ClassTarget]:
+    """Return the engine's target as the reference wants it: class by class, layer by layer."""
+    norms = [layer for layer in probe.network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    sizes = [layer.num_features for layer in norms]
+    target = target.to(device)
+    if target.atoms is None:
+        raise InputError("the plain reference needs atoms to match: time this method with --no-reference")
+    owners = target.labels.view(target.weights.shape)[:, 0].tolist()
+    return [
+        reference.ClassTarget(
+            label,
+            target.atoms[row],
+            target.weights[row],
+            list(target.mean[row].split(sizes)),
+            list(target.variance[row].split(sizes)),
+        )
+        for row, label in enumerate(owners)
+    ]
