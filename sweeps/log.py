@@ -148,6 +148,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 _FREE = (
     "config.data.root",
+    "config.data.packed",
+    "config.data.stage",
     "config.compute.device",
     "config.compute.workers",
     "config.compute.checkpoint_seconds",

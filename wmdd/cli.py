@@ -203,6 +203,23 @@ def data_fetch(
     typer.echo(f"{name} is at {fetch(name, root)}")
 
 
+@data_app.command(
+    "pack", epilog="Example:  wmdd data pack imagenet-1k --out /scratch/packed; then --set data.packed=/scratch/packed"
+)
+def data_pack(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="Folder of the shards; the same command goes on where it was stopped.")],
+    override: SetOption = None,
+) -> None:
+    """Decode and resize every image of a config once, for runs that then read pixels instead of files."""
+    from wmdd.config import load_config
+    from wmdd.packing import pack
+
+    settings = load_config(config, override or [])
+    images, size = pack(settings.data, out, settings.compute.workers)
+    typer.echo(f"{out}: {images:,} images, {size / 1e6:,.1f} MB; use them with --set data.packed={out}")
+
+
 @data_app.command("check", epilog="Example:  wmdd data check tiny-imagenet --set data.root=/scratch/tiny-imagenet-200")
 def data_check(config: ConfigArgument, override: SetOption = None) -> None:
     """Read every image of a config in full; list the bad ones and exit 1 if there are any."""

@@ -51,6 +51,10 @@ class Data(Section):
     """Which data set; ``folder`` is any tree with ``train/CLASS/`` and ``val/CLASS/``."""
     root: str | None = None
     """Folder of the data set; ``wmdd data fetch`` fills it. None: ``data/SOURCE`` below the working folder."""
+    packed: str | None = None
+    """Folder that ``wmdd data pack`` filled: images are read from there, already decoded, instead of ``root``."""
+    stage: str | None = None
+    """Folder on this node's own disk, to which the packed shards that a process needs are copied, once a node."""
     classes: int | str | tuple[str, ...] | None = None
     """All classes (None), the first N (10), a range of positions ("10:20"), or a list of names."""
     resolution: Annotated[int, Field(ge=8)] = 224
@@ -67,6 +71,12 @@ class Data(Section):
     """Images of each training class kept apart to choose recipes on; students are then validated on these."""
     on_error: Literal["fail", "skip"] = "fail"
     """An image that cannot be read ends the run (``fail``) or is left out and counted (``skip``)."""
+
+    @model_validator(mode="after")
+    def _stage_has_shards(self) -> "Data":
+        if self.stage is not None and self.packed is None:
+            raise ValueError("data.stage copies packed shards; give their folder with data.packed=...")
+        return self
 
     @model_validator(mode="after")
     def _channels_agree(self) -> "Data":
@@ -296,13 +306,14 @@ class Config(Section):
     def fingerprint(self, *sections: str) -> str:
         """Return the SHA-256 of all that may change a result in ``sections`` (top keys; default: what decides images).
 
-        Left out, because results must not depend on it: name, blocks, device, workers, checkpoint interval, data root,
-        folder of an external set.  Threads, precision and compilation, which change rounding, are always in.
+        Left out, because results must not depend on it: name, blocks, device, workers, checkpoint interval, the
+        places of data and of an external set.  Threads, precision and compilation, which change rounding, always are.
         """
         chosen = sections or _DECIDE_IMAGES
         values = self.model_dump(mode="json", include=set(chosen))
         if "data" in values:
-            del values["data"]["root"]
+            for place in ("root", "packed", "stage"):
+                del values["data"][place]
         if "external" in values:
             del values["external"]["folder"]
             if self.external.sha256 is None:  # no such set: nothing of the section decides an image

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import __version__ as pillow_version
 from wmdd.config import Data
 from wmdd.errors import InputError, WmddError, nearest
 from wmdd.files import digest, read_json, write_json
+from wmdd.packed import Shards
 from wmdd.sources import SPLITS, BrokenImage, Look, Source, Split, Tree, fetch, open_source
 
 __all__ = [
@@ -78,6 +80,8 @@ class ImageSet:
             BrokenImage: one cannot be decoded; the message names it.
         """
         chosen = [self.names[int(index)] for index in indices]
+        if isinstance(self.source, Shards):
+            return self.source.images(chosen)
         side = self.config.resolution
         images = torch.empty((len(chosen), self.config.channels, side, side), dtype=torch.uint8)
         for image, name in zip(images, chosen, strict=True):
@@ -151,7 +155,7 @@ def load_dataset(config: Data, workers: int = 0) -> Dataset:
     Raises:
         InputError: the data set, a class or an image is missing or unusable; the message names it.
     """
-    source = open_source(config)
+    source = _open(config)
     classes = _choose(source, config)
     listings: dict[Split, _Listing] = {}
     faults: dict[str, str] = {}
@@ -197,8 +201,10 @@ def check_files(
     Raises:
         InputError: the data set or a class is missing.
     """
-    source = open_source(config)
+    source = _open(config)
     classes = _choose(source, config)
+    if isinstance(source, Shards) and (damaged := source.damaged(classes)):
+        return damaged
     names: list[str] = []
     faults: dict[str, str] = {}
     for split in SPLITS:
@@ -207,6 +213,10 @@ def check_files(
         faults |= found
     faults |= _decode_all(source, [name for name in names if name not in faults], workers, progress)
     return [(source.where(name), reason) for name, reason in faults.items()]
+
+
+def _open(config: Data) -> Source:
+    return Shards(Path(config.packed).expanduser(), config) if config.packed else open_source(config)
 
 
 def normalise(images: torch.Tensor, config: Data) -> torch.Tensor:

@@ -175,6 +175,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 _FREE = (
     "name",
     "data.root",
+    "data.packed",
+    "data.stage",
     "external.folder",
     "compute.device",
     "compute.workers",
