@@ -12,8 +12,10 @@ from wmdd.files import read_tensors
 from wmdd.metrics import REFERENCE
 from wmdd.runs import Run
 
-MAX_SETS, MAX_METHODS, MAX_CLASSES, MAX_IMAGES, MAX_PIXELS = 4, 6, 20, 10, 64
+MAX_SETS, MAX_METHODS, MAX_CLASSES, MAX_IMAGES, MAX_PIXELS = 4, 8, 20, 10, 64
 """Groups of distilled sets, methods of each, classes, images of a class, pixels of a thumbnail."""
+OWN = "wmdd"
+"""The method whose images come first."""
 MAX_REAL = 5000
 """Real images that one group is compared with: a page is written in seconds."""
 
@@ -44,7 +46,11 @@ class Grid:
 def grids(runs: Sequence[Run], problems: list[str]) -> tuple[list[Grid], int]:
     """Return the first grids, and how many there are; of several seeds the first is shown."""
     groups: dict[tuple[Any, ...], dict[tuple[str, str], Run]] = {}
-    for run in sorted(runs, key=lambda run: (not run.optimised, run.method != REFERENCE, run.config.get("seed", 0))):
+
+    def order(run: Run) -> tuple[Any, ...]:
+        return not run.optimised, run.method not in (OWN, REFERENCE), run.method, run.config.get("seed", 0)
+
+    for run in sorted(runs, key=order):
         if run.blocks:
             data = run.config.get("data", {})
             key = (data.get("source", run.label), data.get("resolution"), run.config.get("ipc"))

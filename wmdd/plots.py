@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_PANELS = 6
 """Panels of one kind; more settings than these are read in the tables."""
 SERIES = 8
-"""Colours for methods; further ones begin again with another marker."""
+"""Colours for methods; further ones begin again with dashed lines."""
 
 _LOSSES = ("total", "feature", "bn", "ce")
 _COLOURS = {
@@ -29,8 +29,8 @@ _VIEWS = ("epochs", "updates", "plain")
 _MARKERS = {"hard": "o", "soft": "^", "stored": "s", "budget": "D"}
 
 Row = dict[str, Any]
-Looks = dict[str, tuple[str, str]]
-"""(variable of the colour, marker) of each method."""
+Looks = dict[str, tuple[str, bool]]
+"""(variable of the colour, whether the line is dashed) of each method."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Figure:
     panels: list[Plot]
     total: int
     """Panels that there would be without ``MAX_PANELS``."""
-    legend: list[tuple[str, str]]
-    """(name, variable of the page's style)."""
+    legend: list[tuple[str, str, bool]]
+    """(name, variable of the page's style, whether its line is dashed)."""
 
 
 class Drawing:
@@ -79,7 +79,7 @@ class Drawing:
         self._context.__enter__()
         self.figure = Canvas(figsize=self._size)
         # Margins that every label fits: searching for the best ones would take as long as drawing.
-        self.figure.subplots_adjust(left=0.18, right=0.97, bottom=0.2, top=0.95)
+        self.figure.subplots_adjust(left=0.18, right=0.94, bottom=0.2, top=0.95)
         self.axes: Any = self.figure.add_subplot()
         return self
 
@@ -115,15 +115,15 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _looks(rows: Sequence[Row]) -> Looks:
-    """Return (variable of the colour, marker) of each method, the same in every plot; the baseline is quiet."""
+    """Return the look of each method, the same in every plot; the baseline is quiet."""
     names = list(dict.fromkeys(row["method"] for row in rows))
     others = [name for name in names if name.partition(" ")[0] != REFERENCE]
-    looks = {name: (f"s{i % SERIES}", "os^DvP*X"[i // SERIES % 8]) for i, name in enumerate(others)}
-    return {name: looks.get(name, ("quiet", "o")) for name in names}
+    looks = {name: (f"s{index % SERIES}", index >= SERIES) for index, name in enumerate(others)}
+    return {name: looks.get(name, ("quiet", False)) for name in names}
 
 
-def _legend(rows: Sequence[Row], look: Looks) -> list[tuple[str, str]]:
-    return [(name, look[name][0]) for name in dict.fromkeys(row["method"] for row in rows)]
+def _legend(rows: Sequence[Row], look: Looks) -> list[tuple[str, str, bool]]:
+    return [(name, *look[name]) for name in dict.fromkeys(row["method"] for row in rows)]
 
 
 def _grouped(rows: Sequence[Row], *left_out: str) -> list[tuple[dict[str, Any], list[Row]]]:
@@ -194,8 +194,9 @@ def _fronts(
             front = [points[index] for index in pareto(points)]
             drawing.axes.plot(*zip(*front, strict=True), color=_COLOURS["quiet"], linewidth=1, zorder=1)
             for (x, y), row in zip(points, own, strict=True):
-                fill = _COLOURS[look[row["method"]][0]] if (x, y) in front else _COLOURS["page"]
-                edge = {"markeredgecolor": _COLOURS[look[row["method"]][0]], "markerfacecolor": fill}
+                colour, faint = look[row["method"]]
+                fill = _COLOURS[colour if (x, y) in front else "page"]
+                edge = {"markeredgecolor": _COLOURS[colour], "markerfacecolor": fill, "alpha": 0.6 if faint else 1}
                 drawing.axes.plot(x, y, _MARKERS[row["regime"]], markersize=5, zorder=2, **edge)
                 if (x, y) in front:
                     small = {"textcoords": "offset points", "fontsize": 7, "color": _COLOURS["quiet"], "ha": "right"}
@@ -217,11 +218,12 @@ def _over_bn_weight(rows: Sequence[Row], look: Looks) -> Figure:
         if not pd.isna(row["bn_weight"]) and row["bn_weight"] > 0:
             known.setdefault((*(row[key] for key in SETTING), row["otherwise"]), []).append(row)
     groups = [own for own in known.values() if len({row["bn_weight"] for row in own}) > 1]
+    groups.sort(key=lambda own: _VIEWS.index(own[0]["view"]))
     panels: list[Plot] = []
     for own in groups[:MAX_PANELS]:
         own.sort(key=lambda row: row["bn_weight"])
         with Drawing(f"lambda{len(panels)}") as drawing:
-            _line(drawing.axes, [row["bn_weight"] for row in own], own, "s0", "o")
+            _line(drawing.axes, [row["bn_weight"] for row in own], own, "s0", False)
             drawing.axes.set_xscale("log")
             _ticks(drawing.axes, sorted({row["bn_weight"] for row in own}))
             _labelled(drawing.axes, "λ (synthesis.bn_weight)")
@@ -260,7 +262,7 @@ def _over_ranks(report: "Report") -> Figure:
             drawing.axes.set_ylabel(unit)
         what = ", ".join(str(part) for part in (network, resolution and f"{resolution} px") if part)
         panels.append(Plot(f"{stage}, {mode or 'strong'} scaling: {dataset}{', ' + what if what else ''}", drawing.svg))
-    legend = [(engine, f"s{number % SERIES}") for number, engine in enumerate(engines)]
+    legend = [(engine, f"s{number % SERIES}", False) for number, engine in enumerate(engines)]
     caption = "Median rate, bars from the least to the most of the repeats; dotted: proportional to the ranks."
     return Figure("Throughput over ranks", caption, panels, len(scaled), legend)
 
@@ -269,7 +271,7 @@ def losses(curves: Sequence[tuple[str, dict[str, list[float]]]]) -> Figure:
     """Return the terms of the loss of some groups over the iterations of synthesis, logarithmic."""
     panels = [Plot(title, _loss(curve, number)) for number, (title, curve) in enumerate(curves)]
     names = [name for name in _LOSSES if any(any(curve.get(name, ())) for _, curve in curves)]
-    return Figure("Loss curves", "", panels, len(panels), [(name, name) for name in names])
+    return Figure("Loss curves", "", panels, len(panels), [(name, name, False) for name in names])
 
 
 def _loss(curve: dict[str, list[float]], number: int) -> str:
@@ -290,10 +292,17 @@ def _loss(curve: dict[str, list[float]], number: int) -> str:
     return drawing.svg
 
 
-def _line(axes: Any, x: Sequence[float], rows: Sequence[Row], colour: str, marker: str) -> None:
+def _line(axes: Any, x: Sequence[float], rows: Sequence[Row], colour: str, dashed: bool) -> None:
     """Draw accuracies in percent with their intervals, as far as they are known."""
     bars = [0.0 if pd.isna(row["top1_half_width"]) else 100 * row["top1_half_width"] for row in rows]
-    style = {"color": _COLOURS[colour], "marker": marker, "markersize": 4, "linewidth": 1.5, "elinewidth": 0.9}
+    style = {
+        "color": _COLOURS[colour],
+        "marker": "o",
+        "linestyle": "--" if dashed else "-",
+        "markersize": 4,
+        "linewidth": 1.5,
+        "elinewidth": 0.9,
+    }
     axes.errorbar(x, [100 * row["top1"] for row in rows], bars, capsize=2, **style)
 
 
@@ -321,6 +330,8 @@ def _amounts(axes: Any, values: Sequence[float], unit: str) -> None:
 def _labelled(axes: Any, label: str) -> None:
     axes.set_xlabel(label)
     axes.set_ylabel("top-1 %")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0, low), min(100.5, high))  # few seeds make intervals wider than what an accuracy can be
 
 
 def _title(at: dict[str, Any]) -> str:

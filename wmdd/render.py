@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 MAX_HEADLINES = 8
 """Results in words at the top; where there are more, the tables say it better."""
-MAX_ROWS = 20
-"""Rows of coverage and cost on a terminal."""
+MAX_ROWS = 30
+"""Rows of a table on a terminal, except for accuracies."""
 
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -40,8 +40,8 @@ def terminal(report: "Report", console: "Console") -> None:
         grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         grid.collapse_padding = True
         rows = table.rows
-        if len(rows) > MAX_ROWS and table.title in ("Coverage", "Cost"):
-            rows = [*rows[: MAX_ROWS - 1], rows[-1]]
+        if len(rows) > MAX_ROWS and table.title != "Accuracy":
+            rows = [*rows[: MAX_ROWS - 1], rows[-1]]  # the last of the costs is their sum
         kept = _fitting(table, rows, console.width)
         for index in kept:
             cells = [table.columns[index], *(row[index] for row in rows)]
