@@ -1,8 +1,6 @@
 """Plots of a sweep as SVG that takes its colours from the page."""
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +8,7 @@ from sweeps.log import Trial
 from sweeps.objective import Objective, seeds_of
 from sweeps.space import Parameter, Range
 from sweeps.values import show
+from wmdd.plots import Drawing
 
 _COLOURS = {"ink": "#100001", "accent": "#100002", "quiet": "#100003", "line": "#100004", "page": "#100005"}
 """Stand-ins, replaced by the page's own colours: plots are legible in light and in dark."""
@@ -23,8 +22,8 @@ def response(parameter: Parameter, trials: Sequence[Trial], objective: Objective
 
     What a stopped trial reached, by a shorter student on unfinished images, is no point of this curve.
     """
-    with _figure(f"response-{parameter.key}", (3.4, 2.5)) as drawing:
-        axes = drawing.figure.add_subplot()
+    with Drawing(f"response-{parameter.key}", (3.4, 2.5), _COLOURS, fixed=False) as drawing:
+        axes = drawing.axes
         for trial in trials:
             if parameter.key not in trial.values:
                 continue
@@ -55,8 +54,8 @@ def parallel(parameters: Sequence[Parameter], trials: Sequence[Trial], objective
     low, high = min(worth.values()), max(worth.values())
     order = sorted(worth.values(), reverse=objective.direction == "maximize")
     cut = order[(len(order) - 1) // 3]
-    with _figure("parallel", (max(6.0, 1.5 * (len(parameters) + 1)), 2.8)) as drawing:
-        axes = drawing.figure.add_subplot()
+    with Drawing("parallel", (max(6.0, 1.5 * (len(parameters) + 1)), 2.8), _COLOURS, fixed=False) as drawing:
+        axes = drawing.axes
         for trial in trials:
             heights = [_height(parameter, trial.values.get(parameter.key)) for parameter in parameters]
             value = worth.get(trial.number)
@@ -132,34 +131,3 @@ def _height(parameter: Parameter, value: Any) -> float:
 def _ticks(parameter: Parameter) -> list[Any]:
     domain = parameter.domain
     return [domain.low, domain.high] if isinstance(domain, Range) else list(domain.values)
-
-
-class _figure:
-    """A matplotlib figure without a window; its SVG is there after the block."""
-
-    def __init__(self, salt: str, size: tuple[float, float]) -> None:
-        import matplotlib as mpl
-
-        frame = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _COLOURS["quiet"])
-        # Each plot salts its ids, because all of them end up in one page.
-        style: dict[Any, Any] = {**frame, "svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}
-        style |= {"axes.spines.top": False, "axes.spines.right": False}
-        self._context, self._size = mpl.rc_context(style), size
-        self.svg = ""
-
-    def __enter__(self) -> "_figure":
-        from matplotlib.figure import Figure
-
-        self._context.__enter__()
-        self.figure = Figure(figsize=self._size, layout="constrained")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            content = io.StringIO()
-            self.figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-            svg = re.sub(r"<metadata>.*?</metadata>", "", content.getvalue(), flags=re.DOTALL)
-            for name, colour in _COLOURS.items():
-                svg = svg.replace(colour, f"var(--{name})")
-            self.svg = svg[svg.index("<svg") :]
-        self._context.__exit__(*error)

@@ -380,3 +380,15 @@ def test_students_of_every_view_and_of_later_seeds_are_expected(tmp_path: Path) 
 
     assert "student convnet3x32 soft seed 7–8" in missing
     assert "student convnet3x32 soft plain seed 6–8" in missing
+
+
+def test_a_file_without_any_record_is_refused_and_beside_others_told(tmp_path: Path) -> None:
+    (tmp_path / "notes.jsonl").write_text("no record\n" * 100)
+    with pytest.raises(InputError, match=r"notes\.jsonl: no measurement could be read; .*notes\.jsonl:1: Invalid JSON"):
+        collect([tmp_path / "notes.jsonl"])
+
+    report = collect([tmp_path / "notes.jsonl", make_run(tmp_path / "digits", [0.9])])
+
+    assert len(report.problems) == 100
+    assert "notes.jsonl:30: Invalid JSON" in printed(report)
+    assert "and 70 more problems" in printed(report) and "notes.jsonl:31" not in printed(report)

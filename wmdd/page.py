@@ -8,7 +8,7 @@ from typing import Any
 from wmdd import pictures, plots
 from wmdd.compared import headlines
 from wmdd.files import write_bytes
-from wmdd.render import MAX_HEADLINES
+from wmdd.render import MAX_HEADLINES, listed
 from wmdd.report import Report
 from wmdd.runs import Run
 from wmdd.spent import coverage_line
@@ -59,7 +59,7 @@ def write_html(report: Report, path: Path) -> None:
         curves=_curves(report.runs),
         series=range(plots.SERIES),
         caps=_CAPS,
-        problems=problems,
+        problems=listed(problems),
     )
     write_bytes(path, page.encode())
 

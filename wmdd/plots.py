@@ -61,25 +61,32 @@ class Drawing:
         salt: tells the ids of plots apart that end up in one page.
         size: in inches.
         colours: stand-in of each variable of the page's style.
+        fixed: use margins that the labels of small plots fit; searching for the best takes as long as drawing.
     """
 
-    def __init__(self, salt: str, size: tuple[float, float] = (3.4, 2.5), colours: dict[str, str] = _COLOURS) -> None:
+    def __init__(
+        self,
+        salt: str,
+        size: tuple[float, float] = (3.4, 2.5),
+        colours: dict[str, str] = _COLOURS,
+        fixed: bool = True,
+    ) -> None:
         import matplotlib as mpl
 
         quiet = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
         style: dict[Any, Any] = dict.fromkeys(quiet, colours["quiet"])
         style |= {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}
         style |= {"axes.spines.top": False, "axes.spines.right": False}
-        self._context, self._size, self._colours = mpl.rc_context(style), size, colours
+        self._context, self._size, self._colours, self._fixed = mpl.rc_context(style), size, colours, fixed
         self.svg = ""
 
     def __enter__(self) -> "Drawing":
         from matplotlib.figure import Figure as Canvas
 
         self._context.__enter__()
-        self.figure = Canvas(figsize=self._size)
-        # Margins that every label fits: searching for the best ones would take as long as drawing.
-        self.figure.subplots_adjust(left=0.18, right=0.94, bottom=0.2, top=0.95)
+        self.figure = Canvas(figsize=self._size, layout=None if self._fixed else "constrained")
+        if self._fixed:
+            self.figure.subplots_adjust(left=0.18, right=0.94, bottom=0.2, top=0.95)
         self.axes: Any = self.figure.add_subplot()
         return self
 

@@ -20,6 +20,9 @@ MAX_HEADLINES = 8
 MAX_ROWS = 30
 """Rows of a table on a terminal, except for accuracies."""
 
+MAX_PROBLEMS = 30
+"""Problems that are told one by one."""
+
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "×": r"$\times$",
@@ -57,8 +60,14 @@ def terminal(report: "Report", console: "Console") -> None:
         console.print(grid, Text(f"{below}{caption(table)}\n", style="dim"))
     if not any(table.title == "Coverage" for table in shown) and (line := coverage_line(report)):
         console.print(Text(line, style="dim"))
-    for problem in report.problems:
+    for problem in listed(report.problems):
         console.print(Text(problem, style="yellow"))
+
+
+def listed(problems: list[str]) -> list[str]:
+    """Return the first problems, and how many more there are."""
+    left = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], f"and {left} more problems"] if left > 0 else problems
 
 
 def _fitting(table: Table, rows: list[list[str]], room: int) -> list[int]:
@@ -94,7 +103,7 @@ def markdown(report: "Report") -> str:
         lines = [line(table.columns), line(rule), *map(line, table.rows)]
         parts += [f"## {table.title}", caption(table), "\n".join(lines)]
     if report.problems:
-        parts += ["## Problems", "\n".join(f"- {problem}" for problem in report.problems)]
+        parts += ["## Problems", "\n".join(f"- {problem}" for problem in listed(report.problems))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -97,6 +97,9 @@ def read(places: Sequence[Path], problems: list[str]) -> tuple[list[Run], list[C
         runs[folder] = _read_folder(folder, str(folder.relative_to(base)), owner, problems)
     loose = [run for file in sorted(files) for run in _read_file(file, str(file.relative_to(base)), problems)]
     waiting = [cell for folder in sorted(protocols) for cell in _waiting(folder, base, problems)]
+    if not runs and not loose and not waiting:
+        remedy = f"; {problems[0]}" if problems else ""
+        raise InputError(f"{', '.join(map(str, places))}: no measurement could be read{remedy}")
     # Places below the runs say enough, and a published page should not show somebody's home folder.
     problems[:] = [problem.replace(f"{base}{os.sep}", "") for problem in problems]
     return [*runs.values(), *loose], waiting
