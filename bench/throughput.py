@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -132,16 +131,18 @@ def table(found: Sequence[Speed]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, title="Throughput", title_justify="left", pad_edge=False)
     shown.add_column("Stage")
     shown.add_column("Engine")
-    for column in ("Rate", "Step", "Memory", "MFU", "Times the baseline"):
+    # On a CPU the memory is that of the whole process, and says little beside another engine's.
+    cuda = any(record.setup["device"] == "cuda" for record in found)
+    for column in ("Rate", "Step", *(["Memory"] if cuda else []), "MFU", "× baseline"):
         shown.add_column(column, justify="right")
     for record in found:
         metrics = record.metrics
         shown.add_row(
-            f"{record.stage}, {record.unit}",
+            record.stage,
             record.engine,
             _spread(metrics, "rate"),
             duration(metrics["p50"]),
-            f"{metrics['peak_bytes'] / 1e6:,.0f} MB" if "peak_bytes" in metrics else "–",
+            *([f"{metrics['peak_bytes'] / 1e6:,.0f} MB" if "peak_bytes" in metrics else "–"] if cuda else []),
             f"{metrics['mfu']:.1%}" if "mfu" in metrics else "–",
             _spread(metrics, "ratio") if "ratio" in metrics else "–",
         )
@@ -164,7 +165,7 @@ _COMPARED = {
 
 
 def footnotes(found: Sequence[Speed]) -> list[str]:
-    """Return what must be known to read the table: hardware, what memory and MFU mean, what is compared."""
+    """Return what must be known to read the table: hardware, units, what is compared, what MFU means."""
     if not found:
         return []
     seen = found[0].provenance
@@ -174,6 +175,8 @@ def footnotes(found: Sequence[Speed]) -> list[str]:
         f"{place}, {setup['threads']} thread(s), {setup['precision']}, torch {seen['torch']}, {found[0].dataset},"
         f" {found[0].resolution} px; median [least, largest] of {found[0].metrics['repeats']:.0f} repeats in turns"
     ]
+    units = {record.stage: record.unit for record in found}
+    lines.append(f"Rates: {', '.join(f'{stage} in {unit}' for stage, unit in units.items())}; Step: median")
     for record in found:
         differ = [f"{name} {record.metrics[key]:.1e}" for key, name in _COMPARED.items() if key in record.metrics]
         if differ:
@@ -185,8 +188,6 @@ def footnotes(found: Sequence[Speed]) -> list[str]:
     if peaks:
         told = ", ".join(f"{peak / 1e12:.3g} TFLOP/s ({precision})" for precision, peak in peaks.items())
         lines.append(f"MFU: operations of the networks against a matrix product measured here: {told}")
-    if torch.device(setup["device"]).type == "cpu":
-        lines.append("Memory: largest resident size of the whole process during a repeat")
     return lines
 
 
