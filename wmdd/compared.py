@@ -83,37 +83,39 @@ def accuracy(report: "Report") -> Table:
 
 
 def published(report: "Report") -> Table:
-    """Measured rows, beside the published figure of the same method under soft labels; then what others published."""
-    rows = [row for row in report.accuracy.to_dict("records") if _view(row) in (NONE, "epochs")]
-    figures = [figure for figure in report.published if figure.entry.study == "main"]
+    """Return measured rows beside the figure that is published for their method, then what others published.
+
+    A figure stands only beside students of its own kind of labels; settings without any figure are left out.
+    """
+    figures: dict[tuple[Any, ...], list[Figure]] = {}
+    for figure in (figure for figure in report.published if figure.entry.study == "main"):
+        kind = figure.entry.regime if figure.ipc else "hard"
+        figures.setdefault((figure.dataset, figure.ipc, figure.entry.network, kind), []).append(figure)
+    measured: dict[tuple[Any, ...], list[Row]] = {}
+    for row in report.accuracy.to_dict("records"):
+        whole = pd.isna(row["ipc"])
+        kind = "hard" if whole or row["regime"] == "hard" else "soft"
+        if row["view"] == "epochs":
+            place = row["dataset"], None if whole else row["ipc"], row["network"], kind
+            measured.setdefault(place, []).append(row)
     lines: list[list[str]] = []
     origins = []
-
-    def place(row: Row) -> tuple[Any, ...]:
-        return row["dataset"], None if pd.isna(row["ipc"]) else row["ipc"], row["network"]
-
-    places = {place(row): [other for other in rows if place(other) == place(row)] for row in rows}
-    for (dataset, ipc, network), own in places.items():
-        here = [f for f in figures if (f.dataset, f.ipc, f.entry.network) == (dataset, ipc, network)]
-        here.sort(key=lambda figure: -figure.top1)
-        if not here:
-            continue
+    for (dataset, ipc, network, kind), own in measured.items():
+        here = figures.get((dataset, ipc, network, kind), [])
         shown = set()
-        for row in own:
-            kind = "hard" if row["regime"] == "hard" or pd.isna(row["regime"]) else "soft"
-            names = {_bare(row)} | ({"whole training set"} if pd.isna(row["ipc"]) else set())
-            match = [f for f in here if (f.entry.ours or f.entry.method.lower()) in names and f.entry.regime == kind]
-            shown |= {id(match[0])} if match else set()
-            cells = [percent(row, "top1"), f"{row['resolution']} px"]
-            lines.append([*_setting(row)[:4], row["method"], *_literature(match[0] if match else None), *cells])
+        for row in own if here else ():
+            name = _bare(row) if ipc else "whole training set"
+            match = next((f for f in here if (f.entry.ours or f.entry.method.lower()) == name), None)
+            shown.add(match)
+            cells = [percent(row, "top1"), f"{row['resolution']} px", *_literature(match)]
+            lines.append([*_setting(row)[:4], row["method"], *cells])
             origins.append(row["origins"])
-        for figure in here:
-            if id(figure) not in shown:
-                labels = figure.entry.regime if ipc else NONE
-                front = [dataset, str(ipc or "all"), network, labels, figure.entry.method]
-                lines.append([*front, *_literature(figure), NONE, NONE])
+        for figure in sorted(here, key=lambda figure: -figure.top1):
+            if figure not in shown:
+                front = [dataset, str(ipc or "all"), network, kind if ipc else NONE, figure.entry.method]
+                lines.append([*front, NONE, NONE, *_literature(figure)])
                 origins.append([])
-    columns = ["Data set", "IPC", "Network", "Labels", "Method", "Source", "Mark", "Checkpoint", "Note"]
+    columns = ["Data set", "IPC", "Network", "Labels", "Method", "Measured %", "measured at"]
     return Table(
         title="Measured and published",
         caption=(
@@ -121,9 +123,10 @@ def published(report: "Report") -> Table:
             " own, because student recipes, resolutions and checkpoints differ. Author: read in the authors' own"
             " pages; second-hand: quoted by others; memory: to be checked."
         ),
-        columns=[*columns, "Published %", "published at", "Measured %", "measured at"],
+        columns=[*columns, "Published %", "published at", "Mark", "Source", "Checkpoint", "Note"],
         rows=lines,
-        words=9,
+        words=5,
+        tail=4,
         setting=4,
         origins=origins,
     )
@@ -135,7 +138,7 @@ def _literature(figure: Figure | None) -> list[str]:
     entry = figure.entry
     value = f"{100 * figure.top1:.1f}" + (f" ± {100 * figure.spread:.1f}" if figure.spread is not None else "")
     resolution = f"{entry.resolution} px" if entry.resolution else "?"
-    return [entry.source, entry.mark, entry.checkpoint or "not known", entry.note or NONE, value, resolution]
+    return [value, resolution, entry.mark, entry.source, entry.checkpoint or "not known", entry.note or NONE]
 
 
 def architectures(report: "Report") -> Table:

@@ -57,7 +57,7 @@ class _File(BaseModel):
     entry: Annotated[tuple[Entry, ...], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Figure:
     """One published accuracy."""
 

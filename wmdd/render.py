@@ -49,7 +49,7 @@ def terminal(report: "Report", console: "Console") -> None:
         for index in kept:
             cells = [table.columns[index], *(row[index] for row in rows)]
             # Words break between words and never inside one; a figure stays on one line with its interval.
-            width = _longest_word(cells) if index < table.words else None
+            width = None if table.is_number(index) else _longest_word(cells)
             grid.add_column(cells[0], justify="left" if width else "right", min_width=width, no_wrap=width is None)
         for row in rows:
             grid.add_row(*(Text(row[index]) for index in kept))
@@ -75,7 +75,7 @@ def _fitting(table: Table, rows: list[list[str]], room: int) -> list[int]:
     kept = []
     for index, column in enumerate(table.columns):
         cells = [column, *(row[index] for row in rows)]
-        room -= 2 + (_longest_word(cells) if index < table.words else max(map(len, cells)))
+        room -= 2 + (max(map(len, cells)) if table.is_number(index) else _longest_word(cells))
         if room >= -2 or index < table.words:
             kept.append(index)
     return kept
@@ -99,7 +99,7 @@ def markdown(report: "Report") -> str:
     parts = ["\n".join(f"- {where}: **{method}** {result}" for where, method, result in _results(report))]
     parts.append(coverage_line(report))
     for table in tables(report):
-        rule = [":--" if index < table.words else "--:" for index in range(len(table.columns))]
+        rule = ["--:" if table.is_number(index) else ":--" for index in range(len(table.columns))]
         lines = [line(table.columns), line(rule), *map(line, table.rows)]
         parts += [f"## {table.title}", caption(table), "\n".join(lines)]
     if report.problems:
@@ -116,7 +116,7 @@ def _latex(table: Table) -> str:
     def line(cells: Iterable[str]) -> str:
         return "  " + " & ".join(map(_tex, cells)) + r" \\"
 
-    align = "l" * table.words + "r" * (len(table.columns) - table.words)
+    align = "".join("r" if table.is_number(index) else "l" for index in range(len(table.columns)))
     return "\n".join(
         [
             r"\begin{table}",

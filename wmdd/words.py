@@ -25,12 +25,18 @@ class Table:
     rows: list[list[str]]
     words: int = 1
     """Leading columns that hold words; the others hold numbers."""
+    tail: int = 0
+    """Trailing columns that hold words as well."""
     setting: int = 0
     """Leading columns that say what rows have in common before they differ: a page makes them headings."""
     terms: dict[str, str] = field(default_factory=dict)
     """What all rows share."""
     origins: list[list[dict[str, str]]] = field(default_factory=list)
     """Where the numbers of each row come from; empty where the caption says it."""
+
+    def is_number(self, index: int) -> bool:
+        """Return whether a column holds numbers."""
+        return self.words <= index < len(self.columns) - self.tail
 
     @property
     def id(self) -> str:
@@ -46,6 +52,7 @@ def trimmed(table: Table) -> Table:
         columns=[table.columns[i] for i in kept],
         rows=[[row[i] for i in kept] for row in table.rows],
         words=sum(i < table.words for i in kept),
+        tail=sum(i >= len(table.columns) - table.tail for i in kept),
         setting=sum(i < table.setting for i in kept),
     )
 
