@@ -80,7 +80,7 @@ def barycenter(features: torch.Tensor, count: int, settings: Barycenter, seed: i
         WmddError: a feature is not finite.
     """
     with threadpool_limits(limits=1):
-        return _atoms(*_solved(_points(features, count), count, settings, seed))
+        return _atoms(*_checked(features.detach().numpy(), count, settings, seed))
 
 
 def barycenters(
@@ -111,7 +111,7 @@ def barycenters(
         waiting: deque[Future[Solved]] = deque()
         try:
             for points, seed in pairs:
-                waiting.append(pool.submit(_solved, _points(points, count), count, settings, seed))
+                waiting.append(pool.submit(_checked, points.detach().numpy(), count, settings, seed))
                 if len(waiting) > 2 * workers:
                     yield _atoms(*waiting.popleft().result())
             while waiting:
@@ -184,23 +184,21 @@ def _spread_out(data: Single, squares: Single, count: int, draw: np.random.Gener
         rows.append(-1)
 
 
-def _points(features: torch.Tensor, count: int) -> Array:
-    """Return the features as float64, once they are known to be fit for ``count`` atoms."""
-    images = len(features)
-    if not 1 <= count <= images:
-        raise InputError(f"ipc: {count} atoms asked of a class of {images} images; give a number from 1 to {images}")
-    points = features.detach().numpy().astype(np.float64)
-    if not np.isfinite(points).all():
-        raise WmddError("features: NaN or infinity among the class's features; is the teacher's training sound?")
-    return points
-
-
 def _atoms(positions: Array, weights: Array, nearest: NDArray[np.int64], w2: float) -> Atoms:
     return Atoms(torch.from_numpy(positions).float(), torch.from_numpy(weights), torch.from_numpy(nearest).long(), w2)
 
 
+def _checked(features: NDArray[np.floating], count: int, settings: Barycenter, seed: int) -> Solved:
+    """Return positions, weights, nearest images and W2² of the best start, once the features are known to be fit."""
+    images = len(features)
+    if not 1 <= count <= images:
+        raise InputError(f"ipc: {count} atoms asked of a class of {images} images; give a number from 1 to {images}")
+    if not np.isfinite(features).all():
+        raise WmddError("features: NaN or infinity among the class's features; is the teacher's training sound?")
+    return _solved(features.astype(np.float64), count, settings, seed)
+
+
 def _solved(points: Array, count: int, settings: Barycenter, seed: int) -> Solved:
-    """Return positions, weights, nearest images and W2² of the best start; computed on one thread."""
     balanced = settings.weights == "uniform"
     if count == len(points):
         candidates = [points]
@@ -232,8 +230,8 @@ def _uniform(points: Array, start: Array, rounds: int) -> Array:
     a minimum near its start.  Annealing, as Rose, "Deterministic annealing" (Proc. IEEE 1998) for clustering, passes
     over many of these, in cheap rounds: one float32 product each, and entropic plans by Sinkhorn steps on K potentials.
 
-    The potentials then halve the work of the network simplex: of the reduced costs c − u − v most of those that the
-    plan uses are near zero, and the optimal plan is the same.  Only its speed depends on them, so that float32 is
+    The potentials then spare the network simplex much of its work: of the reduced costs c − u − v most of those that
+    the plan uses are near zero, and the optimal plan is the same.  Only its speed depends on them, so that float32 is
     enough.  The last rounds stop once W2² falls by less than ``_SETTLED``.
     """
     images, count = len(points), len(start)
@@ -289,8 +287,9 @@ def _standardised(points: Array) -> tuple[Single, Single, Array, float]:
     centre = points.mean(axis=0)
     data = points - centre
     scale = float(np.sqrt(np.vdot(data, data) / len(data))) or 1.0
-    data = (data / scale).astype(np.float32)
-    return data, np.einsum("nd,nd->n", data, data), centre, scale
+    single = np.empty(data.shape, np.float32)
+    np.multiply(data, 1 / scale, out=single, casting="same_kind")
+    return single, np.einsum("nd,nd->n", single, single), centre, scale
 
 
 def _squared_distances(positions: Single, data: Single, squares: Single) -> Single:
