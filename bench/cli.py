@@ -35,7 +35,8 @@ def protocol(
     from rich.console import Console
 
     from bench import protocol as protocols
-    from wmdd import launchers, page, report
+    from wmdd import launchers, reporting
+    from wmdd.reporting import page
 
     chosen = protocols.load_protocol(file)
     folder = out or Path("runs") / chosen.name
@@ -47,9 +48,9 @@ def protocol(
     if not any(folder.rglob("records/*.jsonl")):
         typer.echo(f"{folder}: no student has finished yet; the same command reports them later")
         return
-    collected = report.collect([folder])
+    collected = reporting.collect([folder])
     page.write_html(collected, folder / "report.html")
-    report.render_terminal(collected, Console())
+    reporting.render_terminal(collected, Console())
     typer.echo(f"report: {folder / 'report.html'}")
 
 

@@ -8,7 +8,7 @@ from sweeps.log import Trial
 from sweeps.objective import Objective, seeds_of
 from sweeps.space import Parameter, Range
 from sweeps.values import show
-from wmdd.plots import Drawing
+from wmdd.reporting.plots import Drawing
 
 _COLOURS = {"ink": "#100001", "accent": "#100002", "quiet": "#100003", "line": "#100004", "page": "#100005"}
 """Stand-ins, replaced by the page's own colours: plots are legible in light and in dark."""

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from report_runs import make_everything
 
-from wmdd.page import write_html
-from wmdd.report import collect
+from wmdd.reporting import collect
+from wmdd.reporting.page import write_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None and os.environ.get("WMDD_REQUIRE_BROWSER") == "1":

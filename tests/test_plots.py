@@ -10,9 +10,9 @@ from report_runs import make_everything, make_run
 from wmdd.config import Config
 from wmdd.data import load_dataset
 from wmdd.files import digest, read_tensors, write_tensors
-from wmdd.pictures import grids
-from wmdd.plots import figures, pareto
-from wmdd.report import collect
+from wmdd.reporting import collect
+from wmdd.reporting.pictures import grids
+from wmdd.reporting.plots import figures, pareto
 
 
 def test_the_front_holds_what_nothing_cheaper_reaches() -> None:

@@ -13,12 +13,12 @@ from rich.console import Console
 from wmdd.config import Config
 from wmdd.errors import InputError
 from wmdd.files import digest, write_json
-from wmdd.page import write_html
 from wmdd.records import Record, write_records
-from wmdd.render import csv, markdown, terminal
-from wmdd.report import Report, collect
-from wmdd.tables import tables
-from wmdd.words import Table
+from wmdd.reporting import Report, collect
+from wmdd.reporting.page import write_html
+from wmdd.reporting.render import csv, markdown, terminal
+from wmdd.reporting.tables import tables
+from wmdd.reporting.words import Table
 
 T2 = 4.302653 / math.sqrt(3)
 """Half-width of the 95 % interval of three values, in standard deviations."""

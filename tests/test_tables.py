@@ -10,14 +10,13 @@ from report_runs import PROVENANCE, RECIPE, make_run
 from rich.console import Console
 
 from bench import published as shipped
-from wmdd import published
 from wmdd.errors import InputError
 from wmdd.files import digest
 from wmdd.records import Record, Speed, write_records
-from wmdd.render import latex, terminal
-from wmdd.report import Report, collect
-from wmdd.tables import tables
-from wmdd.words import Table, size
+from wmdd.reporting import Report, collect, published
+from wmdd.reporting.render import latex, terminal
+from wmdd.reporting.tables import tables
+from wmdd.reporting.words import Table, size
 
 
 def student(method: str, top1: float, **changes: Any) -> Record:

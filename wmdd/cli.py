@@ -138,9 +138,9 @@ def report(
     """Consolidate runs into tables: on the terminal, and as HTML, CSV, Markdown or LaTeX."""
     from rich.console import Console
 
-    from wmdd import page, render
-    from wmdd import report as reporter
+    from wmdd import reporting as reporter
     from wmdd.files import write_bytes
+    from wmdd.reporting import page, render
 
     collected = reporter.collect(runs)
     render.terminal(collected, Console())

@@ -18,6 +18,7 @@ from wmdd.config import Config
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
 from wmdd.signals import StopRequest, stop_on
 
+
 class Launcher(ABC):
     """Does runs, or sees to it that they are done."""
 

@@ -112,11 +112,12 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
             evaluation.evaluate(one, place, tasks, teacher, validation, job, stop)
     job.barrier()
     if "report" in share.stages and job.main:
-        from wmdd import page, report
+        from wmdd import reporting
+        from wmdd.reporting import page
 
-        collected = report.collect([folder.path])
+        collected = reporting.collect([folder.path])
         page.write_html(collected, folder.path / "report.html")
-        report.render_terminal(collected, console.console)
+        reporting.render_terminal(collected, console.console)
         console.say(f"report: {folder.path / 'report.html'}")
 
 

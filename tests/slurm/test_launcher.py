@@ -17,7 +17,7 @@ from .conftest import ask, wait
 PROTOCOL = f"""
 name = "tiny"
 config = "digits"
-overrides = {TINY + ["student.seeds=1"]}
+overrides = {[*TINY, "student.seeds=1"]}
 methods = ["random", "wmdd"]
 ipc = [1]
 regimes = ["hard"]

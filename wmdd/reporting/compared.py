@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from wmdd.frames import BYTES, where
 from wmdd.metrics import REFERENCE, SETTING
-from wmdd.published import Figure
-from wmdd.words import NONE, Row, Table, count, difference, p_value, percent, points, size, term
+from wmdd.reporting.frames import BYTES, where
+from wmdd.reporting.published import Figure
+from wmdd.reporting.words import NONE, Row, Table, count, difference, p_value, percent, points, size, term
 
 if TYPE_CHECKING:
-    from wmdd.report import Report
+    from wmdd.reporting import Report
 
 _ABLATION = {
     "wmdd": ("barycenter", "class"),

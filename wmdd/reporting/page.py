@@ -5,15 +5,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from wmdd import pictures, plots
-from wmdd.compared import headlines
 from wmdd.files import write_bytes
-from wmdd.render import MAX_HEADLINES, listed
-from wmdd.report import Report
-from wmdd.runs import Run
-from wmdd.spent import coverage_line
-from wmdd.tables import tables
-from wmdd.words import folded
+from wmdd.reporting import Report, pictures, plots
+from wmdd.reporting.compared import headlines
+from wmdd.reporting.render import MAX_HEADLINES, listed
+from wmdd.reporting.runs import Run
+from wmdd.reporting.spent import coverage_line
+from wmdd.reporting.tables import tables
+from wmdd.reporting.words import folded
 
 MAX_CURVES = 12
 """Groups whose loss curves the page shows."""
@@ -39,7 +38,7 @@ def write_html(report: Report, path: Path) -> None:
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.tests["sha"] = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}").fullmatch
-    template = environment.from_string((resources.files("wmdd") / "templates" / "report.html.j2").read_text())
+    template = environment.from_string((resources.files("wmdd.reporting") / "report.html.j2").read_text())
     problems = list(report.problems)
     times = sorted(f"{one.time:%Y-%m-%d}" for run in report.runs for one in (*run.records, *run.speeds))
     found = headlines(report)

@@ -10,7 +10,7 @@ from typing import Any
 from wmdd.errors import WmddError
 from wmdd.files import read_tensors
 from wmdd.metrics import REFERENCE
-from wmdd.runs import Run
+from wmdd.reporting.runs import Run
 
 MAX_SETS, MAX_METHODS, MAX_CLASSES, MAX_IMAGES, MAX_PIXELS = 4, 8, 20, 10, 64
 """Groups of distilled sets, methods of each, classes, images of a class, pixels of a thumbnail."""

@@ -21,7 +21,7 @@ from wmdd.metrics import (
     label_robust_score,
 )
 from wmdd.records import Record, Speed, flatten, refuse_unlike
-from wmdd.runs import Cell, Run
+from wmdd.reporting.runs import Cell, Run
 
 BYTES = ("image_bytes", "label_bytes", "teacher_bytes", "labelling_flops")
 """What students learned from, as their records tell it (``Record.cost``)."""

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from wmdd.compared import headlines
-from wmdd.spent import coverage_line
-from wmdd.tables import tables
-from wmdd.words import Table, caption, folded
+from wmdd.reporting.compared import headlines
+from wmdd.reporting.spent import coverage_line
+from wmdd.reporting.tables import tables
+from wmdd.reporting.words import Table, caption, folded
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from wmdd.report import Report
+    from wmdd.reporting import Report
 
 MAX_HEADLINES = 8
 """Results in words at the top; where there are more, the tables say it better."""

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from wmdd.frames import STAGES, origin
 from wmdd.records import Speed, flatten
-from wmdd.words import NONE, Row, Table, number, points, size, term
+from wmdd.reporting.frames import STAGES, origin
+from wmdd.reporting.words import NONE, Row, Table, number, points, size, term
 
 if TYPE_CHECKING:
-    from wmdd.report import Report
+    from wmdd.reporting import Report
 
 
 def coverage_line(report: "Report") -> str:

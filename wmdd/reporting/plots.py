@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from wmdd.frames import where
 from wmdd.metrics import REFERENCE, SETTING
+from wmdd.reporting.frames import where
 
 if TYPE_CHECKING:
-    from wmdd.report import Report
+    from wmdd.reporting import Report
 
 MAX_PANELS = 6
 """Panels of one kind; more settings than these are read in the tables."""

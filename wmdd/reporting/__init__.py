@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from wmdd import frames, published
 from wmdd.records import Speed
-from wmdd.render import terminal as render_terminal
-from wmdd.runs import Run, read
+from wmdd.reporting import frames, published
+from wmdd.reporting.render import terminal as render_terminal
+from wmdd.reporting.runs import Run, read
 
 __all__ = ["Report", "collect", "render_terminal"]
 

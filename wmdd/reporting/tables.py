@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from wmdd import compared, spent
-from wmdd.words import Table, trimmed
+from wmdd.reporting import compared, spent
+from wmdd.reporting.words import Table, trimmed
 
 if TYPE_CHECKING:
-    from wmdd.report import Report
+    from wmdd.reporting import Report
 
 _MAKERS: "tuple[Callable[[Report], Table], ...]" = (
     compared.accuracy,
