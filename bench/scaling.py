@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -125,8 +125,32 @@ def command(size: Size, config_file: Path, folder: Path) -> list[str]:
     return [*torchrun, "-m", "bench.scaling_worker", str(config_file), str(folder), "--groups", str(size.groups)]
 
 
-def run(config: Config, ranks: Sequence[int], mode: Mode, repeats: int = 3) -> list[Speed]:
-    """Measure synthesis on each number of ranks on this machine, in turns.
+def locally(size: Size, config_file: Path, folder: Path) -> None:
+    """Start a job on this machine and wait for it.
+
+    Raises:
+        WmddError: it failed; the message has its last words.
+    """
+    # The ranks of this very process, if it is one of several, would confuse torchrun.
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    argv = [*command(size, config_file, folder), "--launched", str(time.time())]
+    done = subprocess.run(argv, capture_output=True, text=True, env=clean, check=False)  # noqa: S603
+    if done.returncode:
+        raise WmddError(f"a job of the study failed: {last_words(done.stderr)}")
+
+
+def last_words(said: str) -> str:
+    """Return the line in which a job says what is wrong, among all that torchrun adds."""
+    lines = said.splitlines() or ["it said nothing"]
+    return next((line for line in lines if line.startswith("wmdd: ")), lines[-1]).removeprefix("wmdd: ").strip()
+
+
+Launch = Callable[[Size, Path, Path], None]
+"""Does one job: its size, the config as TOML, the folder where its ranks write."""
+
+
+def run(config: Config, ranks: Sequence[int], mode: Mode, repeats: int = 3, launch: Launch = locally) -> list[Speed]:
+    """Measure synthesis on each number of ranks, in turns.
 
     Every repeat is a job of its own, with all it takes to start.  Threads per rank are the config's for every size.
 
@@ -135,6 +159,7 @@ def run(config: Config, ranks: Sequence[int], mode: Mode, repeats: int = 3) -> l
         ranks: numbers of ranks.
         mode: strong or weak.
         repeats: of each size.
+        launch: starts a job and waits for it.
 
     Returns:
         one record of each size, in order.
@@ -157,23 +182,12 @@ def run(config: Config, ranks: Sequence[int], mode: Mode, repeats: int = 3) -> l
         for repeat in range(repeats):
             for size in study:
                 folder = Path(place) / f"{size.ranks}-{repeat}"
-                _job(command(size, config_file, folder), folder)
+                folder.mkdir()
+                launch(size, config_file, folder)
                 classes = sum(len(group.classes) for group in groups[: size.groups])
                 points[size].append(collect(folder, size, classes * config.ipc * iterations))
                 tell(1)
     return [_record(config, mode, size, points, groups_of_one=len(groups[0].classes)) for size in study]
-
-
-def _job(argv: list[str], folder: Path) -> None:
-    folder.mkdir()
-    # Only the environment of the launcher's own rank would confuse torchrun; threads are set from the config.
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    argv = [*argv, "--launched", str(time.time())]
-    done = subprocess.run(argv, capture_output=True, text=True, env=clean, check=False)  # noqa: S603
-    if done.returncode:
-        lines = done.stderr.splitlines() or ["it said nothing"]
-        told = next((line for line in lines if line.startswith("wmdd: ")), lines[-1])
-        raise WmddError(f"a job of the study failed: {told.removeprefix('wmdd: ').strip()}")
 
 
 def collect(folder: Path, size: Size, work: int) -> Point:
