@@ -116,6 +116,18 @@ def test_the_ablation_shows_its_four_cells_once_all_are_there(tmp_path: Path) ->
     ]
 
 
+def test_the_overview_has_a_row_for_each_method_and_a_column_for_each_setting(tmp_path: Path) -> None:
+    hard = {"regime": "hard"}
+    two = [student("wmdd", 0.6), student("random", 0.5), student("wmdd", 0.4, **hard)]
+    assert "Overview" not in titles(report_of(tmp_path, *two)), "two methods are compared well by the long table"
+    table = named(report_of(tmp_path, *two, student("herding", 0.3, ipc=1)), "Overview")
+    assert cells(table, "Method", "IPC 1 soft", "IPC 10 soft", "IPC 10 hard") == [
+        ("herding", "30.0", "–", "–"),
+        ("wmdd", "–", "60.0", "40.0"),
+        ("random", "–", "50.0", "–"),
+    ]
+
+
 def test_networks_stand_beside_each_other(tmp_path: Path) -> None:
     deep = {"network": "resnet50", "artefact": "wmdd"}
     report = report_of(tmp_path, student("wmdd", 0.6), student("wmdd", 0.65, **deep), student("random", 0.5))

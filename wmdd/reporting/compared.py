@@ -41,6 +41,31 @@ def headlines(report: "Report") -> list[tuple[str, str, str]]:
     return lines
 
 
+def overview(report: "Report") -> Table:
+    """Return methods × (IPC, labels), where several methods were measured under several of these."""
+    rows = [row for row in report.accuracy.to_dict("records") if not pd.isna(row["ipc"])]
+    regimes = list(dict.fromkeys(row["regime"] for row in rows))
+    across = sorted({(row["ipc"], row["regime"]) for row in rows}, key=lambda pair: (pair[0], regimes.index(pair[1])))
+    lines: dict[tuple[Any, ...], dict[tuple[int, str], Row]] = {}
+    for row in rows:
+        key = tuple(row[key] for key in ("dataset", "network", "view", "method"))
+        lines.setdefault(key, {})[row["ipc"], row["regime"]] = row
+    if len(across) < 2 or len({method for *_, method in lines}) < 3:
+        lines = {}
+    return Table(
+        title="Overview",
+        caption="Top-1 % of every method, as in the accuracy table, which adds differences, counts and bytes.",
+        columns=["Data set", "Network", "View", "Method", *(f"IPC {ipc} {regime}" for ipc, regime in across)],
+        rows=[
+            [*key, *(percent(found[place], "top1") if place in found else NONE for place in across)]
+            for key, found in lines.items()
+        ],
+        words=4,
+        setting=3,
+        origins=[[one for row in found.values() for one in row["origins"]] for found in lines.values()],
+    )
+
+
 def accuracy(report: "Report") -> Table:
     """Return every setting and method: interval, difference to the baseline, bytes, and what varies of the recipe."""
     rows = report.accuracy.to_dict("records")

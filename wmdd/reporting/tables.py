@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from wmdd.reporting import Report
 
 _MAKERS: "tuple[Callable[[Report], Table], ...]" = (
+    compared.overview,
     compared.accuracy,
     compared.published,
     compared.architectures,
