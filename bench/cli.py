@@ -110,7 +110,8 @@ def evaluate(
 
 
 @app.command(
-    epilog="Example:  wmdd bench scaling digits --ranks 1,2 --set synthesis.iterations=500 --out scaling.jsonl"
+    epilog="Examples:  wmdd bench scaling digits --ranks 1,2 --set synthesis.iterations=500 --out scaling.jsonl   |   "
+    "wmdd bench scaling imagenet-1k --ranks 1,8,64 --slurm a100"
 )
 def scaling(
     config: ConfigArgument,
@@ -119,16 +120,26 @@ def scaling(
     mode: Annotated[str, typer.Option(help="strong: the same groups for all; weak: as many for each rank.")] = "strong",
     repeats: Annotated[int, typer.Option(min=1, help="Of each number of ranks, in turns.")] = 3,
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
+    slurm: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="Run each size as a job of a cluster, one after the other.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="With --slurm: of its jobs, on a shared disk; runs/scaling by default.")
+    ] = None,
 ) -> None:
-    """Time synthesis over more and more ranks of this machine: efficiency, and where the time goes."""
+    """Time synthesis over more and more ranks: efficiency, and where the time goes."""
     from rich.console import Console
 
     from bench import scaling as study
+    from wmdd import launchers
     from wmdd.config import load_config
 
     numbers = study.numbers_of(ranks)
     chosen = study.mode_of(mode)
-    study.tell(study.run(load_config(config, override or []), numbers, chosen, repeats), out, Console())
+    launcher = launchers.find("slurm", slurm) if slurm else None
+    place = folder or (Path("runs") / "scaling" if slurm else None)
+    settings = load_config(config, override or [])
+    study.tell(study.run(settings, numbers, chosen, repeats, launcher, place), out, Console())
 
 
 @app.command(epilog="Example:  wmdd bench plan imagenet-1k --gpus 64 --from speeds.jsonl")

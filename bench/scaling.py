@@ -2,10 +2,9 @@
 
 import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,9 +22,10 @@ from wmdd import distill, records
 from wmdd.config import Config, to_toml
 from wmdd.console import progress
 from wmdd.data import load_dataset
-from wmdd.errors import InputError, WmddError
+from wmdd.errors import InputError
 from wmdd.files import read_json, write_bytes
 from wmdd.generated import name_of
+from wmdd.launchers import Launcher, Local
 from wmdd.records import Speed
 
 Mode = Literal["strong", "weak"]
@@ -113,43 +113,14 @@ def sizes(ranks: Sequence[int], groups: int, mode: Mode, team: int = 1) -> list[
     return [Size(size, groups if mode == "strong" else groups // most * (size // team)) for size in chosen]
 
 
-def command(size: Size, config_file: Path, folder: Path) -> list[str]:
-    """Return the command that measures one size on one machine; a launcher may start its last part by other means.
-
-    Args:
-        size: number of ranks and groups.
-        config_file: TOML.
-        folder: where each rank writes its ``rank-00000.json``.
-    """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size.ranks)]
-    return [*torchrun, "-m", "bench.scaling_worker", str(config_file), str(folder), "--groups", str(size.groups)]
-
-
-def locally(size: Size, config_file: Path, folder: Path) -> None:
-    """Start a job on this machine and wait for it.
-
-    Raises:
-        WmddError: it failed; the message has its last words.
-    """
-    # The ranks of this very process, if it is one of several, would confuse torchrun.
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    argv = [*command(size, config_file, folder), "--launched", str(time.time())]
-    done = subprocess.run(argv, capture_output=True, text=True, env=clean, check=False)  # noqa: S603
-    if done.returncode:
-        raise WmddError(f"a job of the study failed: {last_words(done.stderr)}")
-
-
-def last_words(said: str) -> str:
-    """Return the line in which a job says what is wrong, among all that torchrun adds."""
-    lines = said.splitlines() or ["it said nothing"]
-    return next((line for line in lines if line.startswith("wmdd: ")), lines[-1]).removeprefix("wmdd: ").strip()
-
-
-Launch = Callable[[Size, Path, Path], None]
-"""Does one job: its size, the config as TOML, the folder where its ranks write."""
-
-
-def run(config: Config, ranks: Sequence[int], mode: Mode, repeats: int = 3, launch: Launch = locally) -> list[Speed]:
+def run(
+    config: Config,
+    ranks: Sequence[int],
+    mode: Mode,
+    repeats: int = 3,
+    launcher: Launcher | None = None,
+    folder: Path | None = None,
+) -> list[Speed]:
     """Measure synthesis on each number of ranks, in turns.
 
     Every repeat is a job of its own, with all it takes to start.  Threads per rank are the config's for every size.
@@ -159,7 +130,9 @@ def run(config: Config, ranks: Sequence[int], mode: Mode, repeats: int = 3, laun
         ranks: numbers of ranks.
         mode: strong or weak.
         repeats: of each size.
-        launch: starts a job and waits for it.
+        launcher: starts the jobs; on this machine by default.
+        folder: where jobs find their config and leave what they measured, on a disk that the launcher's nodes share; a
+            temporary one by default.
 
     Returns:
         one record of each size, in order.
@@ -176,16 +149,20 @@ def run(config: Config, ranks: Sequence[int], mode: Mode, repeats: int = 3, laun
     study = sizes(ranks, len(groups), mode, config.synthesis.split_class)
     points: dict[Size, list[Point]] = {size: [] for size in study}
     iterations = method.synthesis().iterations
-    with TemporaryDirectory(prefix="wmdd-scaling-") as place, progress("scaling", repeats * len(study), "jobs") as tell:
-        config_file = Path(place) / "config.toml"
+    work = nullcontext(folder) if folder else TemporaryDirectory(prefix="wmdd-scaling-")
+    with work as place, progress("scaling", repeats * len(study), "jobs") as tell:
+        config_file = Path(place).absolute() / "config.toml"
         write_bytes(config_file, to_toml(config).encode())
         for repeat in range(repeats):
             for size in study:
-                folder = Path(place) / f"{size.ranks}-{repeat}"
-                folder.mkdir()
-                launch(size, config_file, folder)
+                told = config_file.with_name(f"{size.ranks}-{repeat}")
+                told.mkdir(exist_ok=True)
+                arguments = [str(config_file), str(told), "--groups", str(size.groups)]
+                if launcher is None:  # elsewhere a job waits for its turn, which is no time of its own
+                    arguments += ["--launched", str(time.time())]
+                (launcher or Local()).job(size.ranks, "bench.scaling_worker", arguments, told)
                 classes = sum(len(group.classes) for group in groups[: size.groups])
-                points[size].append(collect(folder, size, classes * config.ipc * iterations))
+                points[size].append(collect(told, size, classes * config.ipc * iterations))
                 tell(1)
     return [_record(config, mode, size, points, groups_of_one=len(groups[0].classes)) for size in study]
 

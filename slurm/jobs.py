@@ -4,6 +4,7 @@ A task imports torch only when it has work: one whose blocks are whole already e
 """
 
 import os
+import runpy
 import signal
 import sys
 import time
@@ -133,6 +134,31 @@ class Task:
             say(f"back into the queue, restart {restarts + 1}")
             return "requeued"
         return "stopped"  # cancelled, or SLURM requeues it by itself
+
+
+@dataclass(frozen=True)
+class Program:
+    """``python -m module arguments`` on every rank of a job."""
+
+    module: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    """What the submitting process had, and SLURM may not pass on"""
+
+    def __call__(self) -> None:
+        """Run it.
+
+        Raises:
+            SystemExit: it ended with an exit code other than 0.
+        """
+        os.environ.update(self.environment)
+        _join_ranks()
+        sys.argv = [self.module, *self.arguments]
+        try:
+            runpy.run_module(self.module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
 def versions() -> tuple[str, str]:

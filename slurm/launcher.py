@@ -1,13 +1,20 @@
-"""The launcher ``slurm`` (entry-point group ``wmdd.launchers``): whole runs as graphs of arrays, for protocols."""
+"""The launcher ``slurm`` (entry point of ``wmdd.launchers``): whole runs as graphs of arrays, jobs of many ranks."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import scheduler, submit
+from slurm.jobs import Program
 from slurm.profile import STAGES, load_profile
+from wmdd import store
 from wmdd.config import Config
 from wmdd.console import progress, say
-from wmdd.launchers import Launcher
+from wmdd.errors import InputError, WmddError
+from wmdd.launchers import Launcher, last_words
+
+_LOOK = 2.0
+"""Seconds between two looks at the queue."""
 
 
 class Slurm(Launcher):
@@ -36,3 +43,35 @@ class Slurm(Launcher):
                     submitted += 1
                 advance(1)
         say(f"{title}: {submitted} of {len(runs)} runs submitted, {jobs} jobs; the others are done or in the queue")
+
+    def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
+        """Submit one job with what the profile asks for blocks, on as many nodes as the ranks fill, and wait."""
+        import submitit
+        from submitit.core.utils import FailedJobError, JobPaths
+
+        wanted = self._profile.stages["distill"]
+        per_node = min(ranks, wanted.ranks_per_node)
+        if ranks % per_node:
+            raise InputError(
+                f"{ranks} ranks do not fill nodes of {per_node}; take a multiple, or change ranks_per_node"
+            )
+        wanted = wanted.model_copy(update={"nodes": ranks // per_node, "ranks_per_node": per_node})
+        executor = submitit.SlurmExecutor(folder / "job", max_num_timeout=1, python=submit.python(wanted))
+        executor.update_parameters(**submit.parameters(f"wmdd-{ranks}-ranks", wanted, {"no-requeue": True}))
+        environment = {"WMDD_CACHE": str(store.cache_root().absolute())}
+        with submit.clean_environment():
+            job = executor.submit(Program(module, tuple(arguments), environment))
+        say(f"job {job.job_id}: {ranks} ranks on {wanted.nodes} nodes")
+        while any(task.active for task in scheduler.queue([str(job.job_id)]).values()):
+            time.sleep(_LOOK)
+        # Without accounting a job's end has no state, and submitit would wait for ever for a rank that left no result.
+        for rank in range(ranks):
+            paths = JobPaths(folder / "job", job.job_id, rank)
+            if not paths.result_pickle.exists():
+                said = paths.stdout.read_text() if paths.stdout.exists() else ""
+                raise WmddError(f"job {job.job_id}: rank {rank} did not finish: {last_words(said)}")
+        try:
+            job.results()
+        except FailedJobError as error:
+            trace = str(error).partition("You can check")[0].strip("-\n ")
+            raise WmddError(f"job {job.job_id} failed: {last_words(trace)}") from None

@@ -5,9 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slurm.profile import STAGES, Profile, Resources, Stage
-from wmdd import methods, pipeline, rundir, teacher
+from wmdd import evaluation, methods, pipeline, rundir, teacher
 from wmdd.config import Config
 from wmdd.data import Dataset
 from wmdd.errors import InputError, WmddError
@@ -15,6 +16,7 @@ from wmdd.files import read_json
 from wmdd.labels import STORED, epoch_bytes, stored_epochs
 from wmdd.records import Record, read_records
 from wmdd.rundir import RunFolder
+from wmdd.student import Task
 
 Items = tuple[int, ...]
 
@@ -133,21 +135,18 @@ def missing_blocks(config: Config, folder: RunFolder) -> list[int]:
 
 def missing_students(config: Config, folder: RunFolder) -> list[int]:
     """Return the positions of the students that have no record on the distilled sets as they are."""
-    recipe = config.student.model_dump(mode="json", exclude={"networks", "seeds", "baselines"})
-    recipe |= config.labels.model_dump(mode="json", exclude={"regimes"})
     known = set()
     for place in pipeline.runs_of(config, folder):
-        artefact = _artefact(place)
-        for record in _students(place) if artefact else []:
+        manifest = _manifest(place)
+        if manifest is None:
+            continue
+        for record in _students(place):
+            images = len(manifest["classes"]) * config.ipc
+            recipe = evaluation.recipe_settings(config, str(record.regime), record.view, images)
             same = all(record.recipe.get(key) == value for key, value in recipe.items())
-            if same and record.artefact == artefact:
-                known.add((place, record.network, record.regime, record.student_seed))
-    every = pipeline.students_of(config, folder)
-    return [
-        position
-        for position, (place, task) in enumerate(every)
-        if (place, task.network, task.regime, task.seed) not in known
-    ]
+            if same and record.artefact == manifest["sha256"]:
+                known.add((place, Task(record.network, str(record.regime), int(record.student_seed or 0), record.view)))
+    return [position for position, one in enumerate(pipeline.students_of(config, folder)) if one not in known]
 
 
 @dataclass(frozen=True)
@@ -205,12 +204,13 @@ def _whole(folder: RunFolder, block: int) -> bool:
     return folder.sidecar(block) is not None and folder.damaged(block) is None
 
 
-def _artefact(folder: RunFolder) -> str | None:
+def _manifest(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the manifest of a whole distilled set."""
     try:
-        sha: str | None = folder.manifest()["sha256"]
+        manifest = folder.manifest()
     except (WmddError, json.JSONDecodeError):
         return None
-    return sha
+    return manifest if manifest["sha256"] else None
 
 
 def _students(folder: RunFolder) -> list[Record]:

@@ -13,7 +13,7 @@ from slurm import history, plan, scheduler
 from slurm.history import Item, Launched
 from slurm.jobs import Task, versions
 from slurm.plan import Array, Speed
-from slurm.profile import STAGES, Profile, Stage
+from slurm.profile import STAGES, Profile, Resources, Stage
 from wmdd import evaluation, pipeline, rundir, store
 from wmdd.config import Config
 from wmdd.data import Dataset, load_dataset
@@ -129,13 +129,13 @@ def script(request: Request, array: Array, after: str | None = None, hold: bool 
     from submitit.slurm import slurm
 
     folder = _jobs_folder(request)
-    command = f"{_python(array)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{python(array.resources)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     count = len(array.tasks) if len(array.tasks) > 1 else None
-    parameters = _parameters(request, array, after)
+    written = _parameters(request, array, after)
     if not hold:
-        parameters["dependency"] = None
-        del parameters["additional_parameters"]["hold"]
-    text: str = slurm._make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
+        written["dependency"] = None
+        del written["additional_parameters"]["hold"]
+    text: str = slurm._make_sbatch_string(command=command, folder=folder, map_count=count, **written)
     return text
 
 
@@ -158,11 +158,11 @@ def _launch(request: Request, array: Array, after: str | None) -> str:
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = submitit.SlurmExecutor(_jobs_folder(request), max_num_timeout=1_000_000, python=_python(array))
+    executor = submitit.SlurmExecutor(_jobs_folder(request), max_num_timeout=1_000_000, python=python(array.resources))
     executor.update_parameters(**_parameters(request, array, after))
     try:
         # submitit prints what sbatch complains of; it is said once, below.
-        with _clean_environment(), open(os.devnull, "w") as void, contextlib.redirect_stderr(void), executor.batch():
+        with clean_environment(), open(os.devnull, "w") as void, contextlib.redirect_stderr(void), executor.batch():
             jobs = [executor.submit(_task(request, array, items)) for items in array.tasks]
         return str(jobs[0].job_id).partition("_")[0]
     except (FailedJobError, FailedSubmissionError) as error:
@@ -179,26 +179,32 @@ def _task(request: Request, array: Array, items: tuple[int, ...]) -> Task:
 
 def _parameters(request: Request, array: Array, after: str | None) -> dict[str, Any]:
     """Return what submitit writes into the script; see its ``SlurmExecutor``."""
-    wanted = array.resources
     # Jobs of an earlier submission may fail: what waits for them then says what is missing.
     before = STAGES[: STAGES.index(array.stage)]
     earlier = sorted(job for stage in before for job in request.waiting.get(stage, ()))
     conditions = ([f"afterok:{after}"] if after else []) + [f"afterany:{job}" for job in earlier]
-    further: dict[str, Any] = {
+    further = {
         "hold": True,
-        "requeue" if wanted.requeue else "no-requeue": True,
+        "requeue" if array.resources.requeue else "no-requeue": True,
         "kill-on-invalid-dep": "yes",
     }
+    return parameters(f"{request.config.name}-{array.stage}", array.resources, further) | {
+        "dependency": ",".join(conditions) or None,
+        "array_parallelism": array.resources.parallel,
+    }
+
+
+def parameters(name: str, wanted: Resources, further: dict[str, Any]) -> dict[str, Any]:
+    """Return what submitit writes into the script of a job of that name, with further options of sbatch."""
     if wanted.reservation:
-        further["reservation"] = wanted.reservation
+        further = further | {"reservation": wanted.reservation}
     return {
-        "job_name": f"{request.config.name}-{array.stage}",
+        "job_name": name,
         "partition": wanted.partition,
         "account": wanted.account,
         "qos": wanted.qos,
         "constraint": wanted.constraint,
         "exclude": wanted.exclude,
-        "dependency": ",".join(conditions) or None,
         "time": wanted.minutes,
         "signal_delay_s": wanted.signal_seconds,
         "nodes": wanted.nodes,
@@ -206,7 +212,6 @@ def _parameters(request: Request, array: Array, after: str | None) -> dict[str, 
         "cpus_per_task": wanted.cpus_per_rank,
         "gpus_per_node": wanted.gpus_per_rank * wanted.ranks_per_node or None,
         "mem": f"{int(wanted.memory_gb * 1024)}M",
-        "array_parallelism": wanted.parallel,
         "setup": list(wanted.setup) or None,
         "stderr_to_stdout": True,
         "wckey": None,
@@ -260,12 +265,13 @@ def _jobs_folder(request: Request) -> Path:
     return request.folder.path / "slurm" / "jobs"
 
 
-def _python(array: Array) -> str:
-    return shlex.join([*array.resources.container, array.resources.python or sys.executable])
+def python(wanted: Resources) -> str:
+    """Return the words that start the interpreter of a task."""
+    return shlex.join([*wanted.container, wanted.python or sys.executable])
 
 
 @contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
+def clean_environment() -> Iterator[None]:
     """Hide the job that this process may itself run in: sbatch would pass its settings on."""
     from submitit.helpers import clean_env
 

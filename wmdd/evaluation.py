@@ -11,6 +11,7 @@ from wmdd.console import progress, say
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import Ranks
 from wmdd.files import digest
+from wmdd.generated import name_of
 from wmdd.records import Record, provenance, read_records, write_records
 from wmdd.rundir import RunFolder
 from wmdd.signals import StopRequest
@@ -103,7 +104,7 @@ def _record(
     return Record(
         kind="student",
         run=config.name,
-        dataset=config.data.source,
+        dataset=name_of(config.data),
         classes=len(distilled.classes),
         resolution=config.data.resolution,
         method=config.method,
@@ -126,6 +127,12 @@ def _record(
 
 def _recipe(config: Config, teacher: Teacher, job: Ranks, regime: str, view: str, images: int) -> dict[str, object]:
     """Return all that two students must have in common to be compared."""
+    arithmetic = {"threads": config.compute.threads, "precision": job.precision}
+    return recipe_settings(config, regime, view, images) | {"teacher": teacher.sha256} | arithmetic
+
+
+def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict[str, object]:
+    """Return the part of a student's recipe that the config decides, for a distilled set of so many images."""
     seen = student.seen(config, view, images)
     # How long it trains follows from the view: the epochs of a fixed number of updates depend on the set.
     unused = {"networks", "seeds", "first_seed", "views", "baselines", "epochs" if view == "updates" else "updates"}
@@ -137,7 +144,4 @@ def _recipe(config: Config, teacher: Teacher, job: Ranks, regime: str, view: str
         "updates": student.update_count(config, view, images),
         "optimizer": "adamw",
         "checkpoint": "last",
-        "teacher": teacher.sha256,
-        "threads": config.compute.threads,
-        "precision": job.precision,
     }

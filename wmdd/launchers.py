@@ -1,12 +1,15 @@
-"""Where runs are done: here, in several processes, or through a launcher that another package brings.
+"""Where work is done: here, in several processes, or through a launcher that another package brings.
 
 A launcher registers a function ``target -> Launcher`` in the entry-point group ``wmdd.launchers``; ``slurm`` takes the
 name of a profile.
 """
 
 import multiprocessing
+import os
 import queue
 import signal
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -20,7 +23,7 @@ from wmdd.signals import StopRequest, stop_on
 
 
 class Launcher(ABC):
-    """Does runs, or sees to it that they are done."""
+    """Does work, or sees to it that it is done."""
 
     @abstractmethod
     def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
@@ -29,6 +32,20 @@ class Launcher(ABC):
         Raises:
             InputError: a run cannot be done; none was begun.
             Interrupted: a stop was requested; what was done is kept.
+        """
+
+    @abstractmethod
+    def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
+        """Run ``python -m module arguments`` on so many ranks of one job, and wait for its end.
+
+        Args:
+            ranks: processes, which find each other as those of torchrun do.
+            module: what they run.
+            arguments: the same for all.
+            folder: for the logs of the job; on a disk that its nodes share.
+
+        Raises:
+            WmddError: it failed; the message has its last words.
         """
 
 
@@ -52,6 +69,22 @@ class Local(Launcher):
             else:
                 with stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop:
                     _share(runs, self._jobs, stop, advance)
+
+    def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
+        """Start the ranks under torchrun."""
+        # The ranks of this very process, if it is one of several, would confuse torchrun.
+        clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*torchrun, "-m", module, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=clean, check=False)  # noqa: S603
+        if done.returncode:
+            raise WmddError(f"a job of {ranks} ranks failed: {last_words(done.stderr)}")
+
+
+def last_words(said: str) -> str:
+    """Return the line in which a job says what is wrong, among all that launchers add."""
+    lines = said.splitlines() or ["it said nothing"]
+    return next((line for line in lines if line.startswith("wmdd: ")), lines[-1]).removeprefix("wmdd: ").strip()
 
 
 def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest, advance: Callable[[int], None]) -> None:

@@ -1,5 +1,6 @@
 """Scaling studies: the work that each size gets, efficiency, the images of all sizes, refusals."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,23 +13,27 @@ from bench.scaling import Point, Size
 from wmdd.config import load_config
 from wmdd.errors import InputError, WmddError
 from wmdd.files import write_json
+from wmdd.launchers import Local, last_words
 from wmdd.records import Speed, read_records
 
 ONE_CLASS = [*TINY, "synthesis.classes_per_group=1"]
 
 
-def started(size: Size, config_file: Path, folder: Path) -> None:
-    """Do a job of one rank in this process, which saves the start of another; more ranks under torchrun."""
-    if size.ranks == 1:
-        scaling_worker.main(str(config_file), folder, size.groups)
-    else:
-        scaling.locally(size, config_file, folder)
+class Here(Local):
+    """Does a job of one rank in this process, which saves the start of another."""
+
+    def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
+        config, place, _, groups = arguments
+        if ranks == 1:
+            scaling_worker.main(config, Path(place), int(groups))
+        else:
+            super().job(ranks, module, arguments, folder)
 
 
 def test_a_study_over_real_ranks(tmp_path: Path) -> None:
     config, out = load_config("digits", ONE_CLASS), tmp_path / "scaling.jsonl"
     told = Console(record=True, width=120)
-    scaling.tell(scaling.run(config, [2, 1], "strong", repeats=1, launch=started), out, told)
+    scaling.tell(scaling.run(config, [2, 1], "strong", repeats=1, launcher=Here()), out, told)
     found, problems = read_records(out, Speed)
     assert not problems
     assert [(record.kind, record.mode, record.ranks) for record in found] == [("scaling", "strong", n) for n in (1, 2)]
@@ -85,16 +90,10 @@ def test_the_slowest_rank_counts_and_every_rank_must_have_written(tmp_path: Path
     assert told.rate == 2 and told.images == {"0": "a", "1": "b"}
 
 
-def test_a_command_carries_all_that_a_job_needs() -> None:
-    argv = scaling.command(Size(3, 6), Path("c.toml"), Path("place"))
-    assert argv[argv.index("--nproc-per-node") + 1] == "3"
-    assert argv[argv.index("-m", 3) :] == ["-m", "bench.scaling_worker", "c.toml", "place", "--groups", "6"]
-
-
 def test_the_last_words_of_a_job_are_those_of_the_rank_that_failed() -> None:
-    assert scaling.last_words("noise\nwmdd: no teacher\nTraceback\nsigterm") == "no teacher"
-    assert scaling.last_words("noise\nKilled\n") == "Killed"
-    assert scaling.last_words("") == "it said nothing"
+    assert last_words("noise\nwmdd: no teacher\nTraceback\nsigterm") == "no teacher"
+    assert last_words("noise\nKilled\n") == "Killed"
+    assert last_words("") == "it said nothing"
 
 
 def test_refusals() -> None:

@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 from slurm.local_cluster import LocalCluster
 from slurm.status import status
 from wmdd.cli import app
-from wmdd.errors import InputError
+from wmdd.errors import InputError, WmddError
 from wmdd.launchers import find
+from wmdd.records import Speed, read_records
 
 from .conftest import ask, wait
 
@@ -47,6 +48,29 @@ def test_a_protocol_is_submitted_and_reported_by_the_same_command(cluster: Local
     assert "Accuracy" in second.output and "wmdd" in second.output
     assert not ask("squeue", "-h"), "what is done was submitted again"
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_scaling_study_runs_each_size_as_a_job_of_its_own(cluster: LocalCluster, tmp_path: Path) -> None:
+    (tmp_path / "narrow.toml").write_text(PROFILE)
+    out = tmp_path / "scaling.jsonl"
+    command = ["bench", "scaling", "digits", "--repeats", "1", "--ranks", "1,2", "--out", str(out)]
+    command += [f"--set={one}" for one in (*TINY, "synthesis.classes_per_group=1")]
+    CliRunner().invoke(
+        app,
+        [*command, "--slurm", str(tmp_path / "narrow.toml"), "--folder", str(tmp_path / "jobs")],
+        catch_exceptions=False,
+    )
+    found = read_records(out, Speed)[0]
+    assert [record.ranks for record in found] == [1, 2]
+    assert all(record.metrics["same_images"] == 1 for record in found)
+    nodes = {path.name.split("_")[0] for path in (tmp_path / "jobs" / "2-0" / "job").glob("*_result.pkl")}
+    assert len(nodes) == 1, "both ranks belong to one job"
+
+
+def test_a_job_that_fails_says_why(cluster: LocalCluster, tmp_path: Path) -> None:
+    (tmp_path / "narrow.toml").write_text(PROFILE)
+    with pytest.raises(WmddError, match=r"failed: .*nowhere"):
+        find("slurm", str(tmp_path / "narrow.toml")).job(1, "nowhere", [], tmp_path / "jobs")
 
 
 def test_an_unknown_launcher_or_profile_is_refused() -> None:
