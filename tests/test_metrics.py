@@ -122,6 +122,16 @@ def test_every_method_of_a_setting_is_held_against_random_and_corrected_for_thei
     assert frame[frame["regime"] == "hard"]["difference"].isna().all(), "no random students under hard labels"
 
 
+def test_methods_are_held_against_the_real_coreset_as_well() -> None:
+    rows = [students_of(m, {(m, 0, s): v for s, v in enumerate(vs)}) for m, vs in (("wmdd", A), ("medoids", B))]
+    frame = compare(pd.DataFrame([row for some in rows for row in some])).set_index("method")
+    expected = paired(A, B)
+    found = frame.loc["wmdd", ["coreset_difference", "coreset_low", "coreset_high"]]
+    assert list(found) == pytest.approx([expected.mean, expected.low, expected.high])
+    assert frame.loc["medoids", "coreset_difference"] != frame.loc["medoids", "coreset_difference"]
+    assert frame["difference"].isna().all(), "no random images were measured"
+
+
 def students_of(method: str, values: dict[tuple[str, int, int], float], **changes: object) -> list[dict[str, object]]:
     """Return students by (distilled set, distillation seed, student seed)."""
     setting = {"dataset": "digits", "classes": 10, "resolution": 16, "ipc": 1, "network": "net", "regime": "soft"}

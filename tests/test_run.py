@@ -46,6 +46,8 @@ def test_a_run_ends_with_images_students_records_and_a_report(finished: Path) ->
         (regime, seed) for regime in ("hard", "soft") for seed in (0, 1)
     }
     assert {record.artefact for record in records} == {found.sha256}
+    size = sum(file.stat().st_size for file in (finished / "blocks").glob("*.safetensors"))
+    assert {record.cost["image_bytes"] for record in records} == {size}
     random = read_records(finished / "baselines" / "random" / "records")[0]
     assert {record.protocol for record in random} == {record.protocol for record in records}
     page = (finished / "report.html").read_text()

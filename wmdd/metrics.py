@@ -19,6 +19,8 @@ SETTING = ["dataset", "classes", "resolution", "ipc", "network", "regime", "view
 """What two methods must share to stand in one comparison."""
 REFERENCE = "random"
 """The method that the others are compared with: random real images."""
+CORESET = "medoids"
+"""The selection of real images that they are compared with as well, where it was measured."""
 
 Seeds = tuple[int, int]
 """(distillation seed, student seed)."""
@@ -202,8 +204,8 @@ def compare(students: "pd.DataFrame") -> "pd.DataFrame":
         Accuracies and differences as fractions: ``top1``, ``top1_half_width``, the same of ``top5``; the counts
         ``sets`` (distinct distilled sets; the interval is over their means if there are two, else over students),
         ``students`` (most of one set) and ``n`` (all); ``difference``, ``low``, ``high``, ``p``, ``pairs`` and
-        ``paired_distillation_seeds``; ``p_holm``, adjusted over the methods of the setting. Missing where there is
-        nothing to say.
+        ``paired_distillation_seeds``; ``p_holm``, adjusted over the methods of the setting; ``coreset_difference``,
+        ``coreset_low`` and ``coreset_high`` to ``CORESET``. Missing where there is nothing to say.
     """
     import pandas as pd
 
@@ -211,7 +213,10 @@ def compare(students: "pd.DataFrame") -> "pd.DataFrame":
     for setting, group in students.groupby(SETTING):
         cells = dict(list(group.groupby(["method", "name"])))
         top1 = {key: _by_seeds(cell) for key, cell in cells.items()}
-        references = {name: values for (method, name), values in top1.items() if method == REFERENCE}
+        references, coresets = (
+            {name: values for (method, name), values in top1.items() if method == wanted}
+            for wanted in (REFERENCE, CORESET)
+        )
         compared: list[dict[str, Any]] = []
         # The methods in question come first, then what they are held against.
         order = sorted(cells, key=lambda key: (key[0] == REFERENCE, bool(cells[key]["baseline"].iloc[0]), key))
@@ -231,11 +236,15 @@ def compare(students: "pd.DataFrame") -> "pd.DataFrame":
                 row["paired_distillation_seeds"] = pairs.distillation_seeds
                 if not math.isnan(pairs.p):
                     compared.append(row)
+            coreset = coresets.get(name) or coresets.get("") or next(iter(coresets.values()), {})
+            if method != CORESET and (pairs := paired_by_seed(top1[method, name], coreset)):
+                row |= {"coreset_difference": pairs.mean, "coreset_low": pairs.low, "coreset_high": pairs.high}
             rows.append(row)
         for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
             row["p_holm"] = p
     columns = [*SETTING, "method", "name", "baseline", "top1", "top1_half_width", "top5", "top5_half_width"]
     columns += ["sets", "students", "n", "difference", "low", "high", "p", "p_holm", "pairs"]
+    columns += ["coreset_difference", "coreset_low", "coreset_high"]
     return pd.DataFrame(rows, columns=[*columns, "paired_distillation_seeds"])
 
 

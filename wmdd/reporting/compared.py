@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from wmdd.metrics import REFERENCE, SETTING
+from wmdd.metrics import CORESET, REFERENCE, SETTING
 from wmdd.reporting.frames import BYTES, where
 from wmdd.reporting.published import Figure
 from wmdd.reporting.words import NONE, Row, Table, count, difference, p_value, percent, points, size, term
@@ -77,7 +77,15 @@ def accuracy(report: "Report") -> Table:
     values |= {"evaluated_on": {term("evaluated_on", row["recipe"]["evaluated_on"]) for row in rows}}
     unlike = [key for key in keys if len(values[key]) > 1]
     columns = ["Data set", "IPC", "Network", "Labels", "View", "Method", "Top-1 %", "Top-5 %", "n"]
-    columns += [f"vs {REFERENCE}, points", "p", "Images", "Labels on disk", "Teacher", "Labelling, FLOP"]
+    columns += [
+        f"vs {REFERENCE}, points",
+        "p",
+        f"vs {CORESET}, points",
+        "Images",
+        "Labels on disk",
+        "Teacher",
+        "Labelling, FLOP",
+    ]
     columns += [key.replace("_", " ") for key in unlike]
     single = any(row["sets"] == 1 for row in rows)
     return Table(
@@ -95,7 +103,7 @@ def accuracy(report: "Report") -> Table:
         columns=columns,
         rows=[
             [*_setting(row), percent(row, "top1"), percent(row, "top5"), count(row)]
-            + [difference(row), p_value(row["p_holm"])]
+            + [difference(row), p_value(row["p_holm"]), difference(row, "coreset_")]
             + [size(row[key], "FLOP" if key == "labelling_flops" else "B") for key in BYTES]
             + [term(key, row["recipe"].get(key)) for key in unlike]
             for row in rows

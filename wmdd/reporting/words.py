@@ -85,13 +85,14 @@ def percent(row: Row, metric: str) -> str:
     return f"{100 * mean:.1f}" if pd.isna(half_width) else f"{100 * mean:.1f} ± {100 * half_width:.1f}"
 
 
-def difference(row: Row) -> str:
-    """Return a difference to the baseline in points, with its interval."""
-    if pd.isna(row["difference"]):
+def difference(row: Row, prefix: str = "") -> str:
+    """Return a difference in points with its interval: to the baseline, or with ``coreset_`` to the coreset."""
+    value, low, high = (row[f"{prefix}{key}"] for key in ("difference", "low", "high"))
+    if pd.isna(value):
         return NONE
-    text = f"{100 * row['difference']:+.1f}"
-    if not pd.isna(row["low"]):
-        text += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    text = f"{100 * value:+.1f}"
+    if not pd.isna(low):
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
     return text.replace("-", "−")
 
 
