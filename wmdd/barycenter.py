@@ -8,10 +8,11 @@ several seeded starts, and the least W2² is kept.
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 
 import numpy as np
@@ -19,9 +20,10 @@ import ot
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from wmdd.config import Barycenter
 from wmdd.errors import InputError, WmddError
@@ -29,19 +31,29 @@ from wmdd.errors import InputError, WmddError
 Array = NDArray[np.float64]
 Single = NDArray[np.float32]
 Solved = tuple[Array, Array, NDArray[np.int64], float]
+Candidate = tuple[Array, Single | None]
+"""Atoms [K, D], and potentials [K] of the optimal plan if such are known."""
 
 _STILL = 1e-7
 """W2² stands still once a round changes it by less than this share."""
-_SETTLED = 1e-3
+_SETTLED = 3e-4
 """With uniform weights a start is left once a round gains less than this share; what is left is less than that."""
-_TEMPERATURES = (0.2, 0.003)
+_TEMPERATURES = (0.2, 0.01)
 """First and last temperature of the annealing, as shares of the variance of the features."""
 _ANNEALING = 10
 """Rounds of the annealing."""
 _STEPS = 2
-"""Sinkhorn steps of a round."""
-_RELAXATION = np.float32(1.7)
-"""Over-relaxation of these steps; they converge for values below 2."""
+"""Newton steps of a round."""
+_DAMPING = 0.2
+"""Of the Newton steps."""
+_REACH = 0.1
+"""An optimal plan is sought among the arcs of a reduced cost below this share of the variance, then among all."""
+_MISPLACED = 0.1
+"""Where more mass than this would have to change atoms, such a search is not worth its time."""
+_EXACT = 1e-9
+"""A reduced cost above minus this share of the variance is not negative."""
+_SKETCH = 64
+"""k-means++ takes distances in a random projection to so many dimensions."""
 _PIVOTS = 10_000_000
 """Most pivots of the network simplex: POT's 100,000 would end a large class early, with a plan that is not optimal."""
 
@@ -79,7 +91,7 @@ def barycenter(features: torch.Tensor, count: int, settings: Barycenter, seed: i
         InputError: K is below 1, or above n.
         WmddError: a feature is not finite.
     """
-    with threadpool_limits(limits=1):
+    with _libraries().limit(limits=1):
         return _atoms(*_checked(features.detach().numpy(), count, settings, seed))
 
 
@@ -135,8 +147,9 @@ def w2_squared(features: torch.Tensor, positions: torch.Tensor, weights: torch.T
     Returns:
         W2², in squared feature units.
     """
-    with threadpool_limits(limits=1):
-        return _w2_squared(features.double().numpy(), positions.double().numpy(), weights.double().numpy())
+    with _libraries().limit(limits=1):
+        cost = ot.dist(positions.double().numpy(), features.double().numpy())
+        return _transport(weights.double().numpy(), cost)
 
 
 def starts(points: Array, count: int, number: int, seed: int) -> list[Array]:
@@ -154,34 +167,49 @@ def starts(points: Array, count: int, number: int, seed: int) -> list[Array]:
     Returns:
         ``number`` arrays [K, D].
     """
+    return [points[rows] for rows in _drawn(_standardised(points).data, count, number, seed)]
+
+
+def _drawn(data: Single, count: int, number: int, seed: int) -> list[NDArray[np.int64]]:
+    """Return the rows [K] of each start."""
     drawn = []
-    data, squares, _, _ = _standardised(points)
-    for turn, state in enumerate(np.random.SeedSequence(seed).generate_state(number)):
+    for turn, state in enumerate(np.random.SeedSequence(seed).spawn(number)):
         draw = np.random.default_rng(state)
-        rows = draw.choice(len(points), count, replace=False) if turn % 2 else _spread_out(data, squares, count, draw)
-        drawn.append(points[rows])
+        rows = draw.choice(len(data), count, replace=False) if turn % 2 else _spread_out(data, count, draw)
+        drawn.append(rows)
     return drawn
 
 
-def _spread_out(data: Single, squares: Single, count: int, draw: np.random.Generator) -> list[int]:
-    """Choose rows by greedy k-means++ (Arthur & Vassilvitskii 2007), as scikit-learn does, in a third of its time.
+def _spread_out(data: Single, count: int, draw: np.random.Generator) -> NDArray[np.int64]:
+    """Choose rows by greedy k-means++ (Arthur & Vassilvitskii 2007), as scikit-learn does, in a tenth of its time.
 
-    Its checks and float64 would take longer than all that follows.
+    Distances are taken in a random projection, which keeps them but for a tenth or so (Boutsidis et al., "Random
+    projections for k-means clustering", 2010): in full they would take longer than all that follows.
     """
+    if data.shape[1] > _SKETCH:
+        data = data @ draw.standard_normal((data.shape[1], _SKETCH), np.float32)
+    squares = np.einsum("nd,nd->n", data, data)
     rows = [int(draw.integers(len(data)))]
     nearest = np.full(len(data), np.inf, np.float32)
     candidates = np.array(rows)
     while True:
-        distances = np.minimum(nearest, np.maximum(_squared_distances(data[candidates], data, squares), 0))
+        distances = squares[candidates, None] - 2 * (data[candidates] @ data.T) + squares
+        distances = np.minimum(nearest, np.maximum(distances, 0))
         best = distances.sum(axis=1).argmin()
         rows[-1], nearest = int(candidates[best]), distances[best]
         if len(rows) == count:
-            return rows
+            return np.array(rows)
         nearest[rows] = 0  # but for rounding
         reach = nearest.cumsum(dtype=np.float64)
         trials = draw.random(2 + int(np.log(count)))
         candidates = np.minimum(np.searchsorted(reach, trials * reach[-1], side="right"), len(data) - 1)
         rows.append(-1)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """Find the libraries that have threads once: the search takes as long as a tenth of a class."""
+    return ThreadpoolController()
 
 
 def _atoms(positions: Array, weights: Array, nearest: NDArray[np.int64], w2: float) -> Atoms:
@@ -198,78 +226,103 @@ def _checked(features: NDArray[np.floating], count: int, settings: Barycenter, s
     return _solved(features.astype(np.float64), count, settings, seed)
 
 
+@dataclass(frozen=True)
+class _Cloud:
+    """The features of a class, and the same with mean 0 and variance 1 over all directions."""
+
+    points: Array
+    """[n, D]."""
+    centre: Array
+    """[D]: their mean."""
+    scale: float
+    """Square root of their variance; 1 where that is 0."""
+    data: Single
+    """[n, D]: standardised."""
+
+
+def _standardised(points: Array) -> _Cloud:
+    centre = points.mean(axis=0)
+    data = points - centre
+    scale = float(np.sqrt(np.vdot(data, data) / len(data))) or 1.0
+    single = np.empty(data.shape, np.float32)
+    np.multiply(data, 1 / scale, out=single, casting="same_kind")
+    return _Cloud(points, centre, scale, single)
+
+
 def _solved(points: Array, count: int, settings: Barycenter, seed: int) -> Solved:
-    balanced = settings.weights == "uniform"
-    if count == len(points):
-        candidates = [points]
-    else:
-        drawn = starts(points, count, settings.starts, seed)
-        candidates = _solve(settings.weights, points, drawn, settings.rounds)
-    positions, weights, w2 = _best(points, candidates, balanced)
-    _, nearest = linear_sum_assignment(ot.dist(positions, points))
+    cloud, balanced = _standardised(points), settings.weights == "uniform"
+    candidates = [(points, None)] if count == len(points) else _solve(cloud, count, settings, seed)
+    positions, weights, w2, cost = _best(cloud, candidates, balanced)
+    _, nearest = linear_sum_assignment(cost)
     if settings.atoms == "medoids":
-        positions, weights, w2 = _best(points, [points[nearest]], balanced)
+        positions, weights, w2, _ = _best(cloud, [(points[nearest], None)], balanced)
     return positions, weights, nearest, w2
 
 
-def _solve(weights: str, points: Array, drawn: list[Array], rounds: int) -> list[Array]:
-    """Return the local minima [K, D] that the solver for these weights reaches from the starts ``drawn``."""
-    if weights == "alternating":
-        return [_alternating(points, start, rounds) for start in drawn]
-    uniform = [_uniform(points, start, rounds) for start in drawn]
-    if weights == "uniform":
+def _solve(cloud: _Cloud, count: int, settings: Barycenter, seed: int) -> Sequence[Candidate]:
+    """Return the local minima that the solver for these weights reaches from its starts."""
+    points, rounds = cloud.points, settings.rounds
+    drawn = _drawn(cloud.data, count, settings.starts, seed)
+    if settings.weights == "alternating":
+        return [(_alternating(points, points[rows], rounds), None) for rows in drawn]
+    uniform = [_uniform(cloud, cloud.data[rows], rounds) for rows in drawn]
+    if settings.weights == "uniform":
         return uniform
     # Lloyd only descends: begun from the uniform solutions too, free weights are never worse than uniform ones.
-    return [_lloyd(points, start, rounds) for start in [*drawn, *uniform]]
+    from_uniform = [positions for positions, _ in uniform]
+    return [(_lloyd(points, start, rounds), None) for start in [*(points[rows] for rows in drawn), *from_uniform]]
 
 
-def _uniform(points: Array, start: Array, rounds: int) -> Array:
+def _uniform(cloud: _Cloud, positions: Single, rounds: int) -> Candidate:
     """Descend with weights 1/K: annealed plans first, then optimal ones, each followed by conditional means.
 
     With optimal plans alone this is POT's free_support_barycenter (Cuturi & Doucet 2014, algorithm 2), which stays in
     a minimum near its start.  Annealing, as Rose, "Deterministic annealing" (Proc. IEEE 1998) for clustering, passes
-    over many of these, in cheap rounds: one float32 product each, and entropic plans by Sinkhorn steps on K potentials.
+    over many of these, in cheap rounds: two float32 products each, and entropic plans by Newton steps on K potentials.
 
-    The potentials then spare the network simplex much of its work: of the reduced costs c − u − v most of those that
-    the plan uses are near zero, and the optimal plan is the same.  Only its speed depends on them, so that float32 is
-    enough.  The last rounds stop once W2² falls by less than ``_SETTLED``.
+    The potentials then spare the network simplex most of its work.  Only its speed depends on them and on the costs'
+    last bits, so that float32 is enough.  The rounds end once W2² falls by less than ``_SETTLED``.
     """
-    images, count = len(points), len(start)
-    data, squares, centre, scale = _standardised(points)
-    positions = ((start - centre) / scale).astype(np.float32)
+    count = len(positions)
     potentials = np.zeros(count, np.float32)
     for temperature in np.geomspace(*_TEMPERATURES, min(rounds, _ANNEALING)):
-        cost = _squared_distances(positions, data, squares)
-        potentials, plan = _sinkhorn(cost, potentials, temperature)
-        positions = plan @ data / plan.sum(axis=1, keepdims=True)
+        cost = _costs(positions, cloud.data)
+        potentials, plan = _entropic(cost, potentials, np.float32(temperature))
+        positions = plan @ cloud.data / plan.sum(axis=1, keepdims=True)
 
-    rows, columns = ot.unif(count), ot.unif(images)
     previous = np.inf
-    for _ in range(rounds):
-        cost = _squared_distances(positions, data, squares)
-        potentials, _ = _sinkhorn(cost, potentials, _TEMPERATURES[1])
-        reduced = cost - potentials[:, None]
-        reduced -= reduced.min(axis=0)
-        plan = ot.emd(rows, columns, reduced.astype(np.float64), numItermax=_PIVOTS).astype(np.float32)
-        positions = plan @ data * count
-        w2 = (plan * cost).sum(dtype=np.float64)
+    for turn in range(rounds):
+        cost = _costs(positions, cloud.data)
+        if turn == 0:
+            potentials, _ = _entropic(cost, potentials, np.float32(_TEMPERATURES[1]))
+        sparse, potentials = _optimal(cost, potentials)
+        w2 = 1 + cost[sparse.coords] @ sparse.data  # 1 is the mean squared norm of standardised features
+        means = (sparse.tocsr().astype(np.float32) @ cloud.data) * np.float32(count)
+        # The cost of an atom's own images falls by as much on average, and its potential should follow.
+        potentials, positions = potentials - np.square(means - positions).sum(axis=1), means
         if previous - w2 <= _SETTLED * w2:
             break
         previous = w2
-    return positions * scale + centre
+    return positions * cloud.scale + cloud.centre, potentials
 
 
-def _sinkhorn(cost: Single, potentials: Single, temperature: float) -> tuple[Single, Single]:
-    """Take over-relaxed Sinkhorn steps towards rows of mass 1/K; return the potentials u [K] and the plan [K, n].
+def _entropic(cost: Single, potentials: Single, temperature: np.float32) -> tuple[Single, Single]:
+    """Take damped Newton steps towards rows of mass 1/K; return the potentials u [K] and the entropic plan [K, n].
 
-    The columns always have mass 1/n; over-relaxed as Thibault et al., "Overrelaxed Sinkhorn-Knopp" (Algorithms 2021).
+    The columns of a plan P always have mass 1/n, its rows r. A Sinkhorn step is u − T log(K r); Newton's (Brauer et
+    al., "A Sinkhorn-Newton method for entropic optimal transport", 2017) takes into account what the atoms share: the
+    dual's second derivative is (diag(r) − n P Pᵀ) / T. Here it is scaled by r on both sides, and the damping added.
     """
-    count = len(cost)
-    step = np.float32(temperature)
+    count, images = cost.shape
     for _ in range(_STEPS):
-        plan = _entropic_plan(cost, potentials, step)
-        potentials = potentials - _RELAXATION * step * np.log(count * plan.sum(axis=1))
-    return potentials, _entropic_plan(cost, potentials, step)
+        plan = _entropic_plan(cost, potentials, temperature)
+        rows = plan.sum(axis=1)
+        roots = np.sqrt(rows)
+        shared = plan / roots[:, None]
+        matrix = np.float32(1 + _DAMPING) * np.eye(count, dtype=np.float32) - np.float32(images) * (shared @ shared.T)
+        step = np.linalg.solve(matrix, roots * np.log(np.float32(count) * rows)) / roots
+        potentials = potentials - temperature * np.clip(step, -10, 10)
+    return potentials, _entropic_plan(cost, potentials, temperature)
 
 
 def _entropic_plan(cost: Single, potentials: Single, temperature: np.float32) -> Single:
@@ -282,19 +335,36 @@ def _entropic_plan(cost: Single, potentials: Single, temperature: np.float32) ->
     return plan
 
 
-def _standardised(points: Array) -> tuple[Single, Single, Array, float]:
-    """Return the points in float32 with mean 0 and variance 1 over all directions, their squares, centre and scale."""
-    centre = points.mean(axis=0)
-    data = points - centre
-    scale = float(np.sqrt(np.vdot(data, data) / len(data))) or 1.0
-    single = np.empty(data.shape, np.float32)
-    np.multiply(data, 1 / scale, out=single, casting="same_kind")
-    return single, np.einsum("nd,nd->n", single, single), centre, scale
+def _optimal(cost: Array | Single, potentials: Single) -> tuple[coo_array, Single]:
+    """Return the optimal plan [K, n] for uniform masses and its potentials [K].
+
+    With good potentials few arcs have a reduced cost c − u − v near zero, and the plan uses these. The network simplex
+    is given them alone, and its plan is optimal for all once no reduced cost is negative by its own potentials.
+    Otherwise it is given all.
+    """
+    count, images = cost.shape
+    rows, columns = ot.unif(count), ot.unif(images)
+    reduced = cost - potentials[:, None]
+    nearest = reduced.argmin(axis=0)
+    reduced -= reduced[nearest, np.arange(images)]
+    misplaced = np.abs(np.bincount(nearest, minlength=count) / images - 1 / count).sum() / 2
+    if misplaced < _MISPLACED:
+        arcs = np.nonzero(reduced <= _REACH)
+        few = coo_array((reduced[arcs].astype(np.float64), arcs), cost.shape)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # the few arcs may not do
+            plan, log = ot.emd(rows, columns, few, log=True, numItermax=_PIVOTS, center_dual=False)
+        slack = (reduced - log["u"][:, None]).min(axis=0) - log["v"]
+        if log["warning"] is None and slack.min() > -_EXACT:
+            return coo_array(plan), potentials + log["u"].astype(np.float32)
+    plan, log = ot.emd(rows, columns, cost.astype(np.float64), log=True, numItermax=_PIVOTS, center_dual=False)
+    return coo_array(plan), log["u"].astype(np.float32)
 
 
-def _squared_distances(positions: Single, data: Single, squares: Single) -> Single:
-    """Return ‖b − x‖² [K, n], with ‖x‖² given."""
-    return np.square(positions).sum(axis=1)[:, None] - 2 * (positions @ data.T) + squares
+def _costs(positions: Single, data: Single) -> Single:
+    """Return ‖b − x‖² − ‖x‖² [K, n]: plans and potentials of the atoms are the same without the squares ‖x‖²."""
+    products = np.ascontiguousarray((data @ (-2 * positions).T).T)  # this way round in half the time
+    products += np.square(positions).sum(axis=1)[:, None]
+    return products
 
 
 def _lloyd(points: Array, start: Array, rounds: int) -> Array:
@@ -336,32 +406,40 @@ def _alternating(points: Array, start: Array, rounds: int) -> Array:
     return positions
 
 
-def _best(points: Array, candidates: list[Array], balanced: bool) -> tuple[Array, Array, float]:
-    """Return positions [K, D], weights [K] and W2² of the candidate with the least W2², after rounding to float32."""
+def _best(cloud: _Cloud, candidates: Sequence[Candidate], balanced: bool) -> tuple[Array, Array, float, Array]:
+    """Return positions [K, D], weights [K], W2² and squared distances [K, n] of the candidate with the least W2².
+
+    All of them after rounding to float32.
+    """
     measured = []
-    for candidate in candidates:
+    for candidate, potentials in candidates:
         positions = candidate.astype(np.float32).astype(np.float64)
-        weights = ot.unif(len(positions)) if balanced else _cell_masses(points, positions)
-        measured.append((positions, weights, _w2_squared(points, positions, weights)))
+        cost = ot.dist(positions, cloud.points)
+        weights = ot.unif(len(positions)) if balanced else _cell_masses(cost)
+        if potentials is None:
+            w2 = _transport(weights, cost)
+        else:
+            plan, _ = _optimal(cost / cloud.scale**2, potentials)
+            w2 = float(cost[plan.coords] @ plan.data)
+        measured.append((positions, weights, w2, cost))
     return min(measured, key=lambda entry: entry[2])
 
 
-def _cell_masses(points: Array, positions: Array) -> Array:
+def _cell_masses(cost: Array) -> Array:
     """Return the share of points nearest to each atom, [K]: the optimal weights for these positions, none of them zero.
 
     Where atoms coincide, all points would go to the first of them. An atom left empty takes the point that costs least
     from an atom that has several; between coinciding atoms this costs nothing.
     """
-    cost = ot.dist(positions, points)
     cells = cost.argmin(axis=0)
-    sizes = np.bincount(cells, minlength=len(positions))
+    sizes = np.bincount(cells, minlength=len(cost))
     for empty in np.flatnonzero(sizes == 0):
-        extra = cost[empty] - cost[cells, np.arange(len(points))]
+        extra = cost[empty] - cost[cells, np.arange(len(cells))]
         taken = np.where(sizes[cells] > 1, extra, np.inf).argmin()
         sizes[cells[taken]] -= 1
         cells[taken], sizes[empty] = empty, 1
-    return sizes / len(points)
+    return sizes / len(cells)
 
 
-def _w2_squared(points: Array, positions: Array, weights: Array) -> float:
-    return float(ot.emd2(weights, ot.unif(len(points)), ot.dist(positions, points), numItermax=_PIVOTS))
+def _transport(weights: Array, cost: Array) -> float:
+    return float(ot.emd2(weights, ot.unif(cost.shape[1]), cost, numItermax=_PIVOTS))
