@@ -91,6 +91,7 @@ def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest, ad
     # Each process imports torch anew: a forked one may hang in its thread pools.
     fresh = multiprocessing.get_context("spawn")
     todo, done = fresh.Queue(), fresh.Queue()
+    todo.cancel_join_thread()  # else what nobody takes any more would keep this process from ending
     for run in runs:
         todo.put(run)
     workers = [fresh.Process(target=_work, args=(todo, done)) for _ in range(min(jobs, len(runs)))]
