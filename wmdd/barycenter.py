@@ -38,12 +38,12 @@ _STILL = 1e-7
 """W2² stands still once a round changes it by less than this share."""
 _SETTLED = 3e-4
 """With uniform weights a start is left once a round gains less than this share; what is left is less than that."""
-_TEMPERATURES = (0.2, 0.01)
+_TEMPERATURES = (0.12, 0.01)
 """First and last temperature of the annealing, as shares of the variance of the features."""
-_ANNEALING = 10
+_ANNEALING = 14
 """Rounds of the annealing."""
-_STEPS = 2
-"""Newton steps of a round."""
+_ASTRAY = 0.1
+"""Annealing ends early where the atoms' masses go astray by this share: clusters far apart freeze at once."""
 _DAMPING = 0.2
 """Of the Newton steps."""
 _REACH = 0.1
@@ -277,51 +277,53 @@ def _uniform(cloud: _Cloud, positions: Single, rounds: int) -> Candidate:
     """Descend with weights 1/K: annealed plans first, then optimal ones, each followed by conditional means.
 
     With optimal plans alone this is POT's free_support_barycenter (Cuturi & Doucet 2014, algorithm 2), which stays in
-    a minimum near its start.  Annealing, as Rose, "Deterministic annealing" (Proc. IEEE 1998) for clustering, passes
-    over many of these, in cheap rounds: two float32 products each, and entropic plans by Newton steps on K potentials.
+    a minimum near its start. Annealing, as Rose, "Deterministic annealing" (Proc. IEEE 1998) for clustering, passes
+    over many of these, in cheap rounds: two float32 products each, and one Newton step on K potentials.
 
-    The potentials then spare the network simplex most of its work.  Only its speed depends on them and on the costs'
-    last bits, so that float32 is enough.  The rounds end once W2² falls by less than ``_SETTLED``.
+    The potentials then spare the network simplex most of its work. Optimal plans are of costs in float32: their last
+    bits matter little before the end, where W2² is measured in float64.
     """
-    count = len(positions)
+    count, least = len(positions), np.inf
     potentials = np.zeros(count, np.float32)
-    for temperature in np.geomspace(*_TEMPERATURES, min(rounds, _ANNEALING)):
-        cost = _costs(positions, cloud.data)
-        potentials, plan = _entropic(cost, potentials, np.float32(temperature))
-        positions = plan @ cloud.data / plan.sum(axis=1, keepdims=True)
+    for temperature in np.geomspace(*_TEMPERATURES, min(rounds, _ANNEALING), dtype=np.float32):
+        potentials, plan = _entropic(_costs(positions, cloud.data), potentials, temperature)
+        masses = plan.sum(axis=1)
+        positions = plan @ cloud.data / masses[:, None]
+        astray = np.abs(count * masses - 1).mean()
+        if astray > max(_ASTRAY, 2 * least):
+            break
+        least = min(least, astray)
+    potentials, _ = _entropic(_costs(positions, cloud.data), potentials, temperature)
 
     previous = np.inf
-    for turn in range(rounds):
+    for _ in range(rounds):
         cost = _costs(positions, cloud.data)
-        if turn == 0:
-            potentials, _ = _entropic(cost, potentials, np.float32(_TEMPERATURES[1]))
         sparse, potentials = _optimal(cost, potentials)
         w2 = 1 + cost[sparse.coords] @ sparse.data  # 1 is the mean squared norm of standardised features
         means = (sparse.tocsr().astype(np.float32) @ cloud.data) * np.float32(count)
         # The cost of an atom's own images falls by as much on average, and its potential should follow.
         potentials, positions = potentials - np.square(means - positions).sum(axis=1), means
-        if previous - w2 <= _SETTLED * w2:
+        if previous - w2 <= _SETTLED * abs(w2):
             break
         previous = w2
     return positions * cloud.scale + cloud.centre, potentials
 
 
 def _entropic(cost: Single, potentials: Single, temperature: np.float32) -> tuple[Single, Single]:
-    """Take damped Newton steps towards rows of mass 1/K; return the potentials u [K] and the entropic plan [K, n].
+    """Take a damped Newton step towards rows of mass 1/K; return the potentials u [K] and the entropic plan [K, n].
 
     The columns of a plan P always have mass 1/n, its rows r. A Sinkhorn step is u − T log(K r); Newton's (Brauer et
     al., "A Sinkhorn-Newton method for entropic optimal transport", 2017) takes into account what the atoms share: the
     dual's second derivative is (diag(r) − n P Pᵀ) / T. Here it is scaled by r on both sides, and the damping added.
     """
     count, images = cost.shape
-    for _ in range(_STEPS):
-        plan = _entropic_plan(cost, potentials, temperature)
-        rows = plan.sum(axis=1)
-        roots = np.sqrt(rows)
-        shared = plan / roots[:, None]
-        matrix = np.float32(1 + _DAMPING) * np.eye(count, dtype=np.float32) - np.float32(images) * (shared @ shared.T)
-        step = np.linalg.solve(matrix, roots * np.log(np.float32(count) * rows)) / roots
-        potentials = potentials - temperature * np.clip(step, -10, 10)
+    plan = _entropic_plan(cost, potentials, temperature)
+    rows = plan.sum(axis=1)
+    roots = np.sqrt(rows)
+    shared = plan / roots[:, None]
+    matrix = np.float32(1 + _DAMPING) * np.eye(count, dtype=np.float32) - np.float32(images) * (shared @ shared.T)
+    step = np.linalg.solve(matrix, roots * np.log(np.float32(count) * rows)) / roots
+    potentials = potentials - temperature * np.clip(step, -10, 10)
     return potentials, _entropic_plan(cost, potentials, temperature)
 
 
