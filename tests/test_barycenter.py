@@ -263,6 +263,15 @@ def test_uniform_is_on_average_no_worse_than_pot_from_the_same_starts() -> None:
     assert np.mean(ratios) <= 1
 
 
+@pytest.mark.parametrize("modes", [1, 12, 60])
+@pytest.mark.parametrize("count", [10, 41])
+def test_the_stated_w2_is_exact_wherever_the_clusters_lie(modes: int, count: int) -> None:
+    for seed in range(4):
+        features = relu_like(500, 24, modes, seed) * 3
+        atoms = barycenter(features, count, Barycenter(starts=1, rounds=1 + 10 * (seed % 2)), seed)
+        assert atoms.w2 == pytest.approx(w2_squared(features, atoms.positions, atoms.weights), rel=1e-9)
+
+
 @pytest.mark.parametrize("size", [1e-4, 1e20])
 def test_the_unit_of_the_features_does_not_matter(size: float) -> None:
     features = relu_like(100, 8)

@@ -38,8 +38,10 @@ _STILL = 1e-7
 """W2² stands still once a round changes it by less than this share."""
 _SETTLED = 3e-4
 """With uniform weights a start is left once a round gains less than this share; what is left is less than that."""
-_TEMPERATURES = (0.12, 0.01)
-"""First and last temperature of the annealing, as shares of the variance of the features."""
+_HOT = 0.12
+"""First temperature of the annealing, as a share of the variance of the features."""
+_COLD = 0.013
+"""Last temperature of the annealing, as a share of W2²."""
 _ANNEALING = 14
 """Rounds of the annealing."""
 _ASTRAY = 0.1
@@ -47,7 +49,7 @@ _ASTRAY = 0.1
 _DAMPING = 0.2
 """Of the Newton steps."""
 _REACH = 0.1
-"""An optimal plan is sought among the arcs of a reduced cost below this share of the variance, then among all."""
+"""An optimal plan is sought among the arcs of a reduced cost below this share of W2², then among all."""
 _MISPLACED = 0.1
 """Where more mass than this would have to change atoms, such a search is not worth its time."""
 _EXACT = 1e-9
@@ -283,10 +285,13 @@ def _uniform(cloud: _Cloud, positions: Single, rounds: int) -> Candidate:
     The potentials then spare the network simplex most of its work. Optimal plans are of costs in float32: their last
     bits matter little before the end, where W2² is measured in float64.
     """
-    count, least = len(positions), np.inf
+    count, least, w2 = len(positions), np.inf, 1.0
     potentials = np.zeros(count, np.float32)
-    for temperature in np.geomspace(*_TEMPERATURES, min(rounds, _ANNEALING), dtype=np.float32):
-        potentials, plan = _entropic(_costs(positions, cloud.data), potentials, temperature)
+    for share in np.linspace(0, 1, min(rounds, _ANNEALING)):
+        cost = _costs(positions, cloud.data)
+        temperature = np.float32(_HOT ** (1 - share) * (_COLD * w2) ** share)
+        potentials, plan = _entropic(cost, potentials, temperature)
+        w2 = max(1 + float(np.vdot(plan, cost)), 1e-6)  # 1 is the mean squared norm of standardised features
         masses = plan.sum(axis=1)
         positions = plan @ cloud.data / masses[:, None]
         astray = np.abs(count * masses - 1).mean()
@@ -298,12 +303,12 @@ def _uniform(cloud: _Cloud, positions: Single, rounds: int) -> Candidate:
     previous = np.inf
     for _ in range(rounds):
         cost = _costs(positions, cloud.data)
-        sparse, potentials = _optimal(cost, potentials)
-        w2 = 1 + cost[sparse.coords] @ sparse.data  # 1 is the mean squared norm of standardised features
+        sparse, potentials = _optimal(cost, potentials, _REACH * w2)
+        w2 = max(1 + float(cost[sparse.coords] @ sparse.data), 1e-6)
         means = (sparse.tocsr().astype(np.float32) @ cloud.data) * np.float32(count)
         # The cost of an atom's own images falls by as much on average, and its potential should follow.
         potentials, positions = potentials - np.square(means - positions).sum(axis=1), means
-        if previous - w2 <= _SETTLED * abs(w2):
+        if previous - w2 <= _SETTLED * w2:
             break
         previous = w2
     return positions * cloud.scale + cloud.centre, potentials
@@ -337,11 +342,11 @@ def _entropic_plan(cost: Single, potentials: Single, temperature: np.float32) ->
     return plan
 
 
-def _optimal(cost: Array | Single, potentials: Single) -> tuple[coo_array, Single]:
+def _optimal(cost: Array | Single, potentials: Single, reach: float) -> tuple[coo_array, Single]:
     """Return the optimal plan [K, n] for uniform masses and its potentials [K].
 
-    With good potentials few arcs have a reduced cost c − u − v near zero, and the plan uses these. The network simplex
-    is given them alone, and its plan is optimal for all once no reduced cost is negative by its own potentials.
+    With good potentials few arcs have a reduced cost c − u − v within ``reach``, and the plan uses these. The network
+    simplex is given them alone, and its plan is optimal for all once no reduced cost is negative by its own potentials.
     Otherwise it is given all.
     """
     count, images = cost.shape
@@ -351,7 +356,7 @@ def _optimal(cost: Array | Single, potentials: Single) -> tuple[coo_array, Singl
     reduced -= reduced[nearest, np.arange(images)]
     misplaced = np.abs(np.bincount(nearest, minlength=count) / images - 1 / count).sum() / 2
     if misplaced < _MISPLACED:
-        arcs = np.nonzero(reduced <= _REACH)
+        arcs = np.nonzero(reduced <= reach)
         few = coo_array((reduced[arcs].astype(np.float64), arcs), cost.shape)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # the few arcs may not do
             plan, log = ot.emd(rows, columns, few, log=True, numItermax=_PIVOTS, center_dual=False)
@@ -421,7 +426,8 @@ def _best(cloud: _Cloud, candidates: Sequence[Candidate], balanced: bool) -> tup
         if potentials is None:
             w2 = _transport(weights, cost)
         else:
-            plan, _ = _optimal(cost / cloud.scale**2, potentials)
+            standard = cost / cloud.scale**2
+            plan, _ = _optimal(standard, potentials, _REACH * standard.min(axis=0).mean())
             w2 = float(cost[plan.coords] @ plan.data)
         measured.append((positions, weights, w2, cost))
     return min(measured, key=lambda entry: entry[2])
