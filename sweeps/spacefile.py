@@ -38,9 +38,10 @@ _FIXED = {
     "compute.checkpoint_seconds": "it decides no result",
     "student.networks": "trials are judged by one kind of student",
     "student.seeds": "budget.student_seeds decides it",
+    "student.first_seed": "it decides no result",
+    "student.views": "trials are judged by one kind of student",
     "student.baselines": "it decides no result of a trial",
     "labels.regimes": "trials are judged under one kind of label",
-    "labels.stored": "it decides no result",
 }
 """Keys that no sweep may vary, and why."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class Plan:
             "student.epochs": _amount(self.budget.student_epochs, config.student.epochs),
             "student.seeds": self.budget.student_seeds,
             "student.baselines": (),
-            "labels.stored": False,
+            "student.first_seed": 0,
+            "student.views": ("epochs",),
         }
         if self.classes is not None:
             changes["data.classes"] = self.classes
@@ -223,19 +225,20 @@ class _Synthesis:
 def _students(
     config: Config, bench: Bench, distilled: DistilledSet, stop: Stop
 ) -> Iterator[tuple[student.Task, float]]:
-    for task in student.tasks(config.student, config.labels.regimes):
-        result = student.train(
-            config,
-            task,
-            distilled,
-            bench.teacher,
-            bench.validation,
-            bench.ranks,
-            team=ALONE,
-            folder=Path("unused"),
-            stop=stop,
-        )
-        yield task, result.metrics["top1"]
+    with TemporaryDirectory() as labels:  # of regimes that store them; nobody reads them again
+        for task in student.tasks(config.student, config.labels.regimes):
+            result = student.train(
+                config,
+                task,
+                distilled,
+                bench.teacher,
+                bench.validation,
+                bench.ranks,
+                team=ALONE,
+                folder=Path(labels),
+                stop=stop,
+            )
+            yield task, result.metrics["top1"]
 
 
 def _judge(config: Config, bench: Bench, distilled: DistilledSet, stop: Stop) -> Report:
