@@ -20,11 +20,11 @@ import ot
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
+from wmdd.balanced import PIVOTS, REACH, descend, optimal
 from wmdd.config import Barycenter
 from wmdd.errors import InputError, WmddError
 
@@ -36,28 +36,8 @@ Candidate = tuple[Array, Single | None]
 
 _STILL = 1e-7
 """W2² stands still once a round changes it by less than this share."""
-_SETTLED = 3e-4
-"""With uniform weights a start is left once a round gains less than this share; what is left is less than that."""
-_HOT = 0.12
-"""First temperature of the annealing, as a share of the variance of the features."""
-_COLD = 0.013
-"""Last temperature of the annealing, as a share of W2²."""
-_ANNEALING = 14
-"""Rounds of the annealing."""
-_ASTRAY = 0.1
-"""Annealing ends early where the atoms' masses go astray by this share: clusters far apart freeze at once."""
-_DAMPING = 0.2
-"""Of the Newton steps."""
-_REACH = 0.1
-"""An optimal plan is sought among the arcs of a reduced cost below this share of W2², then among all."""
-_MISPLACED = 0.1
-"""Where more mass than this would have to change atoms, such a search is not worth its time."""
-_EXACT = 1e-9
-"""A reduced cost above minus this share of the variance is not negative."""
 _SKETCH = 64
 """k-means++ takes distances in a random projection to so many dimensions."""
-_PIVOTS = 10_000_000
-"""Most pivots of the network simplex: POT's 100,000 would end a large class early, with a plan that is not optimal."""
 
 
 @dataclass(frozen=True)
@@ -267,111 +247,13 @@ def _solve(cloud: _Cloud, count: int, settings: Barycenter, seed: int) -> Sequen
     drawn = _drawn(cloud.data, count, settings.starts, seed)
     if settings.weights == "alternating":
         return [(_alternating(points, points[rows], rounds), None) for rows in drawn]
-    uniform = [_uniform(cloud, cloud.data[rows], rounds) for rows in drawn]
+    descents = (descend(cloud.data, cloud.data[rows], rounds) for rows in drawn)
+    uniform = [(atoms * cloud.scale + cloud.centre, potentials) for atoms, potentials in descents]
     if settings.weights == "uniform":
         return uniform
     # Lloyd only descends: begun from the uniform solutions too, free weights are never worse than uniform ones.
     from_uniform = [positions for positions, _ in uniform]
     return [(_lloyd(points, start, rounds), None) for start in [*(points[rows] for rows in drawn), *from_uniform]]
-
-
-def _uniform(cloud: _Cloud, positions: Single, rounds: int) -> Candidate:
-    """Descend with weights 1/K: annealed plans first, then optimal ones, each followed by conditional means.
-
-    With optimal plans alone this is POT's free_support_barycenter (Cuturi & Doucet 2014, algorithm 2), which stays in
-    a minimum near its start. Annealing, as Rose, "Deterministic annealing" (Proc. IEEE 1998) for clustering, passes
-    over many of these, in cheap rounds: two float32 products each, and one Newton step on K potentials.
-
-    The potentials then spare the network simplex most of its work. Optimal plans are of costs in float32: their last
-    bits matter little before the end, where W2² is measured in float64.
-    """
-    count, least, w2 = len(positions), np.inf, 1.0
-    potentials = np.zeros(count, np.float32)
-    for share in np.linspace(0, 1, min(rounds, _ANNEALING)):
-        cost = _costs(positions, cloud.data)
-        temperature = np.float32(_HOT ** (1 - share) * (_COLD * w2) ** share)
-        potentials, plan = _entropic(cost, potentials, temperature)
-        w2 = max(1 + float(np.vdot(plan, cost)), 1e-6)  # 1 is the mean squared norm of standardised features
-        masses = plan.sum(axis=1)
-        positions = plan @ cloud.data / masses[:, None]
-        astray = np.abs(count * masses - 1).mean()
-        if astray > max(_ASTRAY, 2 * least):
-            break
-        least = min(least, astray)
-    potentials, _ = _entropic(_costs(positions, cloud.data), potentials, temperature)
-
-    previous = np.inf
-    for _ in range(rounds):
-        cost = _costs(positions, cloud.data)
-        sparse, potentials = _optimal(cost, potentials, _REACH * w2)
-        w2 = max(1 + float(cost[sparse.coords] @ sparse.data), 1e-6)
-        means = (sparse.tocsr().astype(np.float32) @ cloud.data) * np.float32(count)
-        # The cost of an atom's own images falls by as much on average, and its potential should follow.
-        potentials, positions = potentials - np.square(means - positions).sum(axis=1), means
-        if previous - w2 <= _SETTLED * w2:
-            break
-        previous = w2
-    return positions * cloud.scale + cloud.centre, potentials
-
-
-def _entropic(cost: Single, potentials: Single, temperature: np.float32) -> tuple[Single, Single]:
-    """Take a damped Newton step towards rows of mass 1/K; return the potentials u [K] and the entropic plan [K, n].
-
-    The columns of a plan P always have mass 1/n, its rows r. A Sinkhorn step is u − T log(K r); Newton's (Brauer et
-    al., "A Sinkhorn-Newton method for entropic optimal transport", 2017) takes into account what the atoms share: the
-    dual's second derivative is (diag(r) − n P Pᵀ) / T. Here it is scaled by r on both sides, and the damping added.
-    """
-    count, images = cost.shape
-    plan = _entropic_plan(cost, potentials, temperature)
-    rows = plan.sum(axis=1)
-    roots = np.sqrt(rows)
-    shared = plan / roots[:, None]
-    matrix = np.float32(1 + _DAMPING) * np.eye(count, dtype=np.float32) - np.float32(images) * (shared @ shared.T)
-    step = np.linalg.solve(matrix, roots * np.log(np.float32(count) * rows)) / roots
-    potentials = potentials - temperature * np.clip(step, -10, 10)
-    return potentials, _entropic_plan(cost, potentials, temperature)
-
-
-def _entropic_plan(cost: Single, potentials: Single, temperature: np.float32) -> Single:
-    plan = potentials[:, None] - cost
-    plan -= plan.max(axis=0)
-    plan /= temperature
-    np.maximum(plan, -60, out=plan)  # subnormal numbers would slow the products down by a factor
-    np.exp(plan, out=plan)
-    plan /= plan.sum(axis=0) * np.float32(cost.shape[1])
-    return plan
-
-
-def _optimal(cost: Array | Single, potentials: Single, reach: float) -> tuple[coo_array, Single]:
-    """Return the optimal plan [K, n] for uniform masses and its potentials [K].
-
-    With good potentials few arcs have a reduced cost c − u − v within ``reach``, and the plan uses these. The network
-    simplex is given them alone, and its plan is optimal for all once no reduced cost is negative by its own potentials.
-    Otherwise it is given all.
-    """
-    count, images = cost.shape
-    rows, columns = ot.unif(count), ot.unif(images)
-    reduced = cost - potentials[:, None]
-    nearest = reduced.argmin(axis=0)
-    reduced -= reduced[nearest, np.arange(images)]
-    misplaced = np.abs(np.bincount(nearest, minlength=count) / images - 1 / count).sum() / 2
-    if misplaced < _MISPLACED:
-        arcs = np.nonzero(reduced <= reach)
-        few = coo_array((reduced[arcs].astype(np.float64), arcs), cost.shape)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # the few arcs may not do
-            plan, log = ot.emd(rows, columns, few, log=True, numItermax=_PIVOTS, center_dual=False)
-        slack = (reduced - log["u"][:, None]).min(axis=0) - log["v"]
-        if log["warning"] is None and slack.min() > -_EXACT:
-            return coo_array(plan), potentials + log["u"].astype(np.float32)
-    plan, log = ot.emd(rows, columns, cost.astype(np.float64), log=True, numItermax=_PIVOTS, center_dual=False)
-    return coo_array(plan), log["u"].astype(np.float32)
-
-
-def _costs(positions: Single, data: Single) -> Single:
-    """Return ‖b − x‖² − ‖x‖² [K, n]: plans and potentials of the atoms are the same without the squares ‖x‖²."""
-    products = np.ascontiguousarray((data @ (-2 * positions).T).T)  # this way round in half the time
-    products += np.square(positions).sum(axis=1)[:, None]
-    return products
 
 
 def _lloyd(points: Array, start: Array, rounds: int) -> Array:
@@ -395,7 +277,7 @@ def _alternating(points: Array, start: Array, rounds: int) -> Array:
     previous = np.inf
     for _ in range(rounds):
         cost = ot.dist(positions, points)
-        plan, log = ot.emd(weights, mass, cost, log=True, numItermax=_PIVOTS)
+        plan, log = ot.emd(weights, mass, cost, log=True, numItermax=PIVOTS)
         w2 = log["cost"]
         if abs(previous - w2) <= _STILL * w2:
             break
@@ -427,7 +309,7 @@ def _best(cloud: _Cloud, candidates: Sequence[Candidate], balanced: bool) -> tup
             w2 = _transport(weights, cost)
         else:
             standard = cost / cloud.scale**2
-            plan, _ = _optimal(standard, potentials, _REACH * standard.min(axis=0).mean())
+            plan, _ = optimal(standard, potentials, REACH * standard.min(axis=0).mean())
             w2 = float(cost[plan.coords] @ plan.data)
         measured.append((positions, weights, w2, cost))
     return min(measured, key=lambda entry: entry[2])
@@ -450,4 +332,4 @@ def _cell_masses(cost: Array) -> Array:
 
 
 def _transport(weights: Array, cost: Array) -> float:
-    return float(ot.emd2(weights, ot.unif(cost.shape[1]), cost, numItermax=_PIVOTS))
+    return float(ot.emd2(weights, ot.unif(cost.shape[1]), cost, numItermax=PIVOTS))
