@@ -265,13 +265,8 @@ def _w2(bench: Bench, distilled: DistilledSet) -> float:
 
 
 def _features(bench: Bench, images: Tensor) -> Tensor:
-    parts = []
-    for batch in images.split(256):
-        shown = normalise(batch.to(bench.ranks.device), bench.config.data)
-        with torch.inference_mode(), bench.ranks.autocast():
-            seen = bench.teacher.network(shown.contiguous(memory_format=torch.channels_last))
-        parts.append(seen.features.float().cpu())
-    return torch.cat(parts)
+    batches = (normalise(batch, bench.config.data) for batch in images.split(256))
+    return torch.cat([bench.teacher.observe(batch, bench.ranks, len(batch)).features for batch in batches])
 
 
 def _references(bench: Bench, stop: Stop) -> dict[str, float]:

@@ -175,10 +175,9 @@ def _compute(
             shown = normalise(next(decoded).to(ranks.device), config.data)
             if config.statistics.augment:
                 shown = augment.warp(shown, _draws(config, len(shown), source).to(ranks.device))
-            with torch.inference_mode(), ranks.autocast():
-                seen = teacher.network(shown.contiguous(memory_format=torch.channels_last))
-            features.append(seen.features.cpu())
-            moments.append((seen.means.cpu(), seen.variances.cpu()))
+            seen = teacher.observe(shown, ranks, size)
+            features.append(seen.features)
+            moments.append((seen.means, seen.variances))
             advance(len(shown))
         yield summarise(features, moments, config.statistics.between)
 
