@@ -82,6 +82,30 @@ def throughput(
 
 
 @app.command(
+    epilog="Example:  wmdd bench groups imagenet-1k --set data.root=/data/imagenet --most 64 --out speeds.jsonl"
+)
+def groups(
+    config: ConfigArgument,
+    override: SetOption = None,
+    most: Annotated[
+        int | None,
+        typer.Option(min=1, help="Classes of the largest group; by default as many as make up 1,000 images."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each size, in turns.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0, help="That one repeat of the largest group shall last.")] = 2.0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
+) -> None:
+    """Time synthesis of 1, 2, 4, 8, ... classes together, and suggest synthesis.classes_per_group."""
+    from rich.console import Console
+
+    from bench import groups as study
+    from wmdd.config import load_config
+
+    found, told = study.run(load_config(config, override or []), most, repeats, seconds)
+    study.tell(found, told, out, Console())
+
+
+@app.command(
     epilog="Examples:  wmdd bench evaluate sre2l_in1k_rn18_4k_ipc50 --config imagenet-1k   |   "
     "wmdd bench evaluate theirs --config digits --set student.epochs=50 --baselines random"
 )

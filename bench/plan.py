@@ -95,7 +95,7 @@ def run(config: Config, gpus: int, measured: Sequence[Speed], source: Path) -> t
             record = measure(Need("barycenters", config.teacher.network, solver))
             dealt("barycenters", "classes", groups, record, 3600 * record.metrics["rate"])
         iterations = method.synthesis().iterations
-        keys = {"precision": precision_of(config), "compile": config.compute.compile}
+        keys = {"precision": precision_of(config), "compile": config.compute.compile, "batch": groups[0] * config.ipc}
         record = measure(Need("synthesis", config.teacher.network, keys))
         work = [float(count * config.ipc * iterations) for count in groups]
         dealt("synthesis", "img·iter", work, record, 3600 * record.metrics["rate"])

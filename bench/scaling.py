@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from bench.throughput import number
+from bench.throughput import spread_text
 from bench.timing import spread
 from bench.workloads import groups_of
 from wmdd import distill, records
@@ -241,8 +240,8 @@ def tell(found: Sequence[Speed], out: Path | None, console: Console) -> None:
         (
             str(record.ranks),
             str(record.setup["groups"]),
-            _spread(record.metrics, "rate"),
-            _spread(record.metrics, "efficiency"),
+            spread_text(record.metrics, "rate"),
+            spread_text(record.metrics, "efficiency"),
             f"{record.metrics['balance']:.2f}",
         )
         for record in found
@@ -264,11 +263,6 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     for row in rows:
         shown.add_row(*row)
     return shown
-
-
-def _spread(metrics: dict[str, float], key: str) -> str:
-    low, high = number(metrics[f"{key}_low"]), number(metrics[f"{key}_high"])
-    return escape(f"{number(metrics[key])} [{low}, {high}]")
 
 
 def footnotes(found: Sequence[Speed]) -> list[str]:

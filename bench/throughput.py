@@ -66,16 +66,24 @@ def run(
                 samples = timing.in_turns(
                     workload.contestants, repeats, seconds, workload.most, workload.device, workload.warm, advance
                 )
-            found += _records(bench, workload, samples, peaks)
+            found += records_of(bench, workload, samples, peaks)
             if folder:
                 own = workload.contestants[OWN]
                 timing.profile(own, workload.device, workload.warm, folder, stage, min(3, workload.most))
     return found
 
 
-def _records(
+def records_of(
     bench: Bench, workload: Workload, samples: dict[str, list[timing.Sample]], peaks: dict[str, float]
 ) -> list[Speed]:
+    """Return one record of each engine that was timed.
+
+    Args:
+        bench: what the workload shares with others.
+        workload: what was timed.
+        samples: engine -> its repeats.
+        peaks: precision -> FLOP/s of a matrix product; measured and added where it is wanted and missing.
+    """
     checked = workload.check()
     baseline = next((name for name in samples if name != OWN), None)
     operations = workload.step_flops() if workload.step_flops else None
@@ -140,16 +148,17 @@ def table(found: Sequence[Speed]) -> Table:
         shown.add_row(
             record.stage,
             record.engine,
-            _spread(metrics, "rate"),
+            spread_text(metrics, "rate"),
             duration(metrics["p50"]),
             *([f"{metrics['peak_bytes'] / 1e6:,.0f} MB" if "peak_bytes" in metrics else "–"] if cuda else []),
             f"{metrics['mfu']:.1%}" if "mfu" in metrics else "–",
-            _spread(metrics, "ratio") if "ratio" in metrics else "–",
+            spread_text(metrics, "ratio") if "ratio" in metrics else "–",
         )
     return shown
 
 
-def _spread(metrics: dict[str, float], key: str) -> str:
+def spread_text(metrics: dict[str, float], key: str) -> str:
+    """Return ``median [least, largest]`` of a metric, safe in a table."""
     low, high = number(metrics[f"{key}_low"]), number(metrics[f"{key}_high"])
     return escape(f"{number(metrics[key])} [{low}, {high}]")
 

@@ -56,7 +56,7 @@ def measured() -> list[Speed]:
     return [
         speed("statistics", 1000.0, "img/s"),
         speed("barycenters", 2.0, "classes/s", ipc=10, weights="uniform", starts=4),
-        speed("synthesis", 10_000.0, "img·iter/s"),
+        speed("synthesis", 10_000.0, "img·iter/s", batch=100),
         speed("students", 2.0, "students/h", batch=100, updates=15_000),
     ]
 
@@ -83,6 +83,7 @@ def test_the_latest_fitting_record_counts(config: Config, measured: list[Speed])
         later.model_copy(update={"engine": "reference", "time": later.time + timedelta(hours=1)}),
         later.model_copy(update={"resolution": 64, "time": later.time + timedelta(hours=2)}),
         later.model_copy(update={"kind": "scaling", "time": later.time + timedelta(hours=3)}),
+        later.model_copy(update={"setup": {**later.setup, "batch": 10}, "time": later.time + timedelta(hours=4)}),
     ]
     parts, _ = plan.run(config, 1, [later, *measured, *others], SOURCE)
     assert next(part for part in parts if part.title == "synthesis").record.metrics["rate"] == 5e3
@@ -96,6 +97,7 @@ def test_the_latest_fitting_record_counts(config: Config, measured: list[Speed])
         ("students", {"resolution": 64}, "224 px"),
         ("barycenters", {"setup": {"ipc": 50, "weights": "uniform", "starts": 4}}, "ipc 10"),
         ("synthesis", {"setup": {"precision": "bf16", "compile": False}}, "precision fp32"),
+        ("synthesis", {"setup": {"precision": "fp32", "compile": False, "batch": 10}}, "batch 100"),
     ],
 )
 def test_a_component_without_a_fitting_record_is_refused(
