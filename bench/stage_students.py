@@ -13,14 +13,22 @@ from bench.workloads import OWN, Bench, Checks, Workload
 from wmdd import labels, networks, student
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Team, seed_of
+from wmdd.errors import InputError
 
 
 def students_of(bench: Bench, with_reference: bool) -> Workload:
     """Updates of a student on a set of the run's size; a student's validation is not among them.
 
     The images are noise, which takes as long as any.
+
+    Raises:
+        InputError: the reference does not compute what the config asks for.
     """
     config, job = bench.config, bench.ranks
+    if with_reference and (config.labels.teacher_mode, config.labels.loss, config.student.ema) != ("eval", "kl", 0):
+        raise InputError(
+            "labels.teacher_mode, labels.loss, student.ema: the plain student has none of these: use --no-reference"
+        )
     name = config.student.networks[0]
     regime = "hard" if set(config.labels.regimes) == {"hard"} else "soft"
     data, classes = config.data, len(bench.dataset.classes)

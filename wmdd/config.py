@@ -34,7 +34,7 @@ class Compute(Section):
     threads: Positive = 1
     """CPU threads of each rank; fixed here because launchers would otherwise choose."""
     workers: Count = 2
-    """Processes that decode images; 0 decodes in the main process."""
+    """Processes that decode images, and as many that compute barycenters; 0 does both in the main process."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """``bf16`` runs the networks under autocast (moments, losses and images stay fp32); ``auto`` takes bf16 where the
     hardware has it natively."""
@@ -217,6 +217,15 @@ class Labels(Section):
     """Bytes of stored logits that ``budget`` may spend, as a multiple of the bytes of the images' pixels."""
     weighted: bool = False
     """Images count by their barycenter weights in the student's loss, or all alike."""
+    teacher_mode: Literal["eval", "batch"] = "eval"
+    """BatchNorm statistics under which the teacher labels: its running ones (``eval``), or those of each mixed
+    batch, all its images together on however many ranks (``batch``: the batch-specific labels of CV-DD and FADRM)."""
+    loss: Literal["kl", "mse-ce"] = "kl"
+    """Loss of soft labels. ``kl``: KL divergence at ``temperature``, times T². ``mse-ce``: squared error of the logits,
+    mean over classes, plus ``ce_weight`` times the cross-entropy with both classes of a mix (EDC, whose code takes the
+    image's own class alone); it needs all logits, hence no ``topk``."""
+    ce_weight: Weight = 0.025
+    """Weight of the cross-entropy in ``mse-ce``."""
     temperature: Rate = 20.0
     """Temperature of the KL divergence."""
     crop_scale: CropScale = 0.08
@@ -227,6 +236,12 @@ class Labels(Section):
     """How the images of a batch are mixed."""
     mix_alpha: Rate = 1.0
     """Beta(α, α) of the mixing ratio."""
+
+    @model_validator(mode="after")
+    def _squared_errors_need_all_logits(self) -> "Labels":
+        if self.loss == "mse-ce" and self.encoding == "topk":
+            raise ValueError("labels.loss = mse-ce needs all logits; use labels.encoding=fp16 or int8, not topk")
+        return self
 
 
 class Student(Section):
@@ -255,6 +270,9 @@ class Student(Section):
     """Weight decay of AdamW."""
     cosine_stretch: Annotated[float, Field(ge=1)] = 1.0
     """ζ of the smoothed cosine: the schedule is that of a training ζ times as long, cut off at the last epoch."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the exponential moving average of the weights, from the initial ones on, that is validated in their
+    place (EDC: 0.99); the BatchNorm statistics are the student's own, as in EDC. 0: none."""
     baselines: tuple[str, ...] = ("random",)
     """Methods distilled beside the run's own at the same IPC, and measured by the same students."""
 

@@ -138,10 +138,19 @@ def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict
     unused = {"networks", "seeds", "first_seed", "views", "baselines", "epochs" if view == "updates" else "updates"}
     storage = {"encoding", "top_k", "budget"}
     unstored = storage - {"stored": {"encoding", "top_k"}, "budget": storage}.get(regime, set())
-    return {
+    unweighed = {"ce_weight"} if seen.labels.loss == "kl" else set()
+    settings = {
         **seen.student.model_dump(mode="json", exclude=unused),
-        **seen.labels.model_dump(mode="json", exclude={"regimes", *unstored}),
+        **seen.labels.model_dump(mode="json", exclude={"regimes", *unstored, *unweighed}),
         "updates": student.update_count(config, view, images),
         "optimizer": "adamw",
         "checkpoint": "last",
     }
+    # What is off is left out: students from before there was such an option have the same recipe.
+    return {key: value for key, value in settings.items() if key not in _OFF or value != _OFF[key]}
+
+
+_OFF: dict[str, object] = {"teacher_mode": "eval", "loss": "kl", "ema": 0.0}
+
+BESIDES = ("teacher", "threads", "precision")
+"""What a record's recipe holds besides ``recipe_settings``"""

@@ -15,7 +15,7 @@ from wmdd import augment
 from wmdd.config import Config, Labels
 from wmdd.data import normalise
 from wmdd.distilled import DistilledSet
-from wmdd.distributed import Ranks, generator
+from wmdd.distributed import ALONE, Ranks, Team, generator
 from wmdd.encoding import decode, encode, row_bytes
 from wmdd.errors import InputError, WmddError
 from wmdd.files import digest, read_tensors, write_tensors
@@ -124,7 +124,10 @@ class SoftLabels:
         """Whether logits come from files"""
         self._epochs = stored_epochs(config, regime, self._count, self._classes) if self.stored else 0
         # What decides the bytes of an epoch, and nothing else.
-        settings = config.labels.model_dump(mode="json", exclude={"regimes", "budget", "weighted"})
+        unused = {"regimes", "budget", "weighted", "loss", "ce_weight"}
+        settings = config.labels.model_dump(mode="json", exclude=unused)
+        if config.labels.teacher_mode == "eval":  # labels from before there was another mode keep their name
+            del settings["teacher_mode"]
         arithmetic = config.fingerprint("compute")
         self.identity = digest(
             [distilled.sha256, teacher.sha256, settings, arithmetic, seed, config.student.batch_size]
@@ -132,10 +135,15 @@ class SoftLabels:
         """Names what these labels were made from"""
         self.folder = folder / self.identity[:16]
 
-    def online(self, views: Tensor) -> Tensor:
-        """Return the teacher's logits [b, C] float32 for a batch as the student sees it."""
+    def online(self, views: Tensor, team: Team = ALONE) -> Tensor:
+        """Return the teacher's logits [b / ranks, C] float32 for this rank's rows of a batch as the student sees it.
+
+        With the statistics of the batch each rank labels all of it: a share would have others.
+        """
+        of_batch = self._config.labels.teacher_mode == "batch"
         with torch.inference_mode(), self._ranks.autocast():
-            return self._teacher.network.predict(views).clone()
+            logits = self._teacher.network.predict(views if of_batch else team.shard(views), of_batch)
+        return (team.shard(logits) if of_batch else logits).clone()  # outside: a loss may keep it for its gradient
 
     def file(self, epoch: int) -> Path:
         """Return the file of one epoch's logits."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from wmdd.errors import InputError, nearest
 
@@ -166,18 +167,23 @@ class _ImageMoments(torch.autograd.Function):
 
 
 class _ReportingBatchNorm(nn.Module):
-    """BatchNorm in evaluation mode that keeps the moments of its last input until the network collects them."""
+    """BatchNorm by running statistics that keeps the moments of its last input until the network collects them."""
 
     def __init__(self, layer: nn.BatchNorm2d) -> None:
         super().__init__()
         self.layer = layer
         self.reporting = True
         """Off while only the network's answer is asked for"""
+        self.of_batch = False
+        """Whether it normalises by the statistics of its input instead, all images together; nothing is updated"""
         self._moments: tuple[Tensor, Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.reporting:
             self._moments = _ImageMoments.apply(inputs)
+        if self.of_batch:
+            layer = self.layer
+            return functional.batch_norm(inputs, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
         outputs: Tensor = self.layer(inputs)
         return outputs
 
@@ -241,15 +247,20 @@ class FrozenNetwork(nn.Module):
         """Number of logits."""
         return self.head.out_features
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Return the logits [N, C] alone; nothing is measured on the way."""
+    def predict(self, images: Tensor, of_batch: bool = False) -> Tensor:
+        """Return the logits [N, C] alone; nothing is measured on the way.
+
+        Args:
+            images: [N, channels, H, W], normalised.
+            of_batch: whether every BatchNorm2d goes by the statistics of these images, and not by its running ones.
+        """
         for norm in self._norms:
-            norm.reporting = False
+            norm.reporting, norm.of_batch = False, of_batch
         try:
             return _full(self.head(self.body(images).flatten(1)))
         finally:
             for norm in self._norms:
-                norm.reporting = True
+                norm.reporting, norm.of_batch = True, False
 
     def running_moments(self) -> tuple[Tensor, Tensor]:
         """Return the running means and variances of all layers, each [M]: the global BatchNorm target."""

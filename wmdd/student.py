@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wmdd import labels, networks
 from wmdd.config import Config, Student
 from wmdd.cost import Meter
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import Ranks, Team, seed_of
-from wmdd.errors import Interrupted
+from wmdd.errors import InputError, Interrupted
 from wmdd.teacher import Teacher
 from wmdd.validation import Validation
 
@@ -67,8 +68,9 @@ def train(
     """Train one student and measure it.
 
     AdamW with a (smoothed) cosine schedule per epoch.  ``hard``: cross-entropy with the mixed classes.  Else: KL
-    divergence to the teacher's logits for the same mixed batch at temperature T, times T².  Initialisation and batches
-    follow from the student's seed alone, so students of one seed on different sets are pairs.
+    divergence to the teacher's logits for the same mixed batch at temperature T, times T², or their squared error
+    (``labels.loss``).  Initialisation and batches follow from the student's seed alone, so students of one seed on
+    different sets are pairs.
 
     Args:
         config: recipe.
@@ -97,6 +99,9 @@ def train(
         soft = labels.SoftLabels(config, distilled, teacher, task.regime, task.seed, ranks, folder)
     images, classes = distilled.images.to(ranks.device), distilled.labels.to(ranks.device)
     importance = _importance(distilled).to(ranks.device) if config.labels.weighted else None
+    # Not torch's AveragedModel, whose counter makes the host wait for the device in every update.
+    weights, follow = list(network.parameters()), get_ema_multi_avg_fn(settings.ema)
+    average = [weight.detach().clone() for weight in weights] if settings.ema else []
     parallel = team.wrap(network.train())
     updates = labelled = 0
     for epoch in range(settings.epochs):
@@ -108,21 +113,30 @@ def train(
         plan = labels.batches(task.seed, visit, len(images), data.resolution, settings.batch_size, config.labels)
         stored = _stored(soft, images, visit) if soft and soft.stored else None
         for position, batch in enumerate(plan[: wanted_updates - updates]):
-            views = team.shard(labels.view(images, batch, config))
+            views = labels.view(images, batch, config)
             with ranks.autocast():
-                logits = parallel(views)
+                logits = parallel(team.shard(views))
             if soft is None:
                 loss = _hard_loss(logits.float(), classes, batch, team, importance)
             else:
-                wanted = team.shard(stored[position]) if stored else soft.online(views)
+                wanted = team.shard(stored[position]) if stored else soft.online(views, team)
                 shares = None if importance is None else team.shard(_mixed(importance, batch))
-                loss = _soft_loss(logits.float(), wanted, config.labels.temperature, shares)
+                if config.labels.loss == "kl":
+                    loss = _soft_loss(logits.float(), wanted, config.labels.temperature, shares)
+                else:
+                    entropy = _hard_loss(logits.float(), classes, batch, team, importance)
+                    loss = _squared_error(logits.float(), wanted, shares) + config.labels.ce_weight * entropy
             optimizer.zero_grad(set_to_none=True)
             (loss * (team.size / len(batch.images))).backward()
             optimizer.step()
+            if average:
+                follow(average, weights, None)
             updates += 1
             labelled += len(batch.images)
             advance(1)
+    if average:
+        for weight, mean in zip(weights, average, strict=True):
+            weight.data.copy_(mean)
     network.eval()
     metrics = validation(network, team)
     cost = {"image_bytes": float(distilled.bytes), "label_bytes": 0.0, **(soft.cost(labelled) if soft else {})}
@@ -196,6 +210,12 @@ def _soft_loss(logits: Tensor, wanted: Tensor, temperature: float, importance: T
     return functional.kl_div(student, teacher, reduction="none").sum(1) @ importance * temperature**2
 
 
+def _squared_error(logits: Tensor, wanted: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Squared error between logits, mean over classes, summed over images (Shao et al. 2024, EDC)."""
+    errors = functional.mse_loss(logits, wanted, reduction="none").mean(1)
+    return errors.sum() if importance is None else errors @ importance
+
+
 def _smoothed_cosine(epoch: int, settings: Student) -> float:
     return 0.5 * (1 + math.cos(math.pi * epoch / (settings.epochs * settings.cosine_stretch)))
 
@@ -204,10 +224,16 @@ def check(config: Config, classes: int) -> None:
     """Build every student architecture once, and see whether a budget pays for labels.
 
     Raises:
-        InputError: no such network, or it cannot take images that small, or ``labels.budget`` is too small.
+        InputError: no such network, or it cannot take images that small, or ``labels.budget`` is too small, or a
+            teacher that goes by the statistics of its batch would get one image.
     """
+    images = classes * config.ipc
     for regime in config.labels.regimes:
-        labels.stored_epochs(config, regime, classes * config.ipc, classes)
+        labels.stored_epochs(config, regime, images, classes)
+    if config.labels.teacher_mode == "batch" and min(config.student.batch_size, images) == 1:
+        raise InputError(
+            "labels.teacher_mode = batch: a batch of one image has no statistics; use larger ones, or teacher_mode=eval"
+        )
     for name in config.student.networks:
         with torch.device("meta"):
             networks.create(name, classes, config.data.channels, config.data.resolution)

@@ -208,6 +208,9 @@ def test_refusals(config: Config) -> None:
     augmented = load_config("digits", [*TINY, "statistics.augment=true"])
     with pytest.raises(InputError, match="--no-reference"):
         throughput.run(augmented, ["statistics"])
+    averaged = load_config("digits", [*TINY, "student.ema=0.9"])
+    with pytest.raises(InputError, match=r"student\.ema.*--no-reference"):
+        throughput.run(averaged, ["students"])
     with pytest.raises(InputError, match="no synthesis to time"):
         throughput.run(load_config("digits", [*TINY, "method=random"]), ["synthesis"])
 

@@ -6,10 +6,12 @@ import pytest
 from typer.testing import CliRunner
 
 from slurm.cli import app
-from slurm.plan import Array, Speed, blocks_for, chunks, estimate
+from slurm.plan import Array, Speed, blocks_for, chunks, estimate, missing_students
 from slurm.profile import load_profile, parse_stages, profile_names
+from wmdd import pipeline
 from wmdd.config import Config, load_config
 from wmdd.errors import InputError
+from wmdd.rundir import RunFolder
 
 from .conftest import NARROW
 
@@ -75,6 +77,13 @@ def test_arrays_stay_below_the_limit_of_the_cluster() -> None:
     assert chunks([], 3, 1000) == ()
     dealt = chunks(range(2500), 1, 1000)
     assert len(dealt) <= 1000 and [item for task in dealt for item in task] == list(range(2500))
+
+
+def test_students_of_another_recipe_are_missing(digits: Config, tmp_path: Path) -> None:
+    averaged = digits.model_copy(update={"student": digits.student.model_copy(update={"ema": 0.9})})
+    folder = RunFolder(pipeline.run(averaged, tmp_path / "run"))
+    assert missing_students(averaged, folder) == []
+    assert missing_students(digits, folder) == list(range(len(pipeline.students_of(digits, folder))))
 
 
 def test_an_estimate_counts_hours_bytes_and_files() -> None:
