@@ -12,7 +12,7 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 from wmdd import methods, networks, pipeline
-from wmdd.barycenter import w2_squared
+from wmdd.barycenter import barycenter, w2_squared
 from wmdd.cli import app
 from wmdd.config import Config, load_config
 from wmdd.data import load_dataset, quantise
@@ -83,7 +83,7 @@ def test_medoids_stand_for_a_class_better_than_other_selections(chosen_config: C
     config = chosen_config.model_copy(update={"ipc": count})
     for seed in range(3):
         features = features_of_a_class(seed)
-        found = Medoids(config)._atoms(features, seed)
+        found = barycenter(features, count, Medoids(config).barycenter(), seed)
         assert len(set(found.images.tolist())) == count
         assert torch.equal(found.positions, features[found.images])
         random = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:count].tolist()

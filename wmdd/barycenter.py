@@ -6,14 +6,18 @@ is optimal quantisation (k-means), with weights 1/K balanced k-means. Neither is
 several seeded starts, and the least W2² is kept.
 """
 
+import os
+import signal
+import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 import ot
@@ -26,7 +30,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from wmdd.balanced import PIVOTS, REACH, descend, optimal
 from wmdd.config import Barycenter
-from wmdd.errors import InputError, WmddError
+from wmdd.errors import InputError, Interrupted, WmddError
 
 Array = NDArray[np.float64]
 Single = NDArray[np.float32]
@@ -54,6 +58,12 @@ class Atoms:
     """Squared Wasserstein-2 distance to the class, of these very positions and weights; squared feature units."""
 
 
+Pending = Callable[[], Atoms]
+"""Atoms that may still be computed: the call waits for them."""
+Submit = Callable[[torch.Tensor, int, Barycenter, int], Pending]
+"""Asks for the barycenter of these arguments, and does not wait for it."""
+
+
 def barycenter(features: torch.Tensor, count: int, settings: Barycenter, seed: int) -> Atoms:
     """Approximate the uniform measure on ``features`` by ``count`` atoms (WMDD, step 1; Cuturi & Doucet 2014).
 
@@ -77,6 +87,70 @@ def barycenter(features: torch.Tensor, count: int, settings: Barycenter, seed: i
         return _atoms(*_checked(features.detach().numpy(), count, settings, seed))
 
 
+def later(features: torch.Tensor, count: int, settings: Barycenter, seed: int) -> Pending:
+    """Return a call that computes ``barycenter`` of these arguments, in this process."""
+    return partial(barycenter, features, count, settings, seed)
+
+
+@contextmanager
+def solvers(workers: int, stop: Callable[[], bool] = lambda: False) -> Iterator[Submit]:
+    """Compute barycenters in other processes while this one goes on: the same bytes, whatever their number.
+
+    The processes start with the first barycenter asked for, and end with the block or with this process.
+
+    Args:
+        workers: number of processes; 0 computes in this one, when the atoms are called for.
+        stop: whether the run was asked to stop.
+
+    Yields:
+        a function of ``barycenter``'s arguments; what it returns, called, waits for the atoms and raises what
+        ``barycenter`` raises.
+
+    Raises:
+        WmddError: a process died.
+        Interrupted: it died of what asked the run to stop.
+    """
+    if not workers:
+        yield later
+        return
+
+    # Forked, as DataLoader's workers are: they start at once.  Nothing but numpy is used in them, neither torch's
+    # threads nor a GPU, so that they may be forked after both have been in use.
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _begin)
+
+    def submit(features: torch.Tensor, count: int, settings: Barycenter, seed: int) -> Pending:
+        solved = pool.submit(_checked, features.detach().numpy(), count, settings, seed)
+        return lambda: _atoms(*solved.result())
+
+    try:
+        yield submit
+    except BrokenProcessPool:
+        if stop():
+            raise Interrupted("stopped while barycenters were computed") from None
+        raise WmddError(
+            "a process that computes barycenters died; memory may be short: try fewer compute.workers, or 0"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    """Make a forked process a solver: of one thread, and none that outlives the run or ends before it."""
+    # Ctrl-C and schedulers signal all processes of a run, which itself decides when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends them once one of them is dead
+    threadpool_limits(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the process that forked this one: killed, it cannot tell its solvers."""
+    if parent := parent_process():
+        parent.join()
+    os._exit(1)
+
+
 def barycenters(
     features: Iterable[torch.Tensor], count: int, settings: Barycenter, seeds: Iterable[int], workers: int = 0
 ) -> Iterator[Atoms]:
@@ -89,33 +163,20 @@ def barycenters(
         count: number K of atoms of each class.
         settings: as of ``barycenter``.
         seeds: one for each class.
-        workers: processes that compute; 0 or 1 computes in this one.
+        workers: processes that compute; 0 computes in this one.
 
     Raises:
         InputError: K is below 1, or above the n of a class.
         WmddError: a feature is not finite, or a process died.
     """
-    pairs = zip(features, seeds, strict=True)
-    if workers <= 1:
-        for points, seed in pairs:
-            yield barycenter(points, count, settings, seed)
-        return
-    # Forked, as DataLoader's workers are: they start at once, and touch neither torch's threads nor a GPU.
-    with ProcessPoolExecutor(workers, get_context("fork"), threadpool_limits, (1,)) as pool:
-        waiting: deque[Future[Solved]] = deque()
-        try:
-            for points, seed in pairs:
-                waiting.append(pool.submit(_checked, points.detach().numpy(), count, settings, seed))
-                if len(waiting) > 2 * workers:
-                    yield _atoms(*waiting.popleft().result())
-            while waiting:
-                yield _atoms(*waiting.popleft().result())
-        except BrokenProcessPool:
-            raise WmddError(
-                "a process that computes barycenters died; memory may be short: try fewer workers"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    with solvers(workers) as submit:
+        waiting: deque[Pending] = deque()
+        for points, seed in zip(features, seeds, strict=True):
+            waiting.append(submit(points, count, settings, seed))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft()()
+        while waiting:
+            yield waiting.popleft()()
 
 
 def w2_squared(features: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor) -> float:

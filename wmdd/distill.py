@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +15,21 @@ import torch
 from torch import Tensor
 
 from wmdd import methods, statistics
+from wmdd.barycenter import Pending, Submit, later, solvers
 from wmdd.config import Config
 from wmdd.console import progress, say
 from wmdd.cost import Meter
 from wmdd.data import Dataset, pixel_range, quantise
-from wmdd.distributed import ALONE, Ranks, Team
+from wmdd.distributed import ALONE, Ranks, Team, seed_of
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.files import digest, read_metadata, read_tensors, write_json, write_tensors
 from wmdd.records import provenance
 from wmdd.rundir import Block, Group, RunFolder
 from wmdd.synthesis import State, Target, synthesise
 from wmdd.teacher import Teacher
+
+Found = Mapping[int, statistics.ClassStatistics]
+"""Statistics of each class, by index; empty for methods that use none."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ def check(config: Config, dataset: Dataset) -> methods.Method:
 
 def distill(job: Job, blocks: list[Block]) -> None:
     """Write every block that is missing; a block that is whole is left alone.
+
+    Statistics are measured one group ahead of the synthesis, and the barycenters of that group are computed beside it;
+    so the statistics of two groups are held, and no more.
 
     Raises:
         Interrupted: a stop was requested; what was done is kept.
@@ -100,19 +107,37 @@ def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
     with (
         progress(f"statistics, block {block.index}", images, "images") as measured,
         progress(f"{job.config.method}, block {block.index}", steps, "iterations") as optimised,
+        solvers(job.config.compute.workers, job.stop) as submit,
     ):
-        # One stream over the whole block, read group by group: no more than a group is held, and the decoders work
-        # ahead while a group is synthesised.
+        # One stream over the whole block, read group by group; the decoders work ahead while a group is synthesised.
         stream = statistics.measure(job.config, job.dataset, job.teacher, job.ranks, classes, measured)
-        for group in todo:
+
+        def look_at(group: Group) -> tuple[Group, Found, dict[int, Pending]]:
             found = dict(itertools.islice(stream, len(group.classes) if classes else 0))
+            return group, found, _submitted(job, method, group, found, submit)
+
+        # ``ready`` is dropped before the group after ``following`` is measured: never are three held.
+        groups = map(look_at, todo)
+        ready = next(groups, None)
+        while ready:
+            following = next(groups, None)
             if team.sum(torch.tensor(float(job.stop()))):
-                raise Interrupted(f"stopped before group {group.index}")
-            _distill_group(job, method, team, group, found, optimised)
+                raise Interrupted(f"stopped before group {ready[0].index}")
+            _distill_group(job, method, team, *ready, optimised)
+            ready = following
     job.ranks.barrier()
     if job.ranks.main:
         _assemble(job, block)
     job.ranks.barrier()
+
+
+def _submitted(job: Job, method: methods.Method, group: Group, found: Found, submit: Submit) -> dict[int, Pending]:
+    """Ask for the barycenters of a group's classes, if the method wants any."""
+    settings = method.barycenter()
+    if settings is None:
+        return {}
+    seeds = {index: seed_of(job.config.seed, "barycenter", job.dataset.classes[index]) for index in group.classes}
+    return {index: submit(found[index].features, job.config.ipc, settings, seed) for index, seed in seeds.items()}
 
 
 @dataclass(frozen=True)
@@ -139,20 +164,25 @@ class Prepared:
         return ("group", *self.names)
 
 
-def prepare(job: Job, method: methods.Method, group: Group, found: dict[int, statistics.ClassStatistics]) -> Prepared:
+def prepare(
+    job: Job, method: methods.Method, group: Group, found: Found, pending: Mapping[int, Pending] | None = None
+) -> Prepared:
     """Let the method plan each class of a group, and put the plans together.
 
     Args:
         job: of the run.
         method: who plans.
         group: the classes.
-        found: statistics of each class, by index; empty for methods that use none.
+        found: their statistics.
+        pending: their barycenters, by index; None computes here what the method asks for.
     """
     config, count, settings = job.config, job.config.ipc, method.synthesis()
     names = [job.dataset.classes[index] for index in group.classes]
     observe = functools.partial(job.teacher.observe, ranks=job.ranks, batch_size=config.statistics.batch_size)
+    pending = _submitted(job, method, group, found, later) if pending is None else pending
+    atoms = {index: solved() for index, solved in pending.items()}
     plans = [
-        method.prepare(methods.ClassData(index, name, config, job.dataset, found.get(index), observe))
+        method.prepare(methods.ClassData(index, name, config, job.dataset, found.get(index), observe, atoms.get(index)))
         for index, name in zip(group.classes, names, strict=True)
     ]
     own = zip(group.classes, plans, strict=True)
@@ -171,8 +201,8 @@ def prepare(job: Job, method: methods.Method, group: Group, found: dict[int, sta
             variance = torch.stack([one.variance(share, matched) for one, share in pairs])
         else:
             mean, variance = (moment[None].cpu() for moment in job.teacher.network.running_moments())
-        atoms = [plan.atoms for plan in plans if plan.atoms is not None]
-        target = Target(labels, counted, mean, variance, torch.stack(atoms) if len(atoms) == len(plans) else None)
+        targets = [plan.atoms for plan in plans if plan.atoms is not None]
+        target = Target(labels, counted, mean, variance, torch.stack(targets) if len(targets) == len(plans) else None)
     w2 = {name: plan.w2 for name, plan in zip(names, plans, strict=True) if plan.w2 is not None}
     return Prepared(group, names, torch.cat([plan.images for plan in plans]), labels, weights, w2, target)
 
@@ -217,12 +247,13 @@ def _distill_group(
     method: methods.Method,
     team: Team,
     group: Group,
-    found: dict[int, statistics.ClassStatistics],
+    found: Found,
+    pending: Mapping[int, Pending],
     advance: Callable[[int], None],
 ) -> None:
     """Synthesise a group, with checkpoints, and write its file."""
     meter = Meter(job.ranks.device, team.size)
-    prepared = prepare(job, method, group, found)
+    prepared = prepare(job, method, group, found, pending)
     clock = _Clock(job.config.compute.checkpoint_seconds)
 
     def save(state: State) -> None:

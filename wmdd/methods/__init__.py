@@ -13,7 +13,8 @@ from importlib.metadata import entry_points
 import torch
 from torch import Tensor
 
-from wmdd.config import Config, Synthesis
+from wmdd.barycenter import Atoms
+from wmdd.config import Barycenter, Config, Synthesis
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import generator
 from wmdd.errors import InputError, nearest
@@ -50,6 +51,8 @@ class ClassData:
     """None for methods that set ``uses_statistics = False``"""
     observe: Callable[[Tensor], Observation]
     """What the teacher sees in normalised images [n, channels, H, W]; the observation lies on the CPU"""
+    atoms: Atoms | None = None
+    """Barycenter of the class; None for methods whose ``barycenter`` asks for none"""
 
     @property
     def count(self) -> int:
@@ -97,6 +100,14 @@ class Method(ABC):
 
     def objective(self) -> Objective | None:
         """Return what the images are optimised for; None leaves them as ``prepare`` made them."""
+        return None
+
+    def barycenter(self) -> Barycenter | None:
+        """Return the settings of the barycenter that ``prepare`` finds in ``data.atoms``; None for none.
+
+        It is of the features, and so needs ``uses_statistics``.  While one group of classes is synthesised, those of
+        the next are computed by ``compute.workers`` processes.
+        """
         return None
 
     def check(self, dataset: Dataset) -> None:  # noqa: B027 - most methods take any data set

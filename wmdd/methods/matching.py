@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from wmdd.barycenter import Atoms, barycenter
-from wmdd.distributed import seed_of
+from wmdd.config import Barycenter
 from wmdd.methods import ClassData, Method, Plan
 from wmdd.synthesis import Objective
 
@@ -17,9 +16,13 @@ class Wmdd(Method):
         """Return the weights and norms of the config."""
         return Objective.of(self.synthesis())
 
+    def barycenter(self) -> Barycenter | None:
+        """Return the config's settings, if features are matched to atoms at all."""
+        return self.config.barycenter if self.objective().feature else None
+
     def prepare(self, data: ClassData) -> Plan:
-        """Find the atoms; start from noise, or from the real images nearest to the atoms."""
-        atoms = self._atoms(data) if self.objective().feature else None
+        """Start from noise, or from the real images nearest to the atoms."""
+        atoms = data.atoms
         resolution, channels = self.config.data.resolution, self.config.data.channels
         if self.synthesis().start == "noise":
             shape = (self.config.ipc, channels, resolution, resolution)
@@ -33,12 +36,6 @@ class Wmdd(Method):
         if atoms is None:
             return Plan(images)
         return Plan(images, atoms.positions, atoms.weights.float(), w2=atoms.w2)
-
-    def _atoms(self, data: ClassData) -> Atoms:
-        if data.statistics is None:
-            raise ValueError("the barycenter needs the class statistics")
-        seed = seed_of(self.config.seed, "barycenter", data.name)
-        return barycenter(data.statistics.features, self.config.ipc, self.config.barycenter, seed)
 
 
 class CrossEntropyClassBN(Wmdd):

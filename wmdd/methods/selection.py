@@ -5,9 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from wmdd.barycenter import Atoms, barycenter
 from wmdd.config import Barycenter
-from wmdd.distributed import seed_of
 from wmdd.methods import ClassData, Method, Plan
 
 
@@ -83,15 +81,17 @@ class Medoids(Method):
     ``barycenter.rounds`` are the config's.
     """
 
-    def prepare(self, data: ClassData) -> Plan:
-        """Choose the images."""
-        atoms = self._atoms(_features(data), seed_of(self.config.seed, "barycenter", data.name))
-        return Plan(data.decode(atoms.images.tolist()), weights=atoms.weights.float(), w2=atoms.w2)
-
-    def _atoms(self, features: Tensor, seed: int) -> Atoms:
+    def barycenter(self) -> Barycenter:
+        """Return the settings of optimal quantisation by medoids."""
         own = self.config.barycenter
-        settings = Barycenter(weights="free", atoms="medoids", starts=own.starts, rounds=own.rounds)
-        return barycenter(features, self.config.ipc, settings, seed)
+        return Barycenter(weights="free", atoms="medoids", starts=own.starts, rounds=own.rounds)
+
+    def prepare(self, data: ClassData) -> Plan:
+        """Take the medoids."""
+        atoms = data.atoms
+        if atoms is None:
+            raise ValueError("medoids are a choice by the barycenter")
+        return Plan(data.decode(atoms.images.tolist()), weights=atoms.weights.float(), w2=atoms.w2)
 
 
 def _features(data: ClassData) -> Tensor:
