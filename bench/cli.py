@@ -1,5 +1,6 @@
 """``wmdd bench ...``."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -19,39 +20,62 @@ def bench() -> None:
 
 @app.command(
     epilog="Examples:  wmdd bench protocol digits --jobs 2   |   "
+    "wmdd bench protocol tiny-imagenet tiny-imagenet-ablation --minutes 9   |   "
     "wmdd bench protocol tiny-10 --set data.root=/data/tiny-imagenet-200 --slurm a100"
 )
 def protocol(
-    file: Annotated[str, typer.Argument(metavar="PROTOCOL", help="Shipped protocol (digits, tiny-10) or TOML file.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROTOCOL...", help="Shipped protocols (digits, tiny-10) or TOML files, done in this order."
+        ),
+    ],
     override: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of its runs; runs/NAME by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs, with one below it for each of several; runs/NAME.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")] = 1,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop after so many minutes as SIGTERM does; the same command goes on."),
+    ] = None,
     slurm: Annotated[
         str | None,
         typer.Option(metavar="PROFILE", help="Submit the runs instead; the same command reports them later."),
     ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only list what is done and what is left.")] = False,
 ) -> None:
-    """Run what is missing of a protocol, and report it: paired by seed, with intervals."""
+    """Run what is missing of protocols, and report them together: paired by seed, with intervals."""
     from rich.console import Console
 
+    from bench import outlook
     from bench import protocol as protocols
     from wmdd import launchers, reporting
+    from wmdd.errors import InputError
     from wmdd.reporting import page
 
-    chosen = protocols.load_protocol(file)
-    folder = out or Path("runs") / chosen.name
-    table = protocols.cells(chosen, folder, override or [])
-    launcher = launchers.find("slurm", slurm) if slurm else launchers.Local(jobs)
-    protocols.check(table)
-    protocols.write_plan(chosen, table, folder)
-    launcher.launch([(cell.config, cell.folder) for cell in table], f"protocol {chosen.name}")
-    if not any(folder.rglob("records/*.jsonl")):
-        typer.echo(f"{folder}: no student has finished yet; the same command reports them later")
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    if slurm and minutes is not None:
+        raise InputError("--minutes is for this machine; the times of jobs are set in the profile of --slurm")
+    chosen = [protocols.load_protocol(file) for file in files]
+    folders = protocols.folders(chosen, out)
+    tables = [protocols.cells(one, folder, override or []) for one, folder in zip(chosen, folders, strict=True)]
+    if plan:
+        outlook.tell({one.name: table for one, table in zip(chosen, tables, strict=True)}, Console())
         return
-    collected = reporting.collect([folder])
-    page.write_html(collected, folder / "report.html")
+    launcher = launchers.find("slurm", slurm) if slurm else launchers.Local(jobs, deadline)
+    todo = protocols.check([cell for table in tables for cell in table])
+    for one, table, folder in zip(chosen, tables, folders, strict=True):
+        protocols.write_plan(one, table, folder)
+    launcher.launch([(cell.config, cell.folder) for cell in todo], f"protocol {', '.join(one.name for one in chosen)}")
+    if not any(path for folder in folders for path in folder.rglob("records/*.jsonl")):
+        typer.echo(f"{', '.join(map(str, folders))}: no student has finished yet; the same command reports them later")
+        return
+    html = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
+    collected = reporting.collect(folders)
+    page.write_html(collected, html)
     reporting.render_terminal(collected, Console())
-    typer.echo(f"report: {folder / 'report.html'}")
+    typer.echo(f"report: {html}")
 
 
 @app.command(

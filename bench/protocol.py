@@ -5,16 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from wmdd import methods, pipeline
-from wmdd.config import Config, Positive, load_config
-from wmdd.data import load_dataset
-from wmdd.errors import InputError, nearest
-from wmdd.files import read_toml, write_json
+from wmdd import evaluation, methods, pipeline, student
+from wmdd.config import Config, Data, Positive, load_config
+from wmdd.data import Dataset, load_dataset
+from wmdd.errors import InputError, WmddError, nearest
+from wmdd.files import read_json, read_toml, write_json
+from wmdd.records import read_records
+from wmdd.rundir import RunFolder
 
 
 class _Part(BaseModel):
@@ -100,8 +103,23 @@ def load_protocol(source: str) -> Protocol:
         raise InputError(f"{source}: {where}: {hint}") from None
 
 
+def folders(protocols: Sequence[Protocol], out: Path | None) -> list[Path]:
+    """Return where each protocol's runs lie: for one in ``out``, else below ``out`` (``runs`` by default) by its name.
+
+    Raises:
+        InputError: two have one name, and would share a folder.
+    """
+    if twice := [name for name, count in Counter(one.name for one in protocols).items() if count > 1]:
+        raise InputError(f"two protocols are called {twice[0]!r}; give one a name of its own")
+    if out and len(protocols) == 1:
+        return [out]
+    return [(out or Path("runs")) / one.name for one in protocols]
+
+
 def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
-    """Return the runs of a protocol, seed by seed, so that a protocol that is stopped has whole comparisons.
+    """Return the runs of a protocol in the order of its lists: IPC, method, and of each all seeds before the next.
+
+    A protocol that is stopped thus has whole rows, with intervals, of what it lists first.
 
     Args:
         protocol: what is compared.
@@ -121,17 +139,14 @@ def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[
     ):
         common += [f"{key}={list(chosen)}"] if chosen else []
     made = []
-    for seed in range(protocol.distillation_seeds):
-        for ipc in protocol.ipc:
-            students = f"student.seeds={protocol.student_seeds}", f"student.first_seed={seed * protocol.student_seeds}"
-            varied = [f"ipc={ipc}", f"seed={seed}", *students]
-            plain = load_config(protocol.config, [*common, *varied])
-            for entry in protocol.methods:
-                source = f"{protocol.config}+{entry.variant}" if entry.variant else protocol.config
-                own = [*entry.overrides, f"method={entry.method}", f"name={entry.name}"]
-                config = load_config(source, [*common, *own, *varied])
-                _check(entry, config, plain)
-                made.append(Cell(out / f"ipc-{ipc:03d}" / entry.name / f"seed-{seed:03d}", config))
+    for ipc, entry, seed in product(protocol.ipc, protocol.methods, range(protocol.distillation_seeds)):
+        students = f"student.seeds={protocol.student_seeds}", f"student.first_seed={seed * protocol.student_seeds}"
+        varied = [f"ipc={ipc}", f"seed={seed}", *students]
+        source = f"{protocol.config}+{entry.variant}" if entry.variant else protocol.config
+        own = [*entry.overrides, f"method={entry.method}", f"name={entry.name}"]
+        config = load_config(source, [*common, *own, *varied])
+        _check(entry, config, load_config(protocol.config, [*common, *varied]))
+        made.append(Cell(out / f"ipc-{ipc:03d}" / entry.name / f"seed-{seed:03d}", config))
     for entry in protocol.methods:
         methods.create(made[0].config, entry.method)
     return made
@@ -148,17 +163,47 @@ def _check(entry: Entry, config: Config, plain: Config) -> None:
             )
 
 
-def check(table: Sequence[Cell]) -> None:
-    """Refuse what could only fail later, in any cell.
+def check(table: Sequence[Cell]) -> list[Cell]:
+    """Return the cells that are not finished, once nothing speaks against any.
+
+    Args:
+        table: of one protocol or of several, in the order in which they are to be done.
 
     Raises:
         InputError: the data is missing, a class is too small, a network or a method does not exist.
     """
-    first = table[0].config
-    dataset = load_dataset(first.data, first.compute.workers)
+    datasets: dict[Data, Dataset] = {}
     for cell in table:
-        if cell.config.seed == first.seed:
-            pipeline.check(cell.config, dataset)
+        if cell.config.data not in datasets:
+            datasets[cell.config.data] = load_dataset(cell.config.data, cell.config.compute.workers)
+        if cell.config.seed == 0:
+            pipeline.check(cell.config, datasets[cell.config.data])
+    return [cell for cell in table if not _finished(cell, datasets[cell.config.data])]
+
+
+def _finished(cell: Cell, dataset: Dataset) -> bool:
+    """Return whether nothing is left to do: a cell's records are all that a comparison needs of it.
+
+    Images that were left behind on another machine are thus not made again.
+    """
+    try:
+        bound = read_json(cell.folder / "config.json")["data"]
+    except (WmddError, KeyError, TypeError):
+        return False
+    return bound == dataset.fingerprint and not students_left(cell, len(dataset.classes))
+
+
+def students_left(cell: Cell, classes: int) -> list[student.Task]:
+    """Return the students of a cell, on so many classes, that no record of this config tells of."""
+    config, folder = cell.config, RunFolder(cell.folder)
+
+    def known(task: student.Task) -> bool:
+        file = evaluation.record_file(folder, task)
+        records = read_records(file)[0] if file.exists() else []
+        recipe = evaluation.recipe_settings(config, task.regime, task.view, classes * config.ipc).items()
+        return any(one.config == config.fingerprint() and recipe <= one.recipe.items() for one in records)
+
+    return [task for task in student.tasks(config.student, config.labels.regimes) if not known(task)]
 
 
 def write_plan(protocol: Protocol, table: Sequence[Cell], out: Path) -> None:

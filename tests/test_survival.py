@@ -25,6 +25,7 @@ from wmdd.config import Config, load_config
 from wmdd.distilled import DistilledSet
 from wmdd.errors import WmddError
 from wmdd.rundir import RunFolder
+from wmdd.signals import stop_on
 
 fork = multiprocessing.get_context("fork")
 DISTIL = pipeline.Share(("teacher", "distill"))
@@ -80,6 +81,15 @@ def test_a_truncated_sidecar_or_manifest_is_named_and_rebuilt(
     pipeline.run(blocked, tmp_path / "run", share=DISTIL)
     assert f"{folder.sidecar_file(2)}: is not a whole sidecar" in capfd.readouterr().err
     assert blocks_of(tmp_path / "run") == before
+
+
+def test_a_stop_that_came_too_late_for_a_run_is_known_to_whoever_does_many() -> None:
+    with stop_on(signal.SIGTERM) as outer:
+        with stop_on(signal.SIGTERM, signal.SIGINT) as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert inner() and outer()
+    with stop_on(signal.SIGTERM) as later:
+        assert not later()
 
 
 def failing(call: Callable[..., Any], code: int, when: Callable[..., bool], times: int = 10**6) -> Callable[..., Any]:

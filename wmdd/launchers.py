@@ -10,8 +10,9 @@ import queue
 import signal
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from typing import Any
 from wmdd import console, pipeline
 from wmdd.config import Config
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
-from wmdd.signals import StopRequest, stop_on
+from wmdd.signals import StopRequest, stop_after, stop_on
+
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class Launcher(ABC):
@@ -54,21 +57,34 @@ class Local(Launcher):
 
     Args:
         jobs: runs at a time; each has ``compute.threads`` threads.
+        deadline: from when on, by ``time.monotonic``, no run is begun and those at work are asked to stop, as SIGTERM
+            asks them; None: never.
     """
 
-    def __init__(self, jobs: int = 1) -> None:
+    def __init__(self, jobs: int = 1, deadline: float | None = None) -> None:
         self._jobs = jobs
+        self._deadline = deadline
 
     def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
-        """Do the runs in order, ``jobs`` at a time; the first that fails stops the others at their next safe point."""
-        with console.progress(title, len(runs), "runs") as advance:
-            if self._jobs == 1:
-                for config, folder in runs:
-                    _run(config, folder)
+        """Do the runs in order, ``jobs`` at a time; the first that fails stops the others at their next safe point.
+
+        Of what is stopped a teacher loses no whole epoch, a group no iteration, a student all of its training.
+        """
+        seconds = None if self._deadline is None else self._deadline - time.monotonic()
+        left = len(runs)
+        with (
+            console.progress(title, left, "runs") as advance,
+            stop_on(*_STOPS) as stop,
+            stop_after(seconds),
+        ):
+            try:
+                for _ in _one_by_one(runs, stop) if self._jobs == 1 else _share(runs, self._jobs, stop):
+                    left -= 1
                     advance(1)
-            else:
-                with stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop:
-                    _share(runs, self._jobs, stop, advance)
+            except Interrupted as reason:
+                raise Interrupted(
+                    f"stopped with {left} of {len(runs)} runs to do; the same command goes on"
+                ) from reason
 
     def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
         """Start the ranks under torchrun."""
@@ -87,7 +103,17 @@ def last_words(said: str) -> str:
     return next((line for line in lines if line.startswith("wmdd: ")), lines[-1]).removeprefix("wmdd: ").strip()
 
 
-def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest, advance: Callable[[int], None]) -> None:
+def _one_by_one(runs: Iterable[tuple[Config, Path]], stop: StopRequest) -> Iterator[None]:
+    """Do runs in this process; yields after each."""
+    for config, folder in runs:
+        if stop():
+            raise Interrupted("stopped between two runs")
+        _run(config, folder)
+        yield
+
+
+def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest) -> Iterator[None]:
+    """Do runs in so many processes; yields after each."""
     # Each process imports torch anew: a forked one may hang in its thread pools.
     fresh = multiprocessing.get_context("spawn")
     todo, done = fresh.Queue(), fresh.Queue()
@@ -102,7 +128,7 @@ def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest, ad
     try:
         while finished < len(runs):
             if stop():
-                raise Interrupted(f"stopped after {finished} of {len(runs)} runs")
+                raise Interrupted("stopped while processes were at work")
             try:
                 failure = done.get(timeout=0.2)
             except queue.Empty:
@@ -114,7 +140,7 @@ def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest, ad
             if failure:
                 raise failure
             finished += 1
-            advance(1)
+            yield
     finally:
         for worker in workers:
             worker.terminate()  # its run checkpoints and leaves
@@ -124,13 +150,12 @@ def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest, ad
 
 def _work(todo: Any, done: Any) -> None:
     console.quiet = True
-    for config, folder in iter(todo.get, None):
+    with stop_on(*_STOPS) as stop:
         try:
-            _run(config, folder)
+            for _ in _one_by_one(iter(todo.get, None), stop):
+                done.put(None)
         except WmddError as error:
             done.put(error)
-            return
-        done.put(None)
 
 
 def find(name: str, target: str) -> Launcher:

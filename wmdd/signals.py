@@ -1,5 +1,6 @@
 """A stop request: signals set a flag, and long loops read it where they can checkpoint."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,10 +19,15 @@ class StopRequest:
         return self.signal is not None
 
 
+_open: list[StopRequest] = []
+"""Of the blocks that this process is in, the outermost first: a signal is for all of them."""
+
+
 @contextmanager
 def stop_on(*numbers: signal.Signals) -> Iterator[StopRequest]:
     """Turn the given signals into a flag for the length of the block; the second of the same kind acts at once.
 
+    Blocks may be nested: what came too late for an inner one to heed is known to those around it.
     Outside the main thread, where Python handles no signals, nobody can ask.
     """
     request = StopRequest()
@@ -31,13 +37,32 @@ def stop_on(*numbers: signal.Signals) -> Iterator[StopRequest]:
     before: dict[signal.Signals, object] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal = signal.Signals(number)
+        for one in _open:
+            one.signal = signal.Signals(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    for number in numbers:
-        before[number] = signal.signal(number, note)
+    _open.append(request)
     try:
+        for number in numbers:
+            before[number] = signal.signal(number, note)
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        _open.remove(request)
+
+
+@contextmanager
+def stop_after(seconds: float | None) -> Iterator[None]:
+    """Send this process SIGTERM after so many seconds, unless the block ends before; None: never."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(max(0.0, seconds), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # a signal on its way arrives while somebody listens

@@ -1,20 +1,29 @@
 """A protocol is a table of runs: complete, paired by seed, shared out, resumable, refused when it is unfair."""
 
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from rich.console import Console
+from typer.testing import CliRunner
 
+from bench import outlook
 from bench import protocol as protocols
+from bench.outlook import Outlook
 from bench.protocol import Cell, Protocol
-from wmdd.errors import InputError
-from wmdd.files import read_json
+from wmdd.cli import app
+from wmdd.errors import InputError, Interrupted
+from wmdd.files import read_json, write_json
 from wmdd.launchers import Local
 from wmdd.records import read_records
 
@@ -27,6 +36,8 @@ BASE = {
     "regimes": ["hard", "soft"],
     "distillation_seeds": 2,
 }
+
+SHIPPED = sorted(path.name.removesuffix(".toml") for path in (resources.files("bench") / "protocols").iterdir())
 
 SCRIPT = """
 import json, sys
@@ -96,6 +107,84 @@ def test_two_processes_measure_what_one_does_and_a_finished_protocol_does_nothin
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
     do(cells)
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
+
+
+def test_cells_come_in_the_order_of_the_file_each_with_all_its_seeds(tmp_path: Path) -> None:
+    order = [str(cell.folder.relative_to(tmp_path)) for cell in table(tmp_path, ipc=[2, 1])]
+    assert order[:3] == ["ipc-002/random/seed-000", "ipc-002/random/seed-001", "ipc-002/herding/seed-000"]
+    assert order[6:8] == ["ipc-001/random/seed-000", "ipc-001/random/seed-001"]
+
+
+def test_several_protocols_stop_after_so_many_minutes_and_go_on_to_the_same_results(
+    finished: Path, tmp_path: Path
+) -> None:
+    files = []
+    for name, methods in (
+        ("first", '"random", "herding"'),
+        ("second", '{ method = "wmdd", name = "noise", overrides = ["synthesis.start=noise"] }'),
+    ):
+        files.append(str(tmp_path / f"{name}.toml"))
+        shared = 'config = "digits"\nipc = [1]\nregimes = ["hard", "soft"]\ndistillation_seeds = 2'
+        lines = f'name = "{name}"\noverrides = {json.dumps(TINY)}\nmethods = [{methods}]\n{shared}\n'
+        Path(files[-1]).write_text(lines)
+    out = tmp_path / "out"
+    command = ["bench", "protocol", *files, "--out", str(out)]
+    for jobs in ("1", "2"):
+        longer = ["--set", "student.epochs=1000000", "--minutes", "0.05", "--jobs", jobs]
+        stopped = CliRunner().invoke(app, [*command, *longer])
+        assert isinstance(stopped.exception, Interrupted)
+        assert "stopped with 6 of 6 runs to do" in str(stopped.exception)
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert measured(out) == measured(finished)
+    assert {path.name for path in out.iterdir()} == {"first", "second", "report.html"}
+
+
+def test_a_finished_cell_is_left_alone_without_its_images_and_wherever_the_data_lie(
+    finished: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    for file in moved.rglob("*.safetensors"):
+        file.unlink()
+    assert protocols.check(table(moved, overrides=[*TINY, f"data.root={tmp_path}"])) == []
+    assert len(protocols.check(table(moved, overrides=[*TINY, "student.lr=0.1"]))) == 6, "other students"
+    assert len(protocols.check(table(moved, overrides=[*TINY, "synthesis.lr=0.1"]))) == 6, "other images"
+
+    other, lost = moved / "ipc-001" / "random" / "seed-000", moved / "ipc-001" / "noise" / "seed-001"
+    write_json(other / "config.json", read_json(other / "config.json") | {"data": "other images"})
+    next((lost / "records").iterdir()).unlink()
+    assert [cell.folder for cell in protocols.check(table(moved))] == [other, lost]
+
+
+def test_the_outlook_counts_what_is_left(finished: Path, tmp_path: Path) -> None:
+    done = [outlook.of(cell) for cell in table(finished)]
+    assert sum(done, Outlook()) == Outlook(sets=6, students=12)
+    left = [outlook.of(cell) for cell in table(tmp_path) if cell.config.name == "noise"]
+    # Per seed: 4 images, 6 iterations; 2 students of 2 epochs, one batch each.
+    assert left == 2 * [Outlook(1, sets_left=1, iterations_left=24, students=2, students_left=2, updates_left=4)]
+    shown = Console(file=io.StringIO(), width=120)
+    outlook.tell({"tiny": table(tmp_path)}, shown)
+    assert isinstance(shown.file, io.StringIO)
+    assert re.search(r"all +0 / 6 +0 / 12 +48 +24", shown.file.getvalue())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_protocol_is_whole(name: str, tmp_path: Path) -> None:
+    protocol = protocols.load_protocol(name)
+    cells = protocols.cells(protocol, tmp_path)
+    assert len(cells) == len(protocol.methods) * len(protocol.ipc) * protocol.distillation_seeds
+
+
+@pytest.mark.parametrize(("name", "roll"), [("tiny-imagenet", 9), ("tiny-imagenet-224", 32)])
+def test_the_paper_and_its_code_keep_their_own_settings_on_tiny_imagenet(name: str, roll: int, tmp_path: Path) -> None:
+    found = {cell.config.name: cell.config for cell in protocols.cells(protocols.load_protocol(name), tmp_path)}
+    both = {"iterations": 2000, "lr": 0.1, "betas": (0.5, 0.9), "start": "noise", "crop_scale": (0.08, 1.0)}
+    both |= {"augment": "group", "jitter": roll}
+    paper = {"norm": "squared", "bn_weight": 300, "ce_weight": 0}
+    upstream = {"norm": "euclidean", "bn_weight": 500, "ce_weight": 1, "classes_per_group": 0}
+    for which, own in (("paper", paper), ("upstream", upstream)):
+        settings = found[which].synthesis.model_dump()
+        assert {key: settings[key] for key in both | own} == both | own
 
 
 def test_the_plan_lists_every_cell(tmp_path: Path) -> None:
