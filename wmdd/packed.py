@@ -79,7 +79,7 @@ class Shards(Source):
         self.stage = None if config.stage is None else _stage_folder(Path(config.stage).expanduser(), index)
         self._looks: dict[str, Packed] = {}
         self._places: dict[str, tuple[int, Split, int]] = {}
-        self._read: set[int] = set()
+        self._members: dict[tuple[str, Split], list[str]] = {}
         self._maps: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,7 +101,9 @@ class Shards(Source):
                 f"data.packed={self.root}: holds {len(self._shard_of)} of {len(self._all)} classes, and {label!r} is "
                 "none of them; choose others by data.classes, or pack more"
             )
-        return [image.name for image in self._contents(number)[label][split]]
+        if (label, split) not in self._members:
+            self._read(number)
+        return self._members[label, split]
 
     def look(self, name: str) -> Look:
         """Return what was told when the image was packed."""
@@ -157,21 +159,20 @@ class Shards(Source):
                 found.append((str(self.root / entry["file"]), "is damaged: its SHA-256 is not that of the index"))
         return found
 
-    def _contents(self, number: int) -> dict[str, dict[str, list[Packed]]]:
+    def _read(self, number: int) -> None:
+        """Note what a shard holds: once, for it tells of all its classes."""
         entry = self._shards[number]
         path = self.root / entry["file"]
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             state = "is cut short or has grown" if path.is_file() else "is missing"
             raise InputError(f"{path}: {state}; run `wmdd data pack` again, which makes only what is not whole")
         contents = contents_of(path)
-        if number not in self._read:
-            self._read.add(number)
-            for split in SPLITS:
-                kept = [image for images in contents.values() for image in images[split]]
-                self._looks |= {image.name: image for image in kept}
-                whole = [image.name for image in kept if image.fault is None]
-                self._places |= {name: (number, split, position) for position, name in enumerate(whole)}
-        return contents
+        for split in SPLITS:
+            kept = [image for images in contents.values() for image in images[split]]
+            self._members |= {(name, split): [image.name for image in contents[name][split]] for name in contents}
+            self._looks |= {image.name: image for image in kept}
+            whole = [image.name for image in kept if image.fault is None]
+            self._places |= {name: (number, split, position) for position, name in enumerate(whole)}
 
 
 def contents_of(path: Path) -> dict[str, dict[str, list[Packed]]]:
