@@ -108,6 +108,14 @@ def test_a_baseline_under_another_recipe_is_not_compared_either(tmp_path: Path) 
         collect([run])
 
 
+def test_runs_that_read_the_same_images_from_other_places_are_alike(tmp_path: Path) -> None:
+    here, there = (SETTINGS["data"] | {"root": f"/{place}", "packed": f"/{place}/packed"} for place in "ab")
+    make_run(tmp_path / "a", [0.9, 0.92], data=here | {"stage": "/local"})
+    make_run(tmp_path / "b", [0.9, 0.92], data=there, seed=1)
+
+    assert table(collect([tmp_path]), "Accuracy").rows[0][8] == "2×2"
+
+
 def test_test_images_are_not_mixed_with_held_out_ones(tmp_path: Path) -> None:
     make_run(tmp_path / "a", [0.9])
     make_run(tmp_path / "b", [0.9], seed=1, record={"evaluated_on": "holdout"})

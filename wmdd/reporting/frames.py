@@ -81,7 +81,7 @@ def distillation(run: Run) -> dict[str, Any]:
     # A baseline that selects real images does not depend on how the run that owns it synthesises.
     sections = _SELECTION if run.baseline and not run.optimised else _DISTILLATION
     terms = {key: run.config.get(key) for key in sections}
-    data = {key: value for key, value in (terms["data"] or {}).items() if key != "root"}
+    data = {key: value for key, value in (terms["data"] or {}).items() if key not in ("root", "packed", "stage")}
     arithmetic = {key: run.config.get("compute", {}).get(key) for key in ("threads", "precision", "compile")}
     return terms | {"data": data, "compute": arithmetic}
 
