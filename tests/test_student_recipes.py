@@ -128,7 +128,7 @@ def test_a_teacher_by_the_statistics_of_a_batch_is_the_network_in_training_mode(
     expected = copy.deepcopy(classifier).train()(images)
     torch.testing.assert_close(frozen.predict(images, of_batch=True), expected)
     assert all(torch.equal(values, state[name]) for name, values in frozen.state_dict().items()), "nothing is learned"
-    assert torch.equal(frozen.predict(images), usual) and torch.equal(frozen(images).logits, usual)
+    assert torch.equal(frozen(images).logits, usual) and torch.equal(frozen.predict(images), usual)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(frozen.predict(images, of_batch=True), expected, atol=0.1, rtol=0.1)
 
