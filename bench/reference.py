@@ -34,6 +34,11 @@ class ClassTarget:
     variances: list[Tensor] = field(default_factory=list)
     """Biased variance, likewise"""
 
+    def double(self) -> "ClassTarget":
+        """Return the target in float64."""
+        moments = ([one.double() for one in kind] for kind in (self.means, self.variances))
+        return ClassTarget(self.label, self.atoms.double(), self.weights.double(), *moments)
+
 
 class Probe:
     """Forward hooks that keep the inputs of every BatchNorm layer and of the last linear layer."""

@@ -114,19 +114,37 @@ def start_differences(
 ) -> dict[str, float]:
     """Return the relative differences of the engine's loss and image gradient from the reference's, at ``images``.
 
-    Both see whole images.  The engine takes one step: Adam's first moment is then (1 − β1) times its gradient.
+    Both see whole images.  The engine takes one step: Adam's first moment is then (1 − β1) times its gradient.  What
+    rounding alone does is ``gradient_rounding``, the distance of the reference's gradient from its own in float64: one
+    input of a ReLU within rounding of zero makes it large, and the other difference with it.
     """
     whole = settings.model_copy(
         update={"crop_scale": (1.0, 1.0), "flip": False, "jitter": 0, "crop_curriculum": 0.0, "betas": (0.5, 0.9)}
     )
     state = engine(whole, images, 1)
-    pixels = images.to(device, copy=True).requires_grad_(True)
-    loss = loss_of(probe, pixels, targets)
-    (gradient,) = torch.autograd.grad(loss, pixels)
+    loss, gradient = _plain_gradient(loss_of, probe, images.to(device), targets)
+    exact = [one.double() for one in targets]
+    probe.network.double()
+    _, exactly = _plain_gradient(loss_of, probe, images.to(device).double(), exact)
+    probe.network.float()  # exactly what it was
     if state.first is None:
         raise WmddError("the engine returned no gradient")
     own = torch.tensor(state.curve["total"][0])
-    return {"loss_difference": difference(own, loss), "gradient_difference": difference(2 * state.first, gradient)}
+    return {
+        "loss_difference": difference(own, loss),
+        "gradient_difference": difference(2 * state.first, gradient),
+        "gradient_rounding": difference(gradient, exactly),
+    }
+
+
+def _plain_gradient(
+    loss_of: reference.LossOf, probe: reference.Probe, images: Tensor, targets: list[reference.ClassTarget]
+) -> tuple[Tensor, Tensor]:
+    """Return the plain loss and its gradient by the images."""
+    pixels = images.clone().requires_grad_(True)
+    loss = loss_of(probe, pixels, targets)
+    (gradient,) = torch.autograd.grad(loss, pixels)
+    return loss, gradient
 
 
 def reference_loss(objective: synthesis.Objective, weights: Tensor) -> reference.LossOf:

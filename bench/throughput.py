@@ -190,6 +190,9 @@ def footnotes(found: Sequence[Speed]) -> list[str]:
         differ = [f"{name} {record.metrics[key]:.1e}" for key, name in _COMPARED.items() if key in record.metrics]
         if differ:
             lines.append(f"{record.stage}: relative difference from the reference: {', '.join(differ)}")
+        if "gradient_rounding" in record.metrics:
+            own = record.metrics["gradient_rounding"]
+            lines.append(f"{record.stage}: the reference's own gradient is {own:.1e} from its float64")
     distances = [f"{record.engine} {number(record.metrics['w2'])}" for record in found if "w2" in record.metrics]
     if distances:
         lines.append(f"barycenters: mean W2²: {', '.join(distances)}")

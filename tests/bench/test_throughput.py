@@ -111,6 +111,7 @@ def test_they_agree_along_the_trajectory_of_the_reference(variant: str) -> None:
         for _ in range(3):
             told = compared(bench, images, target, config.synthesis.bn_weight)
             assert told["loss_difference"] < 1e-4 and told["gradient_difference"] < 1e-4
+            assert 0 < told["gradient_rounding"] < 1e-4
             moved = reference.synthesise(probe, images, plain, loss_of, views, 4, 0.05, (0.5, 0.9), limits)
             assert (moved - images).abs().max() > 0.01
             images = moved
