@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +54,9 @@ def run(
             f"synthesis.split_class = {config.synthesis.split_class}: groups are timed on one device, with whole"
             " classes; use synthesis.split_class=1"
         )
-    with open_bench(config) as bench:
+    # Every size is compiled for itself, as a run compiles its one: by default the second would make sizes a variable.
+    compiled = torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)
+    with open_bench(config) as bench, compiled:
         classes = len(bench.dataset.classes)
         tried = sizes(min(most or max(1, IMAGES // config.ipc), classes))
         works = fitting(tried, lambda size: work_of(bench, size))

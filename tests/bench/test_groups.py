@@ -1,6 +1,7 @@
 """Sizes of groups: what is timed, where memory ends, what is suggested, and what that changes."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,27 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return done.stdout, out
 
 
-def test_each_size_is_timed_on_its_own_images(told: tuple[str, Path]) -> None:
+def test_rates_count_the_images_of_each_size(told: tuple[str, Path]) -> None:
     found, _ = read_records(told[1], Speed)
     assert [(one.setup["classes"], one.setup["batch"]) for one in found] == [(1, 5), (2, 10), (4, 20)]
     for one in found:
         done = one.setup["batch"] * one.metrics["steps"] / one.metrics["seconds"]
         assert one.metrics["rate_low"] <= done * (1 + 1e-9) and done <= one.metrics["rate_high"] * (1 + 1e-9)
+
+
+def test_all_sizes_do_as_many_steps() -> None:
+    seen: Counter[int] = Counter()
+
+    def look(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, FrozenNetwork):
+            seen[len(arguments[0])] += 1
+
+    hook = nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        groups.run(load_config("digits", TINY), repeats=2, seconds=0.0)
+    finally:
+        hook.remove()
+    assert seen[2] == seen[4] == seen[8] > 2 * 2  # two images of one, two and four classes
 
 
 def test_the_suggestion_can_be_pasted(told: tuple[str, Path]) -> None:
@@ -70,6 +86,16 @@ def test_a_report_keeps_the_sizes_apart(told: tuple[str, Path]) -> None:
     shown = spent.throughput(reporting.collect([told[1]]))
     columns = [[row[shown.columns.index(key)] for row in shown.rows] for key in ("classes", "batch")]
     assert columns == [["1", "2", "4"], ["5", "10", "20"]]
+
+
+def test_each_size_is_compiled_for_itself() -> None:
+    config = load_config("digits", [*TINY, "compute.compile=true"])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.compiler.set_stance(force_backend="eager"):  # graphs are traced, and kernels not generated
+        groups.run(config, repeats=1, seconds=0.0)
+    torch._dynamo.reset()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # of one, two and four classes
 
 
 def test_memory_ends_the_search() -> None:
