@@ -60,11 +60,12 @@ def protocol(
     chosen = [protocols.load_protocol(file) for file in files]
     folders = protocols.folders(chosen, out)
     tables = [protocols.cells(one, folder, override or []) for one, folder in zip(chosen, folders, strict=True)]
+    every = [cell for table in tables for cell in table]
     if plan:
-        outlook.tell({one.name: table for one, table in zip(chosen, tables, strict=True)}, Console())
+        outlook.tell(every, Console())
         return
     launcher = launchers.find("slurm", slurm) if slurm else launchers.Local(jobs, deadline)
-    todo = protocols.check([cell for table in tables for cell in table])
+    todo = protocols.check(every)
     for one, table, folder in zip(chosen, tables, folders, strict=True):
         protocols.write_plan(one, table, folder)
     launcher.launch([(cell.config, cell.folder) for cell in todo], f"protocol {', '.join(one.name for one in chosen)}")

@@ -1,6 +1,6 @@
 """``wmdd bench protocol --plan``: what of protocols is done, and how much work is left; nothing is started."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import groupby
 
@@ -46,7 +46,8 @@ def of(cell: Cell) -> Outlook:
     method = methods.create(config)
     images = classes * config.ipc
     left = students_left(cell, classes)
-    made = not left or all(folder.sidecar(block) for block in range(config.blocks))
+    blocks = range(config.blocks)
+    made = not left or all(folder.sidecar(block) and folder.block_file(block).exists() for block in blocks)
     iterations = method.synthesis().iterations if method.objective() else 0
     return Outlook(
         sets=1,
@@ -58,26 +59,19 @@ def of(cell: Cell) -> Outlook:
     )
 
 
-def tell(tables: Mapping[str, Sequence[Cell]], console: Console) -> None:
-    """Print a line for each method at each IPC, in the order in which they will be done.
-
-    Args:
-        tables: cells by the name of their protocol.
-        console: where to.
-    """
+def tell(table: Sequence[Cell], console: Console) -> None:
+    """Print a line for each method at each IPC, in the order in which they will be done."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("Protocol", "IPC", "Method"):
-        shown.add_column(column)
+    shown.add_column("Runs", no_wrap=True)
     for column in ("Sets done", "Students done", "img·iter left", "Updates left"):
         shown.add_column(column, justify="right")
     total = Outlook()
-    for name, table in tables.items():
-        for (ipc, method), group in groupby(table, lambda cell: (cell.config.ipc, cell.config.name)):
-            found = sum((of(cell) for cell in group), Outlook())
-            shown.add_row(name, str(ipc), method, *_figures(found))
-            total += found
-        shown.add_section()
-    shown.add_row("all", "", "", *_figures(total))
+    for folder, group in groupby(table, lambda cell: cell.folder.parent):
+        found = sum((of(cell) for cell in group), Outlook())
+        shown.add_row(str(folder), *_figures(found))
+        total += found
+    shown.add_section()
+    shown.add_row("all", *_figures(total))
     console.print(shown)
 
 

@@ -153,17 +153,21 @@ def test_a_finished_cell_is_left_alone_without_its_images_and_wherever_the_data_
     other, lost = moved / "ipc-001" / "random" / "seed-000", moved / "ipc-001" / "noise" / "seed-001"
     write_json(other / "config.json", read_json(other / "config.json") | {"data": "other images"})
     next((lost / "records").iterdir()).unlink()
-    assert [cell.folder for cell in protocols.check(table(moved))] == [other, lost]
+    unfinished = protocols.check(table(moved))
+    assert [cell.folder for cell in unfinished] == [other, lost]
+    assert outlook.of(unfinished[1]).sets_left == 1, "a missing student needs the images"
 
 
 def test_the_outlook_counts_what_is_left(finished: Path, tmp_path: Path) -> None:
     done = [outlook.of(cell) for cell in table(finished)]
     assert sum(done, Outlook()) == Outlook(sets=6, students=12)
+    more = [outlook.of(cell) for cell in table(finished, student_seeds=2) if cell.config.name == "random"]
+    assert [(one.sets_left, one.students_left) for one in more] == [(0, 2), (0, 4)], "students of seeds 0, 1 and 2, 3"
     left = [outlook.of(cell) for cell in table(tmp_path) if cell.config.name == "noise"]
     # Per seed: 4 images, 6 iterations; 2 students of 2 epochs, one batch each.
     assert left == 2 * [Outlook(1, sets_left=1, iterations_left=24, students=2, students_left=2, updates_left=4)]
     shown = Console(file=io.StringIO(), width=120)
-    outlook.tell({"tiny": table(tmp_path)}, shown)
+    outlook.tell(table(tmp_path), shown)
     assert isinstance(shown.file, io.StringIO)
     assert re.search(r"all +0 / 6 +0 / 12 +48 +24", shown.file.getvalue())
 
