@@ -54,8 +54,8 @@ def run(
             f"synthesis.split_class = {config.synthesis.split_class}: groups are timed on one device, with whole"
             " classes; use synthesis.split_class=1"
         )
-    # Every size is compiled for itself, as a run compiles its one: by default the second would make sizes a variable.
-    compiled = torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)
+    # Every size is compiled for itself, as a run compiles its one; torch would give up after eight.
+    compiled = torch._dynamo.config.patch(recompile_limit=64)
     with open_bench(config) as bench, compiled:
         classes = len(bench.dataset.classes)
         tried = sizes(min(most or max(1, IMAGES // config.ipc), classes))

@@ -74,7 +74,6 @@ def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str,
             (config.seed, *group.seed),
             job,
             team,
-            config.compute.compile,
         )
 
     clock = time.perf_counter()

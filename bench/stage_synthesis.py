@@ -56,7 +56,6 @@ def synthesis_of(bench: Bench, with_reference: bool) -> Workload:
             limits,
             (config.seed, *prepared.seed),
             job,
-            compiled=config.compute.compile,
             advance=advance,
         )
 

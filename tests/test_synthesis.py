@@ -1,6 +1,5 @@
 """The engine against the plain reference, against finite differences, and against itself when interrupted."""
 
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import reference
-from wmdd import augment, networks
+from wmdd import augment
 from wmdd.config import Compute, Synthesis
 from wmdd.distributed import Ranks, ranks
 from wmdd.errors import Interrupted
@@ -218,34 +217,3 @@ def test_draws_per_image_and_per_group() -> None:
     }
     assert shapes == {"group": (7, 1, 4), "image": (7, 4, 4)}
     assert isinstance(_schedule(Synthesis(iterations=0), 4, 16, (0,)), augment.Draws)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_the_compiled_step_equals_the_eager_one_without_breaks(alone: Ranks) -> None:
-    torch.manual_seed(4)
-    network = networks.create("convnet1x4", 5, 3, 8)
-    nn.init.uniform_(network[1].running_var, 0.5, 2)  # type: ignore[index]
-    target = Target(
-        labels=torch.tensor([4, 4, 1, 1]),
-        weights=torch.full((2, 2), 0.5),
-        mean=torch.randn(2, 4),
-        variance=torch.rand(2, 4),
-        atoms=torch.randn(2, 2, 64),
-    )
-    start, limits = torch.randn(4, 3, 8, 8), (torch.full((3, 1, 1), -3.0), torch.full((3, 1, 1), 3.0))
-    settings = Synthesis(iterations=4, lr=0.05, jitter=2)
-
-    def run(compiled: bool) -> State:
-        frozen, objective = FrozenNetwork(network), Objective(1.0, 10.0, 0.5)
-        return synthesise(
-            frozen, State(start), target, objective, settings, limits, ("group",), alone, compiled=compiled
-        )
-
-    torch._dynamo.utils.counters.clear()
-    eager, compiled = run(False), run(True)
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], "one graph for all iterations"
-    torch.testing.assert_close(compiled.images, eager.images, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        torch.tensor(compiled.curve["total"]), torch.tensor(eager.curve["total"]), atol=0, rtol=1e-4
-    )

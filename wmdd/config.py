@@ -39,7 +39,8 @@ class Compute(Section):
     """``bf16`` runs the networks under autocast (moments, losses and images stay fp32); ``auto`` takes bf16 where the
     hardware has it natively."""
     compile: bool = False
-    """Compile the synthesis step with torch.compile; pays on a GPU."""
+    """Run the steps of synthesis, students and teacher through torch.compile: a minute or more of compilation for each,
+    then faster steps; for long runs."""
     checkpoint_seconds: Weight = 600.0
     """Seconds between two checkpoints of a group in synthesis or of a teacher in training."""
 

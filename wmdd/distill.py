@@ -234,7 +234,6 @@ def optimise(
         seed,
         job.ranks,
         team,
-        config.compute.compile,
         advance,
         save,
         due,

@@ -17,6 +17,7 @@ from wmdd.errors import InputError, Interrupted
 from wmdd.roll import PeerLost, Roll, describe
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Ranks:
     device: torch.device
     precision: str
     """``fp32`` or ``bf16``, resolved for this device."""
+    compiles: bool = False
+    """Whether ``compiled`` goes through torch.compile"""
     roll: Roll | None = None
     """Of the job's ranks; None when there is one"""
     _groups: dict[int, list[Any]] = field(default_factory=dict)
@@ -139,6 +142,13 @@ class Ranks:
         """Return the context under which networks run: bf16 autocast, or nothing at fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    def compiled(self, function: F) -> F:
+        """Return a function or network for a loop that calls it with few shapes, compiled if the config asks for it.
+
+        Each shape is compiled for itself: with sizes as variables it would be slower for all.
+        """
+        return torch.compile(function, dynamic=False) if self.compiles else function  # type: ignore[return-value]
+
 
 @contextmanager
 def ranks(compute: Compute, stop: Callable[[], bool] = lambda: False) -> Iterator[Ranks]:
@@ -159,14 +169,14 @@ def ranks(compute: Compute, stop: Callable[[], bool] = lambda: False) -> Iterato
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
-        yield Ranks(rank, size, device, precision)
+        yield Ranks(rank, size, device, precision, compute.compile)
         return
     store, *_ = next(dist.rendezvous("env://", rank, size, timeout=_JOINING))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     roll = Roll(dist.PrefixStore("roll", store), rank, size, stop)
     try:
-        yield Ranks(rank, size, device, precision, roll)
+        yield Ranks(rank, size, device, precision, compute.compile, roll)
     except (RuntimeError, Interrupted) as error:
         # A collective that broke, or a launcher that ends all ranks because it lost one: say which.
         if gone := roll.missing():

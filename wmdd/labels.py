@@ -119,6 +119,7 @@ class SoftLabels:
         folder: Path,
     ) -> None:
         self._config, self._teacher, self._seed, self._ranks = config, teacher, seed, ranks
+        self._predict = ranks.compiled(teacher.network.predict)
         self._count, self._classes = len(distilled), len(distilled.classes)
         self.stored = regime in STORED
         """Whether logits come from files"""
@@ -142,7 +143,7 @@ class SoftLabels:
         """
         of_batch = self._config.labels.teacher_mode == "batch"
         with torch.inference_mode(), self._ranks.autocast():
-            logits = self._teacher.network.predict(views if of_batch else team.shard(views), of_batch)
+            logits = self._predict(views if of_batch else team.shard(views), of_batch)
         return (team.shard(logits) if of_batch else logits).clone()  # outside: a loss may keep it for its gradient
 
     def file(self, epoch: int) -> Path:

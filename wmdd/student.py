@@ -102,7 +102,7 @@ def train(
     # Not torch's AveragedModel, whose counter makes the host wait for the device in every update.
     weights, follow = list(network.parameters()), get_ema_multi_avg_fn(settings.ema)
     average = [weight.detach().clone() for weight in weights] if settings.ema else []
-    parallel = team.wrap(network.train())
+    parallel = ranks.compiled(team.wrap(network.train()))
     updates = labelled = 0
     for epoch in range(settings.epochs):
         if team.sum(torch.tensor(float(stop()))):

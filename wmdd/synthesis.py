@@ -175,7 +175,6 @@ def synthesise(
     seed: tuple[object, ...],
     ranks: Ranks,
     team: Team = ALONE,
-    compiled: bool = False,
     advance: Callable[[int], None] = lambda iterations: None,
     save: Callable[[State], None] | None = None,
     due: Callable[[], bool] = lambda: False,
@@ -195,9 +194,8 @@ def synthesise(
         settings: iterations, learning rate, augmentation.
         limits: smallest and largest normalised pixel value, each [channels, 1, 1].
         seed: names the group; given to ``seed_of``.
-        ranks: device and precision.
+        ranks: device and precision, and whether steps are compiled.
         team: the ranks that hold the images of each class together; all get the whole state and return it.
-        compiled: run the step through torch.compile.
         advance: called with the number of iterations done.
         save: writes a checkpoint; called when ``due()`` or ``stop()`` says so.
         due: whether a checkpoint is wanted now.
@@ -234,7 +232,7 @@ def synthesise(
             out[own_rows(classes, count, replace(team, rank=rank))] = piece.cpu()
         return out
 
-    step_loss = torch.compile(loss_of) if compiled else loss_of
+    step_loss = ranks.compiled(loss_of)
     every = max(1, settings.iterations // 50)
     logged: list[tuple[int, Loss]] = []
 

@@ -154,7 +154,7 @@ def _train(
     begin = _resume(checkpoint, network, optimizer, schedule, ranks.device)
     images = decode_all(dataset.train, config, "decoding the training images")
     labels = dataset.train.labels.to(ranks.device)
-    parallel = team.wrap(network.train())
+    parallel = ranks.compiled(team.wrap(network.train()))
     saved = time.monotonic()
     with progress("teacher: training", settings.epochs * batches, "updates") as advance:
         advance(begin * batches)
