@@ -13,7 +13,6 @@ import numpy as np
 import ot
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
@@ -21,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from wmdd import records
 from wmdd.barycenter import barycenters, starts
 from wmdd.config import Barycenter, Compute
-from wmdd.console import progress
+from wmdd.console import progress, results
 from wmdd.errors import InputError
 from wmdd.records import Speed
 
@@ -202,7 +201,7 @@ def main(
             f"({own['ratio_strict']:.2f} without, {own['ratio_same_results']:.2f} with W2² and nearest images too), "
             f"W2² {own['w2_excess']:+.2%} ± {own['w2_excess_error']:.2%} (standard error)"
         )
-    Console().print(table)
+    results().print(table)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,10 @@ def protocol(
     plan: Annotated[bool, typer.Option("--plan", help="Only list what is done and what is left.")] = False,
 ) -> None:
     """Run what is missing of protocols, and report them together: paired by seed, with intervals."""
-    from rich.console import Console
-
     from bench import outlook
     from bench import protocol as protocols
     from wmdd import launchers, reporting
+    from wmdd.console import results
     from wmdd.errors import InputError
     from wmdd.reporting import page
 
@@ -62,7 +61,7 @@ def protocol(
     tables = [protocols.cells(one, folder, override or []) for one, folder in zip(chosen, folders, strict=True)]
     every = [cell for table in tables for cell in table]
     if plan:
-        outlook.tell(every, Console())
+        outlook.tell(every, results())
         return
     launcher = launchers.find("slurm", slurm) if slurm else launchers.Local(jobs, deadline)
     todo = protocols.check(every)
@@ -75,7 +74,7 @@ def protocol(
     html = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
     collected = reporting.collect(folders)
     page.write_html(collected, html)
-    reporting.render_terminal(collected, Console())
+    reporting.render_terminal(collected, results())
     typer.echo(f"report: {html}")
 
 
@@ -96,14 +95,13 @@ def throughput(
     profile: Annotated[Path | None, typer.Option(metavar="DIR", help="Write traces and tables of kernels.")] = None,
 ) -> None:
     """Time each stage on one device: rates, memory, MFU, and how they compare to the same work done plainly."""
-    from rich.console import Console
-
     from bench import throughput as speeds
     from wmdd.config import load_config
+    from wmdd.console import results
 
     stages = speeds.stages_of(stage)
     found = speeds.run(load_config(config, override or []), stages, repeats, seconds, reference, profile)
-    speeds.tell(found, out, Console())
+    speeds.tell(found, out, results())
 
 
 @app.command(
@@ -121,13 +119,12 @@ def groups(
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
 ) -> None:
     """Time synthesis of 1, 2, 4, 8, ... classes together, and suggest synthesis.classes_per_group."""
-    from rich.console import Console
-
     from bench import groups as study
     from wmdd.config import load_config
+    from wmdd.console import results
 
     found, told = study.run(load_config(config, override or []), most, repeats, seconds)
-    study.tell(found, told, out, Console())
+    study.tell(found, told, out, results())
 
 
 @app.command(
@@ -177,18 +174,17 @@ def scaling(
     ] = None,
 ) -> None:
     """Time synthesis over more and more ranks: efficiency, and where the time goes."""
-    from rich.console import Console
-
     from bench import scaling as study
     from wmdd import launchers
     from wmdd.config import load_config
+    from wmdd.console import results
 
     numbers = study.numbers_of(ranks)
     chosen = study.mode_of(mode)
     launcher = launchers.find("slurm", slurm) if slurm else None
     place = folder or (Path("runs") / "scaling" if slurm else None)
     settings = load_config(config, override or [])
-    study.tell(study.run(settings, numbers, chosen, repeats, launcher, place), out, Console())
+    study.tell(study.run(settings, numbers, chosen, repeats, launcher, place), out, results())
 
 
 @app.command(epilog="Example:  wmdd bench plan imagenet-1k --gpus 64 --from speeds.jsonl")
@@ -201,11 +197,10 @@ def plan(
     ] = Path("speeds.jsonl"),
 ) -> None:
     """Project the GPU-hours and the wall time of a whole run from measured speeds."""
-    from rich.console import Console
-
     from bench import plan as projection
     from wmdd.config import load_config
+    from wmdd.console import results
 
     settings = load_config(config, override or [])
     parts, told = projection.run(settings, gpus, projection.read(source), source)
-    projection.tell(settings, gpus, parts, told, Console())
+    projection.tell(settings, gpus, parts, told, results())

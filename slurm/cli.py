@@ -79,10 +79,10 @@ def status(
     """Show where a submitted run stands; exit 1 if a task is over without its result."""
     import time
 
-    from rich.console import Console
     from rich.live import Live
 
     from slurm import status as reporter
+    from wmdd.console import results
 
     found = reporter.status(run)
     if json:
@@ -90,13 +90,13 @@ def status(
 
         typer.echo(encoder.dumps(found.as_json(), indent=2))
     elif watch:
-        with Live(reporter.render(found, all_tasks), console=Console(), auto_refresh=False) as live:
+        with Live(reporter.render(found, all_tasks), console=results(), auto_refresh=False) as live:
             while found.active:
                 time.sleep(watch)
                 found = reporter.status(run)
                 live.update(reporter.render(found, all_tasks), refresh=True)
     else:
-        Console().print(reporter.render(found, all_tasks))
+        results().print(reporter.render(found, all_tasks))
     lost = [row for row in found.rows if row.over]
     if lost:
         typer.echo(f"{len(lost)} tasks are over without their result; submit again to do what is missing", err=True)

@@ -108,11 +108,10 @@ def export(
 @app.command(epilog="Example:  watch -n 10 wmdd status runs/imagenet-1k")
 def status(run: RunArgument) -> None:
     """Show what of a run is done, what is at work, how fast, and how long it will take."""
-    from rich.console import Console
-
+    from wmdd.console import results
     from wmdd.status import show
 
-    show(run, Console())
+    show(run, results())
 
 
 @app.command()
@@ -136,14 +135,13 @@ def report(
     latex: Annotated[Path | None, typer.Option(help="Write the tables as LaTeX (booktabs).")] = None,
 ) -> None:
     """Consolidate runs into tables: on the terminal, and as HTML, CSV, Markdown or LaTeX."""
-    from rich.console import Console
-
     from wmdd import reporting as reporter
+    from wmdd.console import results
     from wmdd.files import write_bytes
     from wmdd.reporting import page, render
 
     collected = reporter.collect(runs)
-    render.terminal(collected, Console())
+    render.terminal(collected, results())
     if html:
         page.write_html(collected, html)
     for path, form in ((csv, render.csv), (markdown, render.markdown), (latex, render.latex)):
@@ -165,12 +163,11 @@ def methods() -> None:
 @app.command()
 def doctor() -> None:
     """Say what this machine has for wmdd, and what is missing."""
-    from rich.console import Console
-
+    from wmdd.console import results
     from wmdd.doctor import examine, table
 
     findings = examine()
-    Console().print(table(findings))
+    results().print(table(findings))
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)
 

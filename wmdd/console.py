@@ -1,5 +1,6 @@
 """What a person sees while work goes on: progress bars on a terminal, plain lines elsewhere."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True, highlight=False)
 """Progress and messages go to standard error; results go to standard output."""
+
+_NO_TERMINAL = 200
+"""Columns of a table in a file or a pipe: more than any needs, for they are not filled up"""
+
+
+def results() -> Console:
+    """Return a console for results: as wide as the terminal; without one, or COLUMNS, nothing is cut off."""
+    found = Console()
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=_NO_TERMINAL)
+
 
 quiet = False
 """Set on ranks other than 0: they say nothing."""
