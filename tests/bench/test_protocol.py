@@ -130,7 +130,7 @@ def test_several_protocols_stop_after_so_many_minutes_and_go_on_to_the_same_resu
     out = tmp_path / "out"
     command = ["bench", "protocol", *files, "--out", str(out)]
     for jobs in ("1", "2"):
-        longer = ["--set", "student.epochs=1000000", "--minutes", "0.05", "--jobs", jobs]
+        longer = ["--set", "student.epochs=3000", "--minutes", "0.05", "--jobs", jobs]
         stopped = CliRunner().invoke(app, [*command, *longer])
         assert isinstance(stopped.exception, Interrupted)
         assert "stopped with 6 of 6 runs to do" in str(stopped.exception)
