@@ -220,7 +220,9 @@ class Labels(Section):
     """Images count by their barycenter weights in the student's loss, or all alike."""
     teacher_mode: Literal["eval", "batch"] = "eval"
     """BatchNorm statistics under which the teacher labels: its running ones (``eval``), or those of each mixed
-    batch, all its images together on however many ranks (``batch``: the batch-specific labels of CV-DD and FADRM)."""
+    batch, all its images together on however many ranks (``batch``: the batch-specific labels of CV-DD and FADRM).
+    ``batch`` gave WMDD +5.2 [3.9, 6.5] points and random images +1.2 [0.1, 2.4] on ten classes of Tiny-ImageNet
+    (protocol tiny-10 at IPC 10, online labels, 5 pairs)."""
     loss: Literal["kl", "mse-ce"] = "kl"
     """Loss of soft labels. ``kl``: KL divergence at ``temperature``, times T². ``mse-ce``: squared error of the logits,
     mean over classes, plus ``ce_weight`` times the cross-entropy with both classes of a mix (EDC, whose code takes the
@@ -273,7 +275,8 @@ class Student(Section):
     """ζ of the smoothed cosine: the schedule is that of a training ζ times as long, cut off at the last epoch."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the exponential moving average of the weights, from the initial ones on, that is validated in their
-    place (EDC: 0.99); the BatchNorm statistics are the student's own, as in EDC. 0: none."""
+    place (EDC: 0.99; after 200 updates that still holds 13 % of the initial weights); the BatchNorm statistics are the
+    student's own, as in EDC. 0: none."""
     baselines: tuple[str, ...] = ("random",)
     """Methods distilled beside the run's own at the same IPC, and measured by the same students."""
 
