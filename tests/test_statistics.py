@@ -5,8 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference import Probe, class_moments
+from wmdd import networks, store
+from wmdd.config import Config
+from wmdd.data import load_dataset
+from wmdd.distributed import ranks
 from wmdd.networks import FrozenNetwork
-from wmdd.statistics import ClassStatistics, Moments, summarise
+from wmdd.statistics import ClassStatistics, Moments, key, measure, summarise
+from wmdd.teacher import Teacher
 
 
 def measured(network: FrozenNetwork, images: Tensor, size: int, between: str = "exact") -> ClassStatistics:
@@ -66,3 +71,29 @@ def test_merging_is_exact_in_any_cut() -> None:
         merged = Moments.of(values[:cut]).merge(Moments.of(values[cut:]))
         torch.testing.assert_close(merged.m2, whole.m2, rtol=1e-9, atol=0)
         torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
+
+
+def test_what_is_stored_is_measured_once_and_a_damaged_file_anew(tiny: Config) -> None:
+    dataset = load_dataset(tiny.data)
+    network = FrozenNetwork(networks.create("convnet2x8", 4, tiny.data.channels, 8))
+    teacher = Teacher(network, "of this test", {})
+
+    def measured() -> tuple[dict[int, ClassStatistics], list[int]]:
+        """Return the statistics, and the sizes of the batches that the teacher was shown for them."""
+        shown: list[int] = []
+        hook = network.register_forward_pre_hook(lambda module, images: shown.append(len(images[0])))
+        with ranks(tiny.compute) as job:
+            found = dict(measure(tiny, dataset, teacher, job, [0, 1, 2]))
+        hook.remove()
+        return found, shown
+
+    first, shown = measured()
+    assert sum(shown) == sum(len(dataset.train.of_class(index)) for index in range(3))
+    file = store.folder("statistics", key(tiny, dataset, teacher)) / "00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    second, shown = measured()
+    assert sum(shown) == len(dataset.train.of_class(1))
+    for index, one in first.items():
+        torch.testing.assert_close(second[index].features, one.features, atol=0, rtol=0)
+        torch.testing.assert_close(second[index].between, one.between, atol=0, rtol=0)
+    assert measured()[1] == []

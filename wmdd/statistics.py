@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,6 @@ from wmdd import augment, store
 from wmdd.config import Config
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, generator
-from wmdd.errors import WmddError
 from wmdd.files import digest, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -127,27 +125,20 @@ def measure(
     """
     folder = store.folder("statistics", key(config, dataset, teacher))
     paths = {index: folder / f"{index:05d}.safetensors" for index in classes}
-    known = {index: _load(path) for index, path in paths.items() if path.exists()}
-    missing = [index for index in classes if known.get(index) is None]
+    # What is damaged has no metadata, and is measured anew.  The rest is read when its turn comes: all of ImageNet's
+    # would take gigabytes.
+    missing = [index for index, path in paths.items() if "seconds" not in read_metadata(path)]
     fresh = _compute(config, dataset, teacher, ranks, missing, advance)
     for index in classes:
-        found = known.pop(index, None)
-        if found is None:
+        if index in missing:
             begun = time.perf_counter()
             found = replace(next(fresh), seconds=round(time.perf_counter() - begun, 4))
             tensors = {name: value for name, value in vars(found).items() if isinstance(value, Tensor)}
             write_tensors(paths[index], tensors, {"seconds": str(found.seconds)})
         else:
+            found = ClassStatistics(**read_tensors(paths[index]), seconds=float(read_metadata(paths[index])["seconds"]))
             advance(len(found.features))
         yield index, found
-
-
-def _load(path: Path) -> ClassStatistics | None:
-    try:
-        return ClassStatistics(**read_tensors(path), seconds=float(read_metadata(path)["seconds"]))
-    except (WmddError, TypeError, KeyError):
-        path.unlink(missing_ok=True)  # damaged: measured anew
-        return None
 
 
 def _compute(
