@@ -103,6 +103,15 @@ def test_a_folder_serves_fewer_classes_and_any_hold_out(tree: Path, tmp_path: Pa
     assert pixels(found) == pixels(whole)
 
 
+def test_a_shard_is_listed_once_for_all_its_classes(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, listed, read = packed_tree(tree, tmp_path / "packed"), [], packed.contents_of
+    monkeypatch.setattr(packed, "contents_of", lambda path: listed.append(path) or read(path))
+    load_dataset(data(None, packed=str(folder)))
+    assert sorted(listed) == sorted(folder.glob("*.safetensors")) and len(listed) == 2
+
+
 def test_sources_in_memory_are_packed_too(tmp_path: Path) -> None:
     config = load_config("digits", ["data.classes=3"]).data
     pack(config, tmp_path, 0)
