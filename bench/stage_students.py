@@ -116,9 +116,10 @@ def student_difference(
     differs.  The batches are the engine's, because random crops of two programs are never the same ones.
     """
     config, device = bench.config, bench.ranks.device
-    images = distilled.images.to(device)
+    images, owners = distilled.images.to(device), distilled.labels.to(device)
     # Two updates if they lie in the first epoch: in the second one the learning rate is another.
-    plan = labels.batches(0, 0, len(images), images.shape[-1], config.student.batch_size, config.labels)[:2]
+    side, size = images.shape[-1], config.student.batch_size
+    plan = labels.batches(0, 0, len(images), side, size, config.labels, device)[:2]
     shown = labels.view(images, plan[0], config)
     seen: list[Tensor] = []
 
@@ -134,9 +135,9 @@ def student_difference(
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     for batch in plan:
-        classes = distilled.labels[batch.images].to(device)
+        classes = owners[batch.images]
         views = labels.view(images, batch, config)
-        others = classes[batch.partners.to(device)]
+        others = classes[batch.partners]
         reference_student.update(network, bench.classifier, optimizer, recipe, views, classes, others, batch.share)
     network.eval()
     judge(network)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -221,13 +221,13 @@ def _open(config: Data) -> Source:
 
 def normalise(images: torch.Tensor, config: Data) -> torch.Tensor:
     """Turn pixels 0 to 255 ([..., channels, H, W]) into the float32 that networks see: (x / 255 - mean) / std."""
-    mean, std = _moments(config, images.device)
+    mean, std = _constants(config.mean, config.std, images.device)
     return (images.to(torch.float32) / 255 - mean) / std
 
 
 def quantise(images: torch.Tensor, config: Data) -> torch.Tensor:
     """Turn normalised images ([..., channels, H, W]) into the nearest uint8 pixels: the inverse of ``normalise``."""
-    mean, std = _moments(config, images.device)
+    mean, std = _constants(config.mean, config.std, images.device)
     return ((images.to(torch.float32) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -237,9 +237,13 @@ def pixel_range(config: Data, device: torch.device | str = "cpu") -> tuple[torch
     return normalise(black, config), normalise(black + 255, config)
 
 
-def _moments(config: Data, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = torch.tensor([config.mean, config.std], device=device).reshape(2, -1, 1, 1)
-    return mean, std
+@cache  # a copy to the device makes the host wait
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):  # whoever asks first
+        first, second = torch.tensor([mean, std], device=device).reshape(2, -1, 1, 1)
+    return first, second
 
 
 def _fit(image: Image.Image, config: Data) -> torch.Tensor:

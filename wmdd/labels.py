@@ -21,6 +21,8 @@ from wmdd.errors import InputError, WmddError
 from wmdd.files import digest, read_tensors, write_tensors
 from wmdd.teacher import Teacher
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,8 +40,16 @@ class Batch:
     """λ, the share that an image keeps of itself"""
 
 
-def batches(seed: int, epoch: int, count: int, size: int, batch_size: int, settings: Labels) -> list[Batch]:
-    """Draw the batches of one epoch.
+def batches(
+    seed: int,
+    epoch: int,
+    count: int,
+    size: int,
+    batch_size: int,
+    settings: Labels,
+    device: torch.device = _CPU,
+) -> list[Batch]:
+    """Draw the batches of one epoch, on the CPU whatever the device, so that they are the same everywhere.
 
     Args:
         seed: of the student.
@@ -48,6 +58,7 @@ def batches(seed: int, epoch: int, count: int, size: int, batch_size: int, setti
         size: height and width, in pixels.
         batch_size: images of one update; a rest of one image joins the batch before it (BatchNorm needs two).
         settings: crops, flips and mixing.
+        device: where the batches shall lie: all are copied there at once, as every copy makes the host wait.
     """
     source = generator("student", seed, "epoch", epoch)
     order = torch.randperm(count, generator=source)
@@ -64,11 +75,12 @@ def batches(seed: int, epoch: int, count: int, size: int, batch_size: int, setti
         boxes = torch.zeros_like(boxes)
     if settings.mix == "none":
         shares = torch.ones_like(shares)
-    pieces = torch.arange(count).tensor_split(cuts)
+    rows = [slice(start, stop) for start, stop in zip([0, *cuts], [*cuts, count], strict=True)]
+    partners = torch.cat([torch.randperm(piece.stop - piece.start, generator=source) for piece in rows]).to(device)
+    order, draws, boxes = order.to(device), draws.to(device), boxes.to(device)
     return [
-        Batch(order[piece], draws[slice(int(piece[0]), int(piece[-1]) + 1)], partners, box, float(share))
-        for piece, box, share in zip(pieces, boxes, shares, strict=True)
-        for partners in [torch.randperm(len(piece), generator=source)]
+        Batch(order[piece], draws[piece], partners[piece], box, share)
+        for piece, box, share in zip(rows, boxes, shares.tolist(), strict=True)
     ]
 
 
@@ -76,16 +88,14 @@ def view(images: Tensor, batch: Batch, config: Config) -> Tensor:
     """Return the batch as a student sees it: [b, channels, H, W] float32, cropped, flipped, mixed.
 
     Args:
-        images: the whole set, [N, channels, H, W] uint8, on the device.
-        batch: what to do.
+        images: the whole set, [N, channels, H, W] uint8.
+        batch: what to do; on the same device.
         config: normalisation and kind of mixing.
     """
-    device = images.device
-    chosen = normalise(images[batch.images.to(device)], config.data)
-    seen = augment.warp(chosen, batch.draws.to(device))
-    others = seen[batch.partners.to(device)]
+    seen = augment.warp(normalise(images[batch.images], config.data), batch.draws)
+    others = seen[batch.partners]
     if config.labels.mix == "cutmix":
-        return torch.where(augment.inside(batch.box.to(device), seen.shape[-1]), others, seen)
+        return torch.where(augment.inside(batch.box, seen.shape[-1]), others, seen)
     return seen if batch.share == 1 else batch.share * seen + (1 - batch.share) * others
 
 
@@ -192,7 +202,8 @@ class SoftLabels:
 
     def _plan(self, epoch: int) -> list[Batch]:
         data, student = self._config.data, self._config.student
-        return batches(self._seed, epoch, self._count, data.resolution, student.batch_size, self._config.labels)
+        recipe, device = self._config.labels, self._ranks.device
+        return batches(self._seed, epoch, self._count, data.resolution, student.batch_size, recipe, device)
 
 
 STORED = ("stored", "budget")

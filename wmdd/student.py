@@ -110,7 +110,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
         visit = soft.visited(epoch) if soft else epoch
-        plan = labels.batches(task.seed, visit, len(images), data.resolution, settings.batch_size, config.labels)
+        plan = labels.batches(
+            task.seed, visit, len(images), data.resolution, settings.batch_size, config.labels, ranks.device
+        )
         stored = _stored(soft, images, visit) if soft and soft.stored else None
         for position, batch in enumerate(plan[: wanted_updates - updates]):
             views = labels.view(images, batch, config)
@@ -179,8 +181,8 @@ def _importance(distilled: DistilledSet) -> Tensor:
 
 def _mixed(importance: Tensor, batch: labels.Batch) -> Tensor:
     """Return how much each mixed image of a batch counts, [b]."""
-    own = importance[batch.images.to(importance.device)]
-    return batch.share * own + (1 - batch.share) * own[batch.partners.to(own.device)]
+    own = importance[batch.images]
+    return batch.share * own + (1 - batch.share) * own[batch.partners]
 
 
 def _hard_loss(
@@ -194,10 +196,9 @@ def _hard_loss(
             return functional.cross_entropy(logits, wanted, reduction="sum")
         return functional.cross_entropy(logits, wanted, reduction="none") @ team.shard(importance[images])
 
-    own = batch.images.to(classes.device)
-    loss = batch.share * part(own)
+    loss = batch.share * part(batch.images)
     if batch.share < 1:
-        loss = loss + (1 - batch.share) * part(own[batch.partners.to(classes.device)])
+        loss = loss + (1 - batch.share) * part(batch.images[batch.partners])
     return loss
 
 

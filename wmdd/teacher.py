@@ -152,7 +152,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
     checkpoint = folder / "checkpoint.pt"
     begin = _resume(checkpoint, network, optimizer, schedule, ranks.device)
-    images = decode_all(dataset.train, config, "decoding the training images")
+    images = _near(decode_all(dataset.train, config, "decoding the training images"), ranks.device)
     labels = dataset.train.labels.to(ranks.device)
     parallel = ranks.compiled(team.wrap(network.train()))
     saved = time.monotonic()
@@ -169,16 +169,16 @@ def _train(
             order = torch.randperm(len(images), generator=source)
             size, scale = data.resolution, (settings.crop_scale, 1.0)
             draws = augment.draw((len(images),), size, scale, settings.flip, 0, source).to(ranks.device)
+            places, classes = order.to(images.device), labels[order.to(ranks.device)]
             for start in range(0, len(images), settings.batch_size):
-                rows = torch.arange(start, min(start + settings.batch_size, len(images)))
-                own = team.shard(rows)
+                rows = range(start, min(start + settings.batch_size, len(images)))
                 if len(rows) < 2 * team.size:
                     continue  # BatchNorm cannot train on one image
-                chosen = order[own]
-                shown = augment.warp(normalise(images[chosen].to(ranks.device), data), draws[own.to(ranks.device)])
+                own = slice(start + team.rank, rows.stop, team.size)
+                shown = augment.warp(normalise(images[places[own]].to(ranks.device), data), draws[own])
                 with ranks.autocast():
                     logits = parallel(shown)
-                wanted = labels[chosen.to(ranks.device)]
+                wanted = classes[own]
                 smoothing = settings.label_smoothing
                 loss = functional.cross_entropy(logits.float(), wanted, label_smoothing=smoothing, reduction="sum")
                 optimizer.zero_grad(set_to_none=True)
@@ -188,6 +188,16 @@ def _train(
                 advance(1)
     checkpoint.unlink(missing_ok=True)
     return network.cpu()
+
+
+def _near(images: Tensor, device: torch.device) -> Tensor:
+    """Return the images on a GPU if they take up no more than a quarter of its free memory, else where they are.
+
+    Else every batch is copied there, for which the host waits.
+    """
+    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+        return images.to(device)
+    return images
 
 
 def _optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer:
