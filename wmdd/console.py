@@ -4,21 +4,28 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-console = Console(stderr=True, highlight=False)
-"""Progress and messages go to standard error; results go to standard output."""
 
 _NO_TERMINAL = 200
 """Columns of a table in a file or a pipe: more than any needs, for they are not filled up"""
 
 
+def _as_wide_as_needed(**options: Any) -> Console:
+    """Return a console as wide as its terminal; without one, or COLUMNS, no table is cut off."""
+    found = Console(**options)
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=_NO_TERMINAL, **options)
+
+
+console = _as_wide_as_needed(stderr=True, highlight=False)
+"""Progress and messages go to standard error; results that were asked for go to standard output."""
+
+
 def results() -> Console:
-    """Return a console for results: as wide as the terminal; without one, or COLUMNS, nothing is cut off."""
-    found = Console()
-    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=_NO_TERMINAL)
+    """Return a console for what a command was asked to tell."""
+    return _as_wide_as_needed()
 
 
 quiet = False
