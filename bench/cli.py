@@ -27,12 +27,13 @@ def protocol(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="PROTOCOL...", help="Shipped protocols (digits, tiny-10) or TOML files, done in this order."
+            metavar="PROTOCOL", help="Shipped protocols (digits, tiny-10, tiny-imagenet) or TOML files, in this order."
         ),
     ],
     override: SetOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs, with one below it for each of several; runs/NAME.")
+        Path | None,
+        typer.Option(help="Folder of the runs; with several, of one folder for each. runs/NAME by default."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")] = 1,
     minutes: Annotated[
