@@ -221,8 +221,8 @@ class Labels(Section):
     teacher_mode: Literal["eval", "batch"] = "eval"
     """BatchNorm statistics under which the teacher labels: its running ones (``eval``), or those of each mixed
     batch, all its images together on however many ranks (``batch``: the batch-specific labels of CV-DD and FADRM).
-    ``batch`` gave WMDD +5.2 [3.9, 6.5] points and random images +1.2 [0.1, 2.4] on ten classes of Tiny-ImageNet
-    (protocol tiny-10 at IPC 10, online labels, 5 pairs)."""
+    ``batch`` gave WMDD +5.2 [3.9, 6.5] points on ten classes of Tiny-ImageNet (protocol tiny-10 at IPC 10, online
+    labels, 5 pairs), and real images less."""
     loss: Literal["kl", "mse-ce"] = "kl"
     """Loss of soft labels. ``kl``: KL divergence at ``temperature``, times T². ``mse-ce``: squared error of the logits,
     mean over classes, plus ``ce_weight`` times the cross-entropy with both classes of a mix (EDC, whose code takes the
