@@ -196,12 +196,13 @@ def _finished(cell: Cell, dataset: Dataset) -> bool:
 def students_left(cell: Cell, classes: int) -> list[student.Task]:
     """Return the students of a cell, on so many classes, that no record of this config tells of."""
     config, folder = cell.config, RunFolder(cell.folder)
+    images = classes * config.ipc
 
     def known(task: student.Task) -> bool:
         file = evaluation.record_file(folder, task)
         records = read_records(file)[0] if file.exists() else []
-        recipe = evaluation.recipe_settings(config, task.regime, task.view, classes * config.ipc).items()
-        return any(one.config == config.fingerprint() and recipe <= one.recipe.items() for one in records)
+        own = [one for one in records if one.config == config.fingerprint()]
+        return any(evaluation.is_of_recipe(one, config, images) for one in own)
 
     return [task for task in student.tasks(config.student, config.labels.regimes) if not known(task)]
 

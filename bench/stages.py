@@ -10,9 +10,8 @@ from bench.stage_students import students_of
 from bench.stage_synthesis import synthesis_of
 from bench.timing import Run, Stopwatch, flops, fresh_store
 from bench.workloads import OWN, Bench, Checks, Workload, difference
-from wmdd import barycenter, statistics
+from wmdd import barycenter, distill, statistics
 from wmdd.data import Dataset
-from wmdd.distributed import seed_of
 from wmdd.errors import InputError
 
 
@@ -111,7 +110,7 @@ def barycenters_of(bench: Bench, with_reference: bool) -> Workload:
     def own(steps: int, watch: Stopwatch) -> None:
         for step in range(steps):
             row = step % len(features)
-            seed = seed_of(config.seed, "barycenter", names[row])
+            seed = distill.barycenter_seed(config, names[row])
             found[OWN][row] = barycenter.barycenter(features[row], config.ipc, config.barycenter, seed).w2
             watch()
 

@@ -141,9 +141,7 @@ def missing_students(config: Config, folder: RunFolder) -> list[int]:
         if manifest is None:
             continue
         for record in _students(place):
-            images = len(manifest["classes"]) * config.ipc
-            recipe = evaluation.recipe_settings(config, str(record.regime), record.view, images)
-            same = {key: value for key, value in record.recipe.items() if key not in evaluation.BESIDES} == recipe
+            same = evaluation.is_of_recipe(record, config, len(manifest["classes"]) * config.ipc)
             if same and record.artefact == manifest["sha256"]:
                 known.add((place, Task(record.network, str(record.regime), int(record.student_seed or 0), record.view)))
     return [position for position, one in enumerate(pipeline.students_of(config, folder)) if one not in known]

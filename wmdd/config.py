@@ -293,6 +293,8 @@ class External(Section):
     """Names the files, by their names and contents: a changed folder is another distillation, and is refused."""
 
 
+PLACES = ("root", "packed", "stage")
+"""Keys of ``data`` that say where images lie, and decide nothing."""
 _DECIDE_IMAGES = ("seed", "ipc", "method", "data", "teacher", "statistics", "barycenter", "synthesis", "external")
 
 
@@ -334,7 +336,7 @@ class Config(Section):
         chosen = sections or _DECIDE_IMAGES
         values = self.model_dump(mode="json", include=set(chosen))
         if "data" in values:
-            for place in ("root", "packed", "stage"):
+            for place in PLACES:
                 del values["data"][place]
         if "external" in values:
             del values["external"]["folder"]

@@ -131,12 +131,17 @@ def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
     job.ranks.barrier()
 
 
+def barycenter_seed(config: Config, name: str) -> int:
+    """Return the seed of a class's barycenter."""
+    return seed_of(config.seed, "barycenter", name)
+
+
 def _submitted(job: Job, method: methods.Method, group: Group, found: Found, submit: Submit) -> dict[int, Pending]:
     """Ask for the barycenters of a group's classes, if the method wants any."""
     settings = method.barycenter()
     if settings is None:
         return {}
-    seeds = {index: seed_of(job.config.seed, "barycenter", job.dataset.classes[index]) for index in group.classes}
+    seeds = {index: barycenter_seed(job.config, job.dataset.classes[index]) for index in group.classes}
     return {index: submit(found[index].features, job.config.ipc, settings, seed) for index, seed in seeds.items()}
 
 

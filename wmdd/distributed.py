@@ -37,9 +37,13 @@ class Team:
         """Return this team's items: every ``count``-th one."""
         return list(items[self.index :: self.count])
 
+    def own(self, start: int, stop: int) -> slice:
+        """Return this rank's rows of a batch that reaches from ``start`` to ``stop``: every ``size``-th one."""
+        return slice(start + self.rank, stop, self.size)
+
     def shard(self, rows: Tensor) -> Tensor:
-        """Return this rank's rows: every ``size``-th one."""
-        return rows[self.rank :: self.size] if self.size > 1 else rows
+        """Return this rank's rows."""
+        return rows[self.own(0, len(rows))] if self.size > 1 else rows
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """Return the network under DistributedDataParallel when the team has more than one rank.

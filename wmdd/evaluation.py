@@ -154,3 +154,12 @@ _OFF: dict[str, object] = {"teacher_mode": "eval", "loss": "kl", "ema": 0.0}
 
 BESIDES = ("teacher", "threads", "precision")
 """What a record's recipe holds besides ``recipe_settings``"""
+
+
+def is_of_recipe(record: Record, config: Config, images: int) -> bool:
+    """Return whether a student was trained as the config says, on a distilled set of so many images.
+
+    Its teacher and its arithmetic, which the config alone does not tell, are not looked at.
+    """
+    trained = {key: value for key, value in record.recipe.items() if key not in BESIDES}
+    return trained == recipe_settings(config, str(record.regime), record.view, images)

@@ -127,16 +127,18 @@ def measure(
     paths = {index: folder / f"{index:05d}.safetensors" for index in classes}
     # What is damaged has no metadata, and is measured anew.  The rest is read when its turn comes: all of ImageNet's
     # would take gigabytes.
-    missing = [index for index, path in paths.items() if "seconds" not in read_metadata(path)]
+    known = {index: read_metadata(path).get("seconds") for index, path in paths.items()}
+    missing = [index for index, seconds in known.items() if seconds is None]
     fresh = _compute(config, dataset, teacher, ranks, missing, advance)
     for index in classes:
-        if index in missing:
+        seconds = known[index]
+        if seconds is None:
             begun = time.perf_counter()
             found = replace(next(fresh), seconds=round(time.perf_counter() - begun, 4))
             tensors = {name: value for name, value in vars(found).items() if isinstance(value, Tensor)}
             write_tensors(paths[index], tensors, {"seconds": str(found.seconds)})
         else:
-            found = ClassStatistics(**read_tensors(paths[index]), seconds=float(read_metadata(paths[index])["seconds"]))
+            found = ClassStatistics(**read_tensors(paths[index]), seconds=float(seconds))
             advance(len(found.features))
         yield index, found
 

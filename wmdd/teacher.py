@@ -171,10 +171,10 @@ def _train(
             draws = augment.draw((len(images),), size, scale, settings.flip, 0, source).to(ranks.device)
             places, classes = order.to(images.device), labels[order.to(ranks.device)]
             for start in range(0, len(images), settings.batch_size):
-                rows = range(start, min(start + settings.batch_size, len(images)))
-                if len(rows) < 2 * team.size:
+                end = min(start + settings.batch_size, len(images))
+                if end - start < 2 * team.size:
                     continue  # BatchNorm cannot train on one image
-                own = slice(start + team.rank, rows.stop, team.size)
+                own = team.own(start, end)
                 shown = augment.warp(normalise(images[places[own]].to(ranks.device), data), draws[own])
                 with ranks.autocast():
                     logits = parallel(shown)
@@ -182,7 +182,7 @@ def _train(
                 smoothing = settings.label_smoothing
                 loss = functional.cross_entropy(logits.float(), wanted, label_smoothing=smoothing, reduction="sum")
                 optimizer.zero_grad(set_to_none=True)
-                (loss * (team.size / len(rows))).backward()
+                (loss * (team.size / (end - start))).backward()
                 optimizer.step()
                 schedule.step()
                 advance(1)

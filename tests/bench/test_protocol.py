@@ -25,7 +25,7 @@ from wmdd.cli import app
 from wmdd.errors import InputError, Interrupted
 from wmdd.files import read_json, write_json
 from wmdd.launchers import Local
-from wmdd.records import read_records
+from wmdd.records import read_records, write_records
 
 BASE = {
     "name": "tiny",
@@ -156,6 +156,11 @@ def test_a_finished_cell_is_left_alone_without_its_images_and_wherever_the_data_
     unfinished = protocols.check(table(moved))
     assert [cell.folder for cell in unfinished] == [other, lost]
     assert outlook.of(unfinished[1]).sets_left == 1, "a missing student needs the images"
+
+    averaged = moved / "ipc-001" / "random" / "seed-001"
+    file = next((averaged / "records").iterdir())
+    write_records(file, [one.model_copy(update={"recipe": one.recipe | {"ema": 0.9}}) for one in read_records(file)[0]])
+    assert averaged in [cell.folder for cell in protocols.check(table(moved))], "an option that this recipe has not"
 
 
 def test_the_outlook_counts_what_is_left(finished: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from wmdd.config import PLACES
 from wmdd.files import digest
 from wmdd.metrics import (
     REFERENCE,
@@ -81,7 +82,7 @@ def distillation(run: Run) -> dict[str, Any]:
     # A baseline that selects real images does not depend on how the run that owns it synthesises.
     sections = _SELECTION if run.baseline and not run.optimised else _DISTILLATION
     terms = {key: run.config.get(key) for key in sections}
-    data = {key: value for key, value in (terms["data"] or {}).items() if key not in ("root", "packed", "stage")}
+    data = {key: value for key, value in (terms["data"] or {}).items() if key not in PLACES}
     arithmetic = {key: run.config.get("compute", {}).get(key) for key in ("threads", "precision", "compile")}
     return terms | {"data": data, "compute": arithmetic}
 
