@@ -16,7 +16,7 @@ from wmdd.files import read_json
 from wmdd.labels import STORED, epoch_bytes, stored_epochs
 from wmdd.records import Record, read_records
 from wmdd.rundir import RunFolder
-from wmdd.student import Task
+from wmdd.student import Task, checkpoint_bytes
 
 Items = tuple[int, ...]
 
@@ -183,7 +183,7 @@ def estimate(config: Config, classes: int, planned: Sequence[Array], speed: Spee
     # The epochs of a budget are the first ones of the stored regime, and the same files.
     stored = max(kept, default=0) * students // len(regimes)
     labels = stored * epoch_bytes(config.labels, labelled, classes)
-    checkpoints = parallel * 12 * group * pixels
+    checkpoints = parallel * max(12 * group * pixels, checkpoint_bytes(config, classes) if students else 0)
     starts = sum(len(array.tasks) for array in planned)
     files_of_task = sum(len(array.tasks) * (2 + 2 * array.resources.ranks) for array in planned)
     size = 2 * images * pixels * runs + checkpoints + labels + 30_000 * (starts + students)

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +25,11 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
         self._energy = _joules(device)
         self._begun = time.perf_counter()
+        self._before: dict[str, float] = {}
+
+    def include(self, spent: Mapping[str, float]) -> None:
+        """Count what was spent on the same work before it was interrupted, as ``read`` told it then."""
+        self._before = dict(spent)
 
     def read(self) -> dict[str, float]:
         """Return ``seconds``, ``device_seconds``, ``peak_bytes`` and, where counters are readable, ``joules``.
@@ -37,11 +43,12 @@ class Meter:
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         seconds = time.perf_counter() - self._begun
-        found = {"seconds": round(seconds, 3), "device_seconds": round(seconds * self._devices, 3)}
+        found = {"seconds": seconds, "device_seconds": seconds * self._devices}
         now = _joules(self._device)
         if self._energy is not None and now is not None and now >= self._energy:  # counters of CPUs wrap
-            found["joules"] = round((now - self._energy) * self._devices, 3)
-        return found | {"peak_bytes": float(peak)}
+            found["joules"] = (now - self._energy) * self._devices
+        found = {key: round(value + self._before.get(key, 0.0), 3) for key, value in found.items()}
+        return found | {"peak_bytes": max(float(peak), self._before.get("peak_bytes", 0.0))}
 
 
 def _joules(device: torch.device) -> float | None:

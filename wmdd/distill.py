@@ -4,8 +4,6 @@ import functools
 import hashlib
 import itertools
 import json
-import random
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from wmdd import methods, statistics
 from wmdd.barycenter import Pending, Submit, later, solvers
+from wmdd.checkpoint import Clock
 from wmdd.config import Config
 from wmdd.console import progress, say
 from wmdd.cost import Meter
@@ -258,14 +257,15 @@ def _distill_group(
     """Synthesise a group, with checkpoints, and write its file."""
     meter = Meter(job.ranks.device, team.size)
     prepared = prepare(job, method, group, found, pending)
-    clock = _Clock(job.config.compute.checkpoint_seconds)
+    clock = Clock(job.config.compute.checkpoint_seconds)
 
     def save(state: State) -> None:
         if team.rank == 0:
-            _write_checkpoint(job, group, state)
+            _write_checkpoint(job, group, state, meter.read())
         clock.restart()
 
-    state = _read_checkpoint(job, group)
+    state, spent = _read_checkpoint(job, group)
+    meter.include(spent)
     if state:
         say(f"group {group.index}: goes on at iteration {state.iteration}")
     advance(state.iteration if state else 0)
@@ -283,46 +283,29 @@ def _distill_group(
     job.folder.checkpoint_file(group.index).unlink(missing_ok=True)
 
 
-class _Clock:
-    """Tells when a checkpoint is due; jitter keeps a thousand tasks from writing at once."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self.restart()
-
-    def restart(self) -> None:
-        self._next = time.monotonic() + self._seconds * random.uniform(0.9, 1.1)
-
-    def due(self) -> bool:
-        return time.monotonic() >= self._next
-
-
 def _identity(job: Job) -> str:
     """Return what a checkpoint must belong to: this config, these images, this teacher."""
     return digest([job.config.fingerprint(), job.dataset.fingerprint, job.teacher.sha256])
 
 
-def _write_checkpoint(job: Job, group: Group, state: State) -> None:
+def _write_checkpoint(job: Job, group: Group, state: State, spent: Mapping[str, float]) -> None:
     tensors = {"images": state.images}
     if state.first is not None and state.second is not None:
         tensors |= {"first": state.first, "second": state.second}
-    meta = {"iteration": str(state.iteration), "curve": json.dumps(state.curve), "run": _identity(job)}
+    reached = {"iteration": str(state.iteration), "curve": json.dumps(state.curve), "spent": json.dumps(spent)}
+    meta = reached | {"run": _identity(job)}
     write_tensors(job.folder.checkpoint_file(group.index), tensors, meta)
 
 
-def _read_checkpoint(job: Job, group: Group) -> State | None:
+def _read_checkpoint(job: Job, group: Group) -> tuple[State | None, dict[str, float]]:
+    """Return where the synthesis of a group stands and what it took so far; None and nothing when it begins."""
     path = job.folder.checkpoint_file(group.index)
     meta = read_metadata(path)
     if meta.get("run") != _identity(job):
-        return None
-    tensors = read_tensors(path)
-    return State(
-        tensors["images"],
-        int(meta["iteration"]),
-        tensors.get("first"),
-        tensors.get("second"),
-        json.loads(meta["curve"]),
-    )
+        return None, {}
+    tensors, curve = read_tensors(path), json.loads(meta["curve"])
+    moments = tensors.get("first"), tensors.get("second")
+    return State(tensors["images"], int(meta["iteration"]), *moments, curve), json.loads(meta.get("spent", "{}"))
 
 
 def _finished(job: Job, group: Group) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from wmdd import student
+from wmdd.checkpoint import Checkpoint
 from wmdd.config import Config
 from wmdd.console import progress, say
 from wmdd.distilled import DistilledSet
@@ -35,7 +36,7 @@ def evaluate(
 
     Raises:
         WmddError: blocks of the set are missing or damaged.
-        Interrupted: a stop was requested; finished students are kept.
+        Interrupted: a stop was requested; finished students are kept, and one in training goes on next time.
     """
     if job.main:
         folder.merge()
@@ -62,11 +63,16 @@ def evaluate(
                 if team.size == 1 and done(task):
                     advance(updates[task])  # another process was faster
                     continue
-                labels = folder.path / "labels"
-                result = student.train(config, task, distilled, teacher, validation, job, team, labels, advance, stop)
+                own, labels = recipe(task.regime, task.view), folder.path / "labels"
+                of = digest([own, distilled.sha256])
+                saved = Checkpoint(folder.student_checkpoint(_name(task)), of, config.compute.checkpoint_seconds)
+                result = student.train(
+                    config, task, distilled, teacher, validation, job, team, labels, advance, stop, saved
+                )
                 if team.rank == 0:
-                    record = _record(config, task, result, validation, distilled, recipe(task.regime, task.view))
+                    record = _record(config, task, result, validation, distilled, own)
                     write_records(record_file(folder, task), [record])
+                    saved.remove()
 
 
 def _name(task: Task) -> str:

@@ -169,7 +169,8 @@ def _check_room(config: Config, dataset: Dataset, path: Path) -> None:
     pixels = config.data.channels * config.data.resolution**2
     images = len(dataset.classes) * config.ipc * (1 + len(config.student.baselines))
     # A block is held twice while it is put together, and a checkpoint has three fp32 tensors of a group.
-    needed = 2 * images * pixels + 12 * 100 * pixels
+    checkpoint = max(12 * 100 * pixels, student.checkpoint_bytes(config, len(dataset.classes)))
+    needed = 2 * images * pixels + checkpoint
     free = shutil.disk_usage(path).free
     if free < needed:
         raise InputError(f"{path}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room")

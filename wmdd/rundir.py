@@ -3,6 +3,7 @@
 RUN/config.json                  the resolved config, its fingerprint, the data and the teacher it is bound to
 RUN/blocks/block-00007.*         one file and one sidecar of each block, written whole
 RUN/groups/group-00012.*         finished groups of a block that is not yet whole, and checkpoints of the others
+RUN/students/*                   checkpoints of students in training
 RUN/manifest.json                derived from the sidecars, never the truth
 RUN/records/*.jsonl              what was measured
 RUN/baselines/METHOD/            a run folder of its own
@@ -82,6 +83,10 @@ class RunFolder:
     def checkpoint_file(self, group: int) -> Path:
         """Return the checkpoint of a group in synthesis."""
         return self.path / "groups" / f"group-{group:05d}.checkpoint.safetensors"
+
+    def student_checkpoint(self, name: str) -> Path:
+        """Return the checkpoint of a student in training."""
+        return self.path / "students" / f"{name}.checkpoint.safetensors"
 
     def locked(self, name: str, stop: Callable[[], bool]) -> AbstractContextManager[None]:
         """Hold a lock of this run (``files.locked``): one process works on a thing, others wait and find it done."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wmdd import labels, networks
+from wmdd.checkpoint import Checkpoint
 from wmdd.config import Config, Student
 from wmdd.cost import Meter
 from wmdd.distilled import DistilledSet
@@ -64,6 +65,7 @@ def train(
     folder: Path,
     advance: Callable[[int], None] = lambda updates: None,
     stop: Callable[[], bool] = lambda: False,
+    checkpoint: Checkpoint | None = None,
 ) -> Result:
     """Train one student and measure it.
 
@@ -83,9 +85,10 @@ def train(
         folder: where soft labels are stored if the config says so.
         advance: called with the number of updates done.
         stop: whether to leave between two epochs.
+        checkpoint: where it is kept between two epochs, when it is due and at a stop, and where it goes on from.
 
     Raises:
-        Interrupted: a stop was requested; a student starts again next time.
+        Interrupted: a stop was requested.
     """
     meter = Meter(ranks.device, team.size)
     wanted_updates = update_count(config, task.view, len(distilled))
@@ -102,11 +105,23 @@ def train(
     # Not torch's AveragedModel, whose counter makes the host wait for the device in every update.
     weights, follow = list(network.parameters()), get_ema_multi_avg_fn(settings.ema)
     average = [weight.detach().clone() for weight in weights] if settings.ema else []
+    parts = {"network": network, "optimizer": optimizer}
+    found = checkpoint.load(parts, ranks.device, team) if checkpoint else {}
+    begin, updates, labelled = (int(found.get(key, 0)) for key in ("epoch", "updates", "labelled"))
+    for mean, kept in zip(average, found.get("average", average), strict=True):
+        mean.copy_(kept)
+    meter.include(found.get("spent", {}))
+    if updates:
+        advance(updates)
     parallel = ranks.compiled(team.wrap(network.train()))
-    updates = labelled = 0
-    for epoch in range(settings.epochs):
-        if team.sum(torch.tensor(float(stop()))):
-            raise Interrupted("stopped between two epochs of a student")
+    for epoch in range(begin, settings.epochs):
+        stopping = bool(team.sum(torch.tensor(float(stop()))))
+        if checkpoint and team.rank == 0 and (stopping or checkpoint.due()):
+            reached = {"epoch": epoch, "updates": updates, "labelled": labelled}
+            checkpoint.save(parts, ranks.device, **reached, average=average, spent=meter.read())
+        if stopping:
+            how = "checkpointed" if checkpoint else "stopped"
+            raise Interrupted(f"student {how} after {epoch} of {settings.epochs} epochs")
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
         visit = soft.visited(epoch) if soft else epoch
@@ -158,6 +173,17 @@ def seen(config: Config, view: str, images: int) -> Config:
 def update_count(config: Config, view: str, images: int) -> int:
     """Return the optimiser steps of one student on a set of so many images."""
     return config.student.updates if view == "updates" else config.student.epochs * _steps(config, images)
+
+
+def checkpoint_bytes(config: Config, classes: int) -> int:
+    """Return the bytes of the largest student's checkpoint: its weights, their average, and AdamW's two moments."""
+    with torch.device("meta"):
+        made = [
+            networks.create(name, classes, config.data.channels, config.data.resolution)
+            for name in config.student.networks
+        ]
+    copies = 4 if config.student.ema else 3
+    return max(4 * copies * sum(weight.numel() for weight in network.parameters()) for network in made)
 
 
 def _steps(config: Config, images: int) -> int:

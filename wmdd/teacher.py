@@ -1,7 +1,5 @@
 """The frozen teacher: trained here or loaded strictly, kept in the store, named by the SHA-256 of its weights."""
 
-import io
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wmdd import augment, networks, store, weights
+from wmdd.checkpoint import Checkpoint
 from wmdd.config import Config
 from wmdd.console import progress, say
+from wmdd.cost import Meter
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, Team, generator, seed_of
 from wmdd.errors import Interrupted, WmddError
-from wmdd.files import digest, locked, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from wmdd.files import digest, locked, read_json, read_tensors, sha256, write_json, write_tensors
 from wmdd.networks import FrozenNetwork, Observation
 from wmdd.validation import Validation, decode_all
 
@@ -59,7 +59,7 @@ def obtain(config: Config, dataset: Dataset, validation: Validation, ranks: Rank
         ranks.barrier()
     known = read_json(facts)
     network = _create(config, known["all_outputs"])
-    network.load_state_dict(read_tensors(file))
+    weights.restore(network, read_tensors(file))
     frozen = FrozenNetwork(network, known["outputs"]).to(ranks.device)
     return Teacher(frozen, known["sha256"], known)
 
@@ -108,18 +108,18 @@ def _make(
     stop: Callable[[], bool],
 ) -> None:
     """Train or import the teacher and put it into the store, with what is to be known of it."""
-    begun = time.perf_counter()
+    meter = Meter(ranks.device)
     outputs = None
     if origin is None:
         team = ranks.team(config.teacher.ranks, "teacher.ranks")
         if team.index:
             return  # one team trains, the others wait
-        network = _train(config, dataset, ranks, team, folder, stop)
+        network = _train(config, dataset, ranks, team, folder, meter, stop)
     elif ranks.main:
         network, outputs = _import(config, dataset, origin)
     if not ranks.main:
         return
-    seconds = time.perf_counter() - begun
+    seconds = meter.read()["seconds"]
     state = network.state_dict()
     accuracy = validation(FrozenNetwork(network, outputs).to(ranks.device).predict)
     file = folder / "teacher.safetensors"
@@ -130,7 +130,7 @@ def _make(
         "origin": config.teacher.weights or "trained here",
         **accuracy,
         "evaluated_on": validation.on,
-        "seconds": round(seconds, 3),
+        "seconds": seconds,
         "bytes": file.stat().st_size,
         "all_outputs": weights.output_count(state, file),
         "outputs": outputs,
@@ -140,7 +140,13 @@ def _make(
 
 
 def _train(
-    config: Config, dataset: Dataset, ranks: Ranks, team: Team, folder: Path, stop: Callable[[], bool]
+    config: Config,
+    dataset: Dataset,
+    ranks: Ranks,
+    team: Team,
+    folder: Path,
+    meter: Meter,
+    stop: Callable[[], bool],
 ) -> nn.Module:
     """Train on the decoded images with crops and flips, cosine to zero; checkpoints between epochs when it is due."""
     settings, data = config.teacher, config.data
@@ -150,19 +156,20 @@ def _train(
     optimizer = _optimizer(network, config)
     batches = -(-len(dataset.train) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
-    checkpoint = folder / "checkpoint.pt"
-    begin = _resume(checkpoint, network, optimizer, schedule, ranks.device)
+    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    checkpoint = Checkpoint(folder / "checkpoint.safetensors", folder.name, config.compute.checkpoint_seconds)
+    found = checkpoint.load(parts, ranks.device, team)
+    begin = int(found.get("epoch", 0))
+    meter.include(found.get("spent", {}))
     images = _near(decode_all(dataset.train, config, "decoding the training images"), ranks.device)
     labels = dataset.train.labels.to(ranks.device)
     parallel = ranks.compiled(team.wrap(network.train()))
-    saved = time.monotonic()
     with progress("teacher: training", settings.epochs * batches, "updates") as advance:
         advance(begin * batches)
         for epoch in range(begin, settings.epochs):
             stopping = bool(team.sum(torch.tensor(float(stop()))))
-            if team.rank == 0 and (stopping or time.monotonic() - saved > config.compute.checkpoint_seconds):
-                _checkpoint(checkpoint, network, optimizer, schedule, epoch)
-                saved = time.monotonic()
+            if team.rank == 0 and (stopping or checkpoint.due()):
+                checkpoint.save(parts, ranks.device, epoch=epoch, spent=meter.read())
             if stopping:
                 raise Interrupted(f"teacher checkpointed after {epoch} of {settings.epochs} epochs")
             source = generator(settings.seed, "teacher", epoch)
@@ -186,7 +193,7 @@ def _train(
                 optimizer.step()
                 schedule.step()
                 advance(1)
-    checkpoint.unlink(missing_ok=True)
+    checkpoint.remove()
     return network.cpu()
 
 
@@ -211,23 +218,3 @@ def _optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer:
         weight_decay=settings.weight_decay,
         nesterov=settings.momentum > 0,
     )
-
-
-def _checkpoint(path: Path, network: nn.Module, optimizer: Any, schedule: Any, epoch: int) -> None:
-    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    buffer = io.BytesIO()
-    torch.save({**state, "epoch": epoch}, buffer)
-    write_bytes(path, buffer.getvalue())
-
-
-def _resume(path: Path, network: nn.Module, optimizer: Any, schedule: Any, device: torch.device) -> int:
-    if not path.exists():
-        return 0
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        return int(state["epoch"])
-    except Exception as error:  # torch raises many types for a file that is not whole
-        raise WmddError(f"{path}: is damaged ({error}); delete it to train the teacher anew") from error

@@ -1,5 +1,6 @@
 """Weights files: found, read without pickle code, fitted strictly, and mapped to the data's classes."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -94,7 +95,14 @@ def fit(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     ]
     if problems:
         raise InputError(f"{path}: does not fit {type(network).__name__}: {'; '.join(problems)}")
-    network.load_state_dict(given)
+    restore(network, given)
+
+
+def restore(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a network its state back, strictly; files keep no versions of modules, which some networks ask for."""
+    versioned = OrderedDict(state)
+    versioned._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(versioned)
 
 
 def output_count(state: dict[str, Tensor], path: Path) -> int:

@@ -1,0 +1,124 @@
+"""Checkpoints: what a training loop needs to go on as if it had never stopped, and when the next one is due."""
+
+import functools
+import json
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wmdd.console import say
+from wmdd.distributed import Team
+from wmdd.errors import WmddError
+from wmdd.files import read_metadata, read_tensors, write_tensors
+from wmdd.weights import restore
+
+
+class Clock:
+    """Tells when a checkpoint is due; jitter keeps a thousand tasks from writing at once."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to wait for the next one."""
+        self._next = time.monotonic() + self._seconds * random.uniform(0.9, 1.1)
+
+    def due(self) -> bool:
+        """Return whether it is time."""
+        return time.monotonic() >= self._next
+
+
+class Checkpoint:
+    """The state of a training loop between two epochs, in one file.
+
+    Args:
+        path: of the file.
+        of: names what is trained; a file of anything else is not gone on from.
+        seconds: between two checkpoints.
+    """
+
+    def __init__(self, path: Path, of: str, seconds: float) -> None:
+        self._path, self._of, self._clock = path, of, Clock(seconds)
+
+    def due(self) -> bool:
+        """Return whether it is time for one."""
+        return self._clock.due()
+
+    def save(self, parts: Mapping[str, Any], device: torch.device, **facts: Any) -> None:
+        """Write the states of networks, optimisers and schedules, of torch's random numbers, and numbers beside them.
+
+        Raises:
+            WmddError: there is no room, or no right to write.
+        """
+        states = {name: part.state_dict() for name, part in parts.items()}
+        # Dropout draws from these.
+        numbers = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+        tensors: dict[str, Tensor] = {}
+        content = _pack({"states": states, "random": numbers, "facts": facts}, tensors)
+        write_tensors(self._path, tensors, {"of": self._of, "content": json.dumps(content)})
+        self._clock.restart()
+
+    def load(self, parts: Mapping[str, Any], device: torch.device, team: Team) -> dict[str, Any]:
+        """Give the parts their states back and return what was saved beside them; nothing when there is no checkpoint.
+
+        Raises:
+            WmddError: the ranks of the team do not all see the same file.
+        """
+        found = self._read()
+        epoch = float(found["facts"]["epoch"]) if found else -1.0
+        if team.sum(torch.tensor(epoch)) != epoch * team.size:
+            raise WmddError(f"{self._path}: not every rank sees the same checkpoint; start the same command again")
+        if not found:
+            return {}
+        for name, part in parts.items():
+            load = functools.partial(restore, part) if isinstance(part, nn.Module) else part.load_state_dict
+            load(found["states"][name])
+        torch.set_rng_state(found["random"][0])
+        if device.type == "cuda" and len(found["random"]) > 1:
+            torch.cuda.set_rng_state(found["random"][1], device)
+        facts: dict[str, Any] = found["facts"]
+        return facts
+
+    def remove(self) -> None:
+        """Delete it: the work is done."""
+        self._path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        meta = read_metadata(self._path)
+        if meta.get("of") == self._of:
+            found: dict[str, Any] = _unpack(json.loads(meta["content"]), read_tensors(self._path))
+            return found
+        if not meta and self._path.exists():
+            say(f"{self._path}: is damaged: training begins anew")
+        return {}
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return a tree of dicts and lists as JSON can hold it; its tensors go to ``tensors``."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {"tensor": name, "stride": value.stride()}
+    if isinstance(value, dict):
+        return {"items": [[key, _pack(item, tensors)] for key, item in value.items()]}  # keys may be numbers
+    if isinstance(value, list | tuple):
+        return [_pack(item, tensors) for item in value]
+    return value
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "items" in value:
+        return {key: _unpack(item, tensors) for key, item in value["items"]}
+    # Fused optimisers want a weight and its moments in one layout.
+    stored = tensors[value["tensor"]]
+    return torch.empty_strided(stored.shape, value["stride"], dtype=stored.dtype).copy_(stored)
