@@ -68,7 +68,7 @@ class Local(Launcher):
     def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
         """Do the runs in order, ``jobs`` at a time; the first that fails stops the others at their next safe point.
 
-        Of what is stopped a teacher loses no whole epoch, a group no iteration, a student all of its training.
+        What is stopped goes on where it was: a group at its iteration, a teacher or student at its epoch.
         """
         seconds = None if self._deadline is None else self._deadline - time.monotonic()
         left = len(runs)
