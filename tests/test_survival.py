@@ -20,7 +20,7 @@ import pytest
 from conftest import TINY, blocks_of
 from PIL import Image
 
-from wmdd import cli, console, files, pipeline
+from wmdd import cli, console, data, files, pipeline
 from wmdd.config import Config, load_config
 from wmdd.distilled import DistilledSet
 from wmdd.errors import WmddError
@@ -210,6 +210,42 @@ def test_a_signal_in_mid_synthesis_checkpoints_and_exits_75(tmp_path: Path) -> N
     pipeline.run("digits", tmp_path / "whole", settings)
     assert blocks_of(tmp_path / "run") == blocks_of(tmp_path / "whole")
     assert not list((tmp_path / "run" / "progress").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_to_all_processes_ends_no_decoder(number: signal.Signals) -> None:
+    found = fork.SimpleQueue()
+
+    def work() -> None:
+        os.setsid()
+        with stop_on(number) as stop:
+            results = data._in_order(abs, list(range(-40, 0)), workers=2)
+            begun = [next(results), next(results)]  # one of each decoder
+            os.killpg(0, number)
+            while not stop():
+                time.sleep(0.01)
+            time.sleep(0.5)
+            found.put([*begun, *results] == list(range(40, 0, -1)))
+
+    process = fork.Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and found.get()
+
+
+def test_decoders_do_not_outlive_a_run_that_ends_in_disorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_PATIENCE", 1)
+
+    def work() -> None:
+        kept.append(data._in_order(abs, list(range(40)), workers=2))
+        next(kept[0])
+        next(kept[0])  # and the process ends, with the stream open
+
+    kept: list[Iterator[int]] = []
+    process = fork.Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def peak_of(work: Callable[[], object]) -> float:

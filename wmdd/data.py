@@ -1,6 +1,7 @@
 """The images of a run: chosen, listed and checked before any work, decoded when they are needed."""
 
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _LOOKERS = 8
 """Threads of the first look, which mostly wait for the disk."""
 _CHUNK = 256
 """Files that one thread or process takes at a time."""
+_PATIENCE = 30
+"""Seconds that a decoding process outlives SIGTERM: as long as SLURM leaves a task it has cancelled."""
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -415,6 +418,16 @@ class _Guarded(torch.utils.data.Dataset):
             return error
 
 
+def _outlast_signals(worker: int) -> None:
+    """Leave signals to all processes of a run to the run itself, which still wants its images while it checkpoints.
+
+    SIGTERM is also how a process that ends in disorder ends its workers, so it is heeded after a while.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_PATIENCE))
+
+
 def _unchanged(value: Result) -> Result:
     return value
 
@@ -431,6 +444,7 @@ def _in_order(function: Callable[[Batch], Result], batches: Sequence[Batch], wor
         num_workers=min(workers, len(batches)),
         collate_fn=_unchanged,
         generator=torch.Generator(),  # else it would draw its seed from the global one
+        worker_init_fn=_outlast_signals,
     )
     try:
         for result in loader:
