@@ -104,7 +104,9 @@ def test_killed_tasks_end_the_graph_and_the_next_submission_does_only_what_is_mi
 
 
 def test_a_requeued_and_then_warned_task_goes_on_from_its_checkpoint(cluster: LocalCluster, tmp_path: Path) -> None:
-    config = load_config("digits", [*TINY, *LONG, "synthesis.iterations=2500", "student.baselines=[]"])
+    # Decoders and solvers get the signals too.
+    settings = ["synthesis.iterations=2500", "student.baselines=[]", "compute.workers=2"]
+    config = load_config("digits", [*TINY, *LONG, *settings])
     run = tmp_path / "run"
     job = submit(config, run, ("teacher", "distill"))["distill"].job
     wait(lambda: iteration(run) > 0, 200, "synthesis begins")
@@ -119,6 +121,7 @@ def test_a_requeued_and_then_warned_task_goes_on_from_its_checkpoint(cluster: Lo
     assert [row.state for row in rows(run)] == ["done"] and rows(run)[0].restarts == 2
     said = [int(line.split()[-1]) for line in log(run, job).splitlines() if "goes on at iteration" in line]
     assert said[0] == first and first < said[1] < 2500, "it did not go on from its checkpoint"
+    assert log(run, job).count("stop requested: checkpointed at iteration") == 2
     assert "back into the queue, restart 2" in log(run, job)
     assert blocks_of(run) == blocks_of(tmp_path / "local")
 
