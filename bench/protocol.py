@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from wmdd import evaluation, methods, pipeline, student
 from wmdd.config import Config, Data, Positive, load_config
 from wmdd.data import Dataset, load_dataset
-from wmdd.errors import InputError, WmddError, nearest
+from wmdd.errors import InputError, WmddError, complaint, nearest
 from wmdd.files import read_json, read_toml, write_json
 from wmdd.records import read_records
 from wmdd.rundir import RunFolder
@@ -97,10 +97,8 @@ def load_protocol(source: str) -> Protocol:
         return Protocol.model_validate(read_toml(place, source))
     except ValidationError as error:
         first = error.errors()[0]
-        where, key = ".".join(map(str, first["loc"])), str(first["loc"][-1])
-        valid = list(Entry.model_fields if first["loc"][0] == "methods" else Protocol.model_fields)
-        hint = nearest(key, valid) if first["type"] == "extra_forbidden" else first["msg"]
-        raise InputError(f"{source}: {where}: {hint}") from None
+        valid = list(Entry.model_fields if first["loc"][:1] == ("methods",) else Protocol.model_fields)
+        raise InputError(f"{source}: {complaint(first, valid)}") from None
 
 
 def folders(protocols: Sequence[Protocol], out: Path | None) -> list[Path]:

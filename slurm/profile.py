@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from wmdd.config import Count, Positive, Rate, Section
-from wmdd.errors import InputError, nearest
+from wmdd.errors import InputError, complaint, nearest
 from wmdd.files import read_toml
 
 Stage = Literal["teacher", "distill", "students", "report"]
@@ -98,6 +98,10 @@ def profile_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
+_KEYS = [*Resources.model_fields, "rate", "student_minutes", *STAGES]
+"""What a profile may say at its top"""
+
+
 def load_profile(source: str) -> Profile:
     """Read a profile by name (``a100``) or by the path of a TOML file.
 
@@ -120,11 +124,13 @@ def load_profile(source: str) -> Profile:
         try:
             stages[stage] = Resources.model_validate(merged)
         except ValidationError as error:
-            raise InputError(f"profile {source}: {_explain(error, stage if table else '')}") from None
+            raise InputError(
+                f"profile {source}: {complaint(error.errors()[0], _KEYS, stage if table else '')}"
+            ) from None
     try:
         return Profile(name=source, stages=stages, **own)
     except ValidationError as error:
-        raise InputError(f"profile {source}: {_explain(error, '')}") from None
+        raise InputError(f"profile {source}: {complaint(error.errors()[0], _KEYS)}") from None
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -136,18 +142,6 @@ def _read(source: str) -> dict[str, Any]:
         hint = nearest(source, profile_names())
         raise InputError(f"--profile {source}: no such profile; {hint} (a file's name ends in .toml)")
     return read_toml(place, f"--profile {source}")
-
-
-def _explain(error: ValidationError, stage: str) -> str:
-    """Return the first complaint as one line, with the nearest valid name for an unknown key."""
-    item = error.errors()[0]
-    key = ".".join(str(part) for part in item["loc"])
-    where = f"{stage}.{key}" if stage else key
-    if item["type"] == "extra_forbidden":
-        valid = [*Resources.model_fields, "rate", "student_minutes", *STAGES]
-        return f"unknown key {where!r}: {nearest(key, valid)}"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (given: {item['input']!r})" if key else message
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from wmdd.errors import InputError, nearest
+from wmdd.errors import InputError, complaint, nearest
 from wmdd.files import digest, read_toml
 
 Positive = Annotated[int, Field(ge=1)]
@@ -470,17 +470,9 @@ def _parse(text: str) -> Any:
 
 
 def _explain(error: ValidationError) -> str:
-    """Turn pydantic's first complaints into one line, with the nearest valid name for an unknown key."""
-    messages = []
-    for item in error.errors()[:3]:
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            valid = list(_section_at(item["loc"][:-1]).model_fields)
-            messages.append(f"unknown key {where!r}: {nearest(str(item['loc'][-1]), valid)}")
-        else:
-            given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
-            messages.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{given}".removeprefix(": "))
-    return "; ".join(messages)
+    """Turn pydantic's first complaints into one line."""
+    items = error.errors()[:3]
+    return "; ".join(complaint(item, list(_section_at(item["loc"][:-1]).model_fields)) for item in items)
 
 
 def _section_at(location: tuple[Any, ...]) -> type[BaseModel]:

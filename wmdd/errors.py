@@ -1,5 +1,10 @@
 """The errors a user meets, and the exit codes that go with them."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_RESUMABLE = 75
@@ -22,6 +27,22 @@ class Interrupted(WmddError):
     """A signal asked the run to stop; it has checkpointed and the same command resumes it."""
 
     exit_code = EXIT_RESUMABLE
+
+
+def complaint(item: "ErrorDetails", valid: list[str], section: str = "") -> str:
+    """Return one of pydantic's complaints as a line, with the nearest valid name for an unknown key.
+
+    Args:
+        item: of ``ValidationError.errors()``.
+        valid: the keys that there are at that place.
+        section: what the place is called, put before the key.
+    """
+    key = ".".join(str(part) for part in ([section] if section else []) + list(item["loc"]))
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}: {nearest(str(item['loc'][-1]), valid)}"
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+    return f"{key}: {message}{given}" if key else message
 
 
 def nearest(name: str, valid: list[str]) -> str:

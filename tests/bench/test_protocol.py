@@ -247,7 +247,7 @@ def test_an_unfair_or_impossible_protocol_is_refused_before_anything_is_done(
 def test_a_wrong_key_in_a_file_is_named_with_the_nearest(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('name = "x"\nconfig = "digits"\nmethods = [{ method = "wmdd", variants = "paper" }]\n')
-    with pytest.raises(InputError, match=r"mine.toml: methods.0.variants: did you mean 'variant'"):
+    with pytest.raises(InputError, match=r"mine.toml: unknown key 'methods.0.variants': did you mean 'variant'"):
         protocols.load_protocol(str(file))
     with pytest.raises(InputError, match=r"digts: no protocol of that name; did you mean 'digits'"):
         protocols.load_protocol("digts")
