@@ -10,7 +10,7 @@ from torch import nn
 from wmdd import encoding, labels, student
 from wmdd.config import Compute, Config, Labels, load_config
 from wmdd.distilled import DistilledSet
-from wmdd.distributed import ALONE, Ranks, ranks
+from wmdd.distributed import ALONE, Ranks, Team, ranks
 from wmdd.errors import InputError
 from wmdd.files import write_tensors
 from wmdd.networks import FrozenNetwork
@@ -227,6 +227,11 @@ def test_online_labels_cost_no_bytes_but_a_teacher_and_its_flops(
     convolutions = 2 * 9 * 8 * (3 * 16**2 + 8 * 8**2 + 8 * 4**2)  # three blocks of 8 channels, halved each time
     assert online["labelling_flops"] == stored["labelling_flops"] == 30 * (convolutions + 2 * 5 * 8 * 2 * 2)
     assert "labelling_flops" not in hard
+    for mode, passes in (("eval", 1), ("batch", 2)):
+        recipe = config.labels.model_copy(update={"teacher_mode": mode})
+        asked = config.model_copy(update={"labels": recipe})
+        soft = labels.SoftLabels(asked, distilled, known, "soft", 0, alone, tmp_path)
+        assert soft.cost(30, Team(0, 1, 0, 2))["labelling_flops"] == passes * online["labelling_flops"]
 
 
 def test_views_fix_the_updates_or_leave_out_the_augmentation(

@@ -182,18 +182,19 @@ class SoftLabels:
         sizes = [len(batch.images) for batch in self._plan(epoch)]
         return [part.to(self._ranks.device) for part in logits.split(sizes)]
 
-    def cost(self, labelled: int) -> dict[str, float]:
+    def cost(self, labelled: int, team: Team = ALONE) -> dict[str, float]:
         """Return the bytes on disk and the FLOPs that the labels of a finished student took.
 
         ``label_bytes``: of the stored files, 0 online.  ``teacher_bytes``: of its weights, which online labels need
         beside the images.  ``labelling_flops``: of the teacher's forward passes over ``labelled`` views (stored: over
-        each once).
+        each once), by every rank of the team where each labels whole batches.
         """
         files = [self.file(epoch) for epoch in range(self._epochs)]
         side, channels = self._config.data.resolution, self._config.data.channels
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             self._teacher.network.predict(torch.zeros(1, channels, side, side, device=self._ranks.device))
-        views = self._epochs * self._count if self.stored else labelled
+        passes = team.size if self._config.labels.teacher_mode == "batch" else 1
+        views = self._epochs * self._count if self.stored else labelled * passes
         return {
             "label_bytes": float(sum(file.stat().st_size for file in files if file.exists())),
             "teacher_bytes": 0.0 if self.stored else float(self._teacher.facts.get("bytes", 0)),

@@ -156,7 +156,7 @@ def train(
             weight.data.copy_(mean)
     network.eval()
     metrics = validation(network, team)
-    cost = {"image_bytes": float(distilled.bytes), "label_bytes": 0.0, **(soft.cost(labelled) if soft else {})}
+    cost = {"image_bytes": float(distilled.bytes), "label_bytes": 0.0, **(soft.cost(labelled, team) if soft else {})}
     return Result(metrics, updates, meter.read() | {"updates": float(updates)} | cost)
 
 
