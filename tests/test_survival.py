@@ -233,19 +233,45 @@ def test_a_signal_to_all_processes_ends_no_decoder(number: signal.Signals) -> No
     assert process.exitcode == 0 and found.get()
 
 
-def test_decoders_do_not_outlive_a_run_that_ends_in_disorder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_PATIENCE", 1)
+def test_decoders_end_with_a_program_that_ends_by_an_error() -> None:
+    code = """
+from wmdd import data
+data._PATIENCE = 3600
+stream = data._in_order(abs, list(range(40)), workers=2)
+next(stream), next(stream)
+raise RuntimeError("the cause")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "RuntimeError: the cause"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"), [(True, "stopped while images were decoded"), (False, "memory may be short")]
+)
+def test_the_death_of_a_decoder_is_a_stop_if_somebody_asked_for_one(asked: bool, told: str) -> None:
+    said = fork.SimpleQueue()
+
+    def slow(number: int) -> int:
+        time.sleep(0.2)
+        return number
 
     def work() -> None:
-        kept.append(data._in_order(abs, list(range(40)), workers=2))
-        next(kept[0])
-        next(kept[0])  # and the process ends, with the stream open
+        with stop_on(signal.SIGUSR2):
+            results = data._in_order(slow, list(range(20)), workers=2)
+            try:
+                next(results)
+                if asked:
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                for decoder in multiprocessing.active_children():
+                    decoder.kill()
+                said.put(str(list(results)))
+            except BaseException as reason:
+                said.put(f"{type(reason).__name__}: {reason}")
 
-    kept: list[Iterator[int]] = []
     process = fork.Process(target=work)
     process.start()
-    process.join(60)
-    assert process.exitcode == 0
+    assert told in said.get()
+    process.join()
 
 
 def peak_of(work: Callable[[], object]) -> float:

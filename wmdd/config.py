@@ -42,7 +42,7 @@ class Compute(Section):
     """Run the steps of synthesis, students and teacher through torch.compile: a minute or more of compilation for each,
     then faster steps; for long runs."""
     checkpoint_seconds: Weight = 600.0
-    """Seconds between two checkpoints of a group in synthesis or of a teacher in training."""
+    """Seconds between two checkpoints of a group in synthesis, or of a teacher or student in training."""
 
 
 class Data(Section):

@@ -47,6 +47,8 @@ class Meter:
         now = _joules(self._device)
         if self._energy is not None and now is not None and now >= self._energy:  # counters of CPUs wrap
             found["joules"] = (now - self._energy) * self._devices
+        if self._before and "joules" not in self._before:
+            found.pop("joules", None)  # of this piece alone
         found = {key: round(value + self._before.get(key, 0.0), 3) for key, value in found.items()}
         return found | {"peak_bytes": max(float(peak), self._before.get("peak_bytes", 0.0))}
 

@@ -1,5 +1,6 @@
 """The images of a run: chosen, listed and checked before any work, decoded when they are needed."""
 
+import atexit
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,14 +9,16 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 
+from wmdd import signals
 from wmdd.config import Data
-from wmdd.errors import InputError, WmddError, nearest
+from wmdd.errors import InputError, Interrupted, WmddError, nearest
 from wmdd.files import digest, read_json, write_json
 from wmdd.packed import Shards
 from wmdd.sources import SPLITS, BrokenImage, Look, Source, Split, Tree, fetch, open_source
@@ -433,10 +436,25 @@ def _unchanged(value: Result) -> Result:
 
 
 def _in_order(function: Callable[[Batch], Result], batches: Sequence[Batch], workers: int) -> Iterator[Result]:
-    """Yield ``function(batch)`` for each batch, worked out by one DataLoader of ``workers`` processes (0: here)."""
+    """Return ``function(batch)`` for each batch, worked out by one DataLoader of ``workers`` processes (0: here)."""
     if not workers or not batches:
-        yield from map(function, batches)
-        return
+        return map(function, batches)
+    stream = _loaded(function, batches, workers)
+    _streams.add(stream)
+    return stream
+
+
+_streams: "WeakSet[Iterator[Any]]" = WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """End decoders in order when a program ends by an error: Python would send them SIGTERM and wait."""
+    for stream in list(_streams):
+        stream.close()  # type: ignore[attr-defined]
+
+
+def _loaded(function: Callable[[Batch], Result], batches: Sequence[Batch], workers: int) -> Iterator[Result]:
     loader = torch.utils.data.DataLoader(
         _Guarded(function),
         batch_size=None,
@@ -454,6 +472,8 @@ def _in_order(function: Callable[[Batch], Result], batches: Sequence[Batch], wor
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
+        if signals.requested():
+            raise Interrupted("stopped while images were decoded") from None
         raise WmddError(
             f"a process that decodes images died ({error}); memory may be short: try fewer compute.workers, or 0"
         ) from error

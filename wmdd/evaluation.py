@@ -54,6 +54,9 @@ def evaluate(
         return any(record.protocol == protocol and record.artefact == distilled.sha256 for record in records)
 
     missing = [position for position, task in enumerate(tasks) if not done(task)]
+    if job.main:  # left by a kill after the record was written
+        for position in set(range(len(tasks))) - set(missing):
+            folder.student_checkpoint(_name(tasks[position])).unlink(missing_ok=True)
     team = job.team(config.student.ranks, "student.ranks")
     todo = [tasks[position] for position in team.deal(job.agree(missing))]
     updates = {task: student.update_count(config, task.view, len(distilled)) for task in todo}

@@ -132,7 +132,7 @@ def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest) ->
             try:
                 failure = done.get(timeout=0.2)
             except queue.Empty:
-                if any(worker.exitcode for worker in workers):
+                if any(worker.exitcode for worker in workers) and not stop():
                     raise WmddError(
                         "a process that did runs was killed; memory may be short: try fewer --jobs"
                     ) from None
@@ -142,8 +142,11 @@ def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest) ->
             finished += 1
             yield
     finally:
+        # Its run checkpoints and leaves.  It may have got the signal that came here, and a second of a kind kills.
+        number = signal.SIGTERM if stop.signal == signal.SIGUSR2 else signal.SIGUSR2
         for worker in workers:
-            worker.terminate()  # its run checkpoints and leaves
+            if worker.pid and worker.is_alive():
+                os.kill(worker.pid, number)
         for worker in workers:
             worker.join()
 

@@ -23,6 +23,11 @@ _open: list[StopRequest] = []
 """Of the blocks that this process is in, the outermost first: a signal is for all of them."""
 
 
+def requested() -> bool:
+    """Return whether somebody asked this process to stop, and it has not yet left the block that heeds it."""
+    return any(one() for one in _open)
+
+
 @contextmanager
 def stop_on(*numbers: signal.Signals) -> Iterator[StopRequest]:
     """Turn the given signals into a flag for the length of the block; the second of the same kind acts at once.

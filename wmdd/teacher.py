@@ -109,12 +109,13 @@ def _make(
 ) -> None:
     """Train or import the teacher and put it into the store, with what is to be known of it."""
     meter = Meter(ranks.device)
+    checkpoint = Checkpoint(folder / "checkpoint.safetensors", folder.name, config.compute.checkpoint_seconds)
     outputs = None
     if origin is None:
         team = ranks.team(config.teacher.ranks, "teacher.ranks")
         if team.index:
             return  # one team trains, the others wait
-        network = _train(config, dataset, ranks, team, folder, meter, stop)
+        network = _train(config, dataset, ranks, team, checkpoint, meter, stop)
     elif ranks.main:
         network, outputs = _import(config, dataset, origin)
     if not ranks.main:
@@ -136,6 +137,7 @@ def _make(
         "outputs": outputs,
     }
     write_json(folder / "teacher.json", facts)  # last: it is what makes the entry count
+    checkpoint.remove()
     say(f"teacher {name}: top-1 {accuracy['top1']:.1%} ({validation.on}), SHA-256 {facts['sha256'][:12]}")
 
 
@@ -144,7 +146,7 @@ def _train(
     dataset: Dataset,
     ranks: Ranks,
     team: Team,
-    folder: Path,
+    checkpoint: Checkpoint,
     meter: Meter,
     stop: Callable[[], bool],
 ) -> nn.Module:
@@ -157,7 +159,6 @@ def _train(
     batches = -(-len(dataset.train) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
-    checkpoint = Checkpoint(folder / "checkpoint.safetensors", folder.name, config.compute.checkpoint_seconds)
     found = checkpoint.load(parts, ranks.device, team)
     begin = int(found.get("epoch", 0))
     meter.include(found.get("spent", {}))
@@ -193,7 +194,6 @@ def _train(
                 optimizer.step()
                 schedule.step()
                 advance(1)
-    checkpoint.remove()
     return network.cpu()
 
 

@@ -213,8 +213,9 @@ def test_a_stop_reaches_every_process_and_the_same_protocol_goes_on(finished: Pa
     deadline = time.monotonic() + 120
     while not list(out.rglob("manifest.json")) and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # to all at once, as schedulers and terminals do
     assert process.wait(timeout=120) == 75
+    assert any(out.rglob("*checkpoint*")), "what was at work did not checkpoint"
     deadline = time.monotonic() + 30
     while alive(process.pid):
         assert time.monotonic() < deadline, "processes are left"
