@@ -22,6 +22,7 @@ from wmdd import pipeline, synthesis
 from wmdd.config import Compute, Config, Synthesis, load_config
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, Team, ranks
+from wmdd.errors import Interrupted, WmddError
 from wmdd.networks import FrozenNetwork
 from wmdd.records import read_records
 from wmdd.synthesis import Objective, State, evaluate, own_rows, synthesise
@@ -198,6 +199,24 @@ def test_teacher_and_students_train_under_ddp_and_learn_as_well(tmp_path: Path) 
     spread = 3 * max(float(values.std()) for values in accuracy.values()) + 0.02
     assert abs(float(accuracy[1].mean() - accuracy[2].mean())) < spread
     assert min(float(values.mean()) for values in accuracy.values()) > 0.7
+
+
+def test_ranks_that_stop_at_different_times_have_all_stopped_and_none_is_lost() -> None:
+    def share() -> None:
+        with ranks(Compute(device="cpu")) as job:
+            if job.rank == 2:
+                job.barrier()
+            time.sleep(9 * job.rank)  # longer than others watch for those who are lost
+            raise Interrupted("checkpointed")
+
+    def work() -> str:
+        try:
+            share()
+        except WmddError as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    assert in_ranks(3, work) == ["Interrupted: checkpointed"] * 2 + ["Interrupted: stopped, as another rank was"]
 
 
 def test_a_lost_rank_is_named_within_seconds() -> None:

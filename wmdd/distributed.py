@@ -179,6 +179,7 @@ def ranks(compute: Compute, stop: Callable[[], bool] = lambda: False) -> Iterato
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     roll = Roll(dist.PrefixStore("roll", store), rank, size, stop)
+    stopped = False
     try:
         yield Ranks(rank, size, device, precision, compute.compile, roll)
     except (RuntimeError, Interrupted) as error:
@@ -187,9 +188,10 @@ def ranks(compute: Compute, stop: Callable[[], bool] = lambda: False) -> Iterato
             raise PeerLost(
                 f"rank {rank} of {size}: {describe(gone)} ({error}); start the same command again"
             ) from error
+        stopped = isinstance(error, Interrupted)
         raise
     finally:
-        roll.leave()
+        roll.leave(stopped)
         dist.destroy_process_group()
 
 

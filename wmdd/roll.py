@@ -20,6 +20,8 @@ _PATIENCE = 30.0
 """Seconds without a beat after which a rank counts as gone."""
 _HURRIED = 5.0
 """The same once somebody has asked this rank to stop: a launcher that lost one rank ends the others."""
+_STOPPED = "stopped"
+"""Mark of a rank that has left because it was asked to stop."""
 
 
 class PeerLost(WmddError):
@@ -67,6 +69,8 @@ class Roll:
                         raise Interrupted("stopped while waiting for the other ranks")
                 if gone:
                     raise PeerLost(f"rank {self._rank} of {self._size}: {describe(gone)}; start the same command again")
+                if watch.stopped:
+                    raise Interrupted("stopped, as another rank was")
                 time.sleep(pause)
                 pause = min(2 * pause, 0.1)
             return json.loads(self._store.get(f"value/{turn}"))
@@ -86,15 +90,18 @@ class Roll:
             return [0]
         return gone
 
-    def leave(self) -> None:
-        """Tell the others that this rank comes to no further meeting, and stop beating."""
+    def leave(self, stopped: bool = False) -> None:
+        """Tell the others that this rank comes to no further meeting, and stop beating.
+
+        Ranks that are asked to stop do so when they can: one that has stopped is not lost to the others.
+        """
         self._left.set()
         self._thread.join(timeout=2 * _BEAT)
         try:
-            self._store.set(f"left/{self._rank}", "")
+            self._store.set(f"left/{self._rank}", _STOPPED if stopped else "")
             if self._rank == 0:  # which may keep the store: wait for the others to read what it holds
                 everyone = [f"left/{rank}" for rank in range(self._size)]
-                self._store.wait(everyone, timedelta(seconds=_HURRIED))
+                self._store.wait(everyone, timedelta(seconds=_PATIENCE if stopped else _HURRIED))
         except RuntimeError:
             pass  # the store went with another rank
 
@@ -120,6 +127,8 @@ class _Watch:
         self._beats: dict[int, bytes] = {}
         self._changed: dict[int, float] = {}
         self._looked = -_BEAT
+        self.stopped = False
+        """Whether a rank was seen to have left because it was asked to stop"""
 
     def gone(self, patience: float) -> list[int]:
         """Return the ranks that have left or whose beat stood still for ``patience`` seconds.
@@ -132,10 +141,14 @@ class _Watch:
         self._looked = now
         found = []
         for rank in self._others:
+            left = self._store.get(f"left/{rank}") if self._store.check([f"left/{rank}"]) else None
+            if left == _STOPPED.encode():
+                self.stopped = True
+                continue
             beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
             if self._beats.get(rank) != beat:
                 self._beats[rank], self._changed[rank] = beat, now
-            if now - self._changed[rank] > patience or self._store.check([f"left/{rank}"]):
+            if now - self._changed[rank] > patience or left is not None:
                 found.append(rank)
         if found:
             found = json.loads(self._store.compare_set("gone", "", json.dumps(found)))
