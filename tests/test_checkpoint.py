@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_training_begins_anew(
     network, device = nn.Linear(2, 2), torch.device("cpu")
     saved = Checkpoint(tmp_path / "student.safetensors", "this", 1e6)
     assert saved.load({"network": network}, device, ALONE) == {}
-    saved.save({"network": network}, device, epoch=3)
+    saved.save({"network": network}, device, ALONE, epoch=3)
     assert saved.load({"network": network}, device, ALONE) == {"epoch": 3}
     whole = (tmp_path / "student.safetensors").read_bytes()
     (tmp_path / "student.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -152,39 +152,46 @@ def test_a_damaged_checkpoint_is_named_and_training_begins_anew(
 
 
 def test_ranks_go_on_together_or_not_at_all(tiny: Config, tmp_path: Path) -> None:
-    settings = tiny.student.model_copy(update={"seeds": 1, "epochs": EPOCHS, "baselines": (), "ranks": 2})
-    regimes = tiny.labels.model_copy(update={"regimes": ("soft",)})
-    config = tiny.model_copy(update={"student": settings, "labels": regimes, "ipc": 4})
+    # Dropout, and a batch of which one rank gets more: their random numbers part.
+    settings = {"seeds": 1, "epochs": EPOCHS, "baselines": (), "ranks": 2, "networks": ("mnasnet0_5",), "batch_size": 9}
+    recipe = {"student": tiny.student.model_copy(update=settings)}
+    recipe |= {"labels": tiny.labels.model_copy(update={"regimes": ("soft",)})}
+    config = tiny.model_copy(update={**recipe, "ipc": 7})
+    plain = student._smoothed_cosine
 
-    def cut() -> str:
+    def train(folder: str, until: int) -> tuple[str, list[int]]:
+        epochs: list[int] = []
+
+        def counted(epoch: int, settings: object) -> float:
+            if epoch == until:
+                raise ZeroDivisionError  # a failure of all ranks, between two checkpoints
+            epochs.append(epoch)
+            return plain(epoch, settings)  # type: ignore[arg-type]
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Checkpoint, "due", lambda self: True)
-            patch.setattr(student, "_smoothed_cosine", lambda epoch, settings: 1 / (3 - epoch))  # fails in epoch 3
+            patch.setattr(student, "_smoothed_cosine", counted)
             try:
-                return str(pipeline.run(config, tmp_path / "cut"))
+                pipeline.run(config, tmp_path / folder)
             except ZeroDivisionError:
-                return "cut"
-
-    def go_on() -> list[int]:
-        epochs: list[int] = []
-        plain = student._smoothed_cosine
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(student, "_smoothed_cosine", lambda epoch, all: (epochs.append(epoch), plain(epoch, all))[1])
-            pipeline.run(config, tmp_path / "cut")
-        return epochs
+                return "cut", epochs
+        return "whole", epochs
 
     def different() -> str:
         with ranks(Compute(device="cpu")) as job:
             saved, team = Checkpoint(tmp_path / f"{job.rank}.safetensors", "this", 1e6), job.team(2, "student.ranks")
             if job.main:
-                saved.save({}, job.device, epoch=3)
+                saved.save({}, job.device, ALONE, epoch=3)
             try:
                 return str(saved.load({}, job.device, team))
             except WmddError as error:
                 return str(error)
 
-    assert in_ranks(2, cut) == ["cut"] * 2
-    assert in_ranks(2, go_on) == [[3, 4, 5]] * 2
+    assert in_ranks(2, lambda: train("whole", EPOCHS)) == [("whole", [0, 1, 2, 3, 4, 5])] * 2
+    assert in_ranks(2, lambda: train("cut", 3)) == [("cut", [0, 1, 2])] * 2
+    assert in_ranks(2, lambda: train("cut", EPOCHS)) == [("whole", [3, 4, 5])] * 2
+    (cut,), (whole,) = (read_records(tmp_path / name / "records")[0] for name in ("cut", "whole"))
+    assert cut.metrics == whole.metrics
     assert all("not every rank sees the same checkpoint" in said for said in in_ranks(2, different))
 
 

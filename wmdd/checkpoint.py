@@ -47,22 +47,27 @@ class Checkpoint:
         self._path, self._of, self._clock = path, of, Clock(seconds)
 
     def due(self) -> bool:
-        """Return whether it is time for one."""
+        """Return whether it is time for one, by this rank's clock."""
         return self._clock.due()
 
-    def save(self, parts: Mapping[str, Any], device: torch.device, **facts: Any) -> None:
+    def save(self, parts: Mapping[str, Any], device: torch.device, team: Team, **facts: Any) -> None:
         """Write the states of networks, optimisers and schedules, of torch's random numbers, and numbers beside them.
+
+        All ranks of the team call it, and the first one writes.
 
         Raises:
             WmddError: there is no room, or no right to write.
         """
+        self._clock.restart()
+        # Dropout draws from these, on each rank for its own images.
+        numbers = [team.gather(torch.get_rng_state())]
+        numbers += [team.gather(torch.cuda.get_rng_state(device))] if device.type == "cuda" else []
+        if team.rank:
+            return
         states = {name: part.state_dict() for name, part in parts.items()}
-        # Dropout draws from these.
-        numbers = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
         tensors: dict[str, Tensor] = {}
         content = _pack({"states": states, "random": numbers, "facts": facts}, tensors)
         write_tensors(self._path, tensors, {"of": self._of, "content": json.dumps(content)})
-        self._clock.restart()
 
     def load(self, parts: Mapping[str, Any], device: torch.device, team: Team) -> dict[str, Any]:
         """Give the parts their states back and return what was saved beside them; nothing when there is no checkpoint.
@@ -79,9 +84,9 @@ class Checkpoint:
         for name, part in parts.items():
             load = functools.partial(restore, part) if isinstance(part, nn.Module) else part.load_state_dict
             load(found["states"][name])
-        torch.set_rng_state(found["random"][0])
+        torch.set_rng_state(found["random"][0][team.rank])
         if device.type == "cuda" and len(found["random"]) > 1:
-            torch.cuda.set_rng_state(found["random"][1], device)
+            torch.cuda.set_rng_state(found["random"][1][team.rank], device)
         facts: dict[str, Any] = found["facts"]
         return facts
 

@@ -96,7 +96,7 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
     if job.main:
         for place, one in runs.items():
             place.bind(one, dataset.fingerprint)
-        _check_room(config, dataset, folder.path)
+        _check_room(config, dataset, folder.path, job.size)
     if dataset.skipped:
         console.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
     validation = Validation(config, dataset, job)
@@ -165,12 +165,13 @@ def check(config: Config, dataset: Dataset) -> None:
     distill.check(config, dataset)
 
 
-def _check_room(config: Config, dataset: Dataset, path: Path) -> None:
+def _check_room(config: Config, dataset: Dataset, path: Path, ranks: int) -> None:
     pixels = config.data.channels * config.data.resolution**2
     images = len(dataset.classes) * config.ipc * (1 + len(config.student.baselines))
     # A block is held twice while it is put together, and a checkpoint has three fp32 tensors of a group.
-    checkpoint = max(12 * 100 * pixels, student.checkpoint_bytes(config, len(dataset.classes)))
-    needed = 2 * images * pixels + checkpoint
+    groups, students = max(1, ranks // config.synthesis.split_class), max(1, ranks // config.student.ranks)
+    checkpoints = max(groups * 12 * 100 * pixels, students * student.checkpoint_bytes(config, len(dataset.classes)))
+    needed = 2 * images * pixels + checkpoints
     free = shutil.disk_usage(path).free
     if free < needed:
         raise InputError(f"{path}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room")

@@ -115,10 +115,11 @@ def train(
         advance(updates)
     parallel = ranks.compiled(team.wrap(network.train()))
     for epoch in range(begin, settings.epochs):
-        stopping = bool(team.sum(torch.tensor(float(stop()))))
-        if checkpoint and team.rank == 0 and (stopping or checkpoint.due()):
+        due = checkpoint is not None and checkpoint.due()
+        stopping, saving = (value > 0 for value in team.sum(torch.tensor([float(stop()), float(due)])).tolist())
+        if checkpoint and (stopping or saving):
             reached = {"epoch": epoch, "updates": updates, "labelled": labelled}
-            checkpoint.save(parts, ranks.device, **reached, average=average, spent=meter.read())
+            checkpoint.save(parts, ranks.device, team, **reached, average=average, spent=meter.read())
         if stopping:
             how = "checkpointed" if checkpoint else "stopped"
             raise Interrupted(f"student {how} after {epoch} of {settings.epochs} epochs")

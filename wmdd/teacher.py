@@ -168,9 +168,10 @@ def _train(
     with progress("teacher: training", settings.epochs * batches, "updates") as advance:
         advance(begin * batches)
         for epoch in range(begin, settings.epochs):
-            stopping = bool(team.sum(torch.tensor(float(stop()))))
-            if team.rank == 0 and (stopping or checkpoint.due()):
-                checkpoint.save(parts, ranks.device, epoch=epoch, spent=meter.read())
+            due = checkpoint.due()
+            stopping, saving = (value > 0 for value in team.sum(torch.tensor([float(stop()), float(due)])).tolist())
+            if stopping or saving:
+                checkpoint.save(parts, ranks.device, team, epoch=epoch, spent=meter.read())
             if stopping:
                 raise Interrupted(f"teacher checkpointed after {epoch} of {settings.epochs} epochs")
             source = generator(settings.seed, "teacher", epoch)
