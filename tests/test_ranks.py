@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from wmdd.distributed import ALONE, Ranks, Team, ranks
 from wmdd.errors import Interrupted, WmddError
 from wmdd.networks import FrozenNetwork
 from wmdd.records import read_records
+from wmdd.roll import Roll
 from wmdd.synthesis import Objective, State, evaluate, own_rows, synthesise
 
 fork = multiprocessing.get_context("fork")
@@ -199,6 +201,42 @@ def test_teacher_and_students_train_under_ddp_and_learn_as_well(tmp_path: Path) 
     spread = 3 * max(float(values.std()) for values in accuracy.values()) + 0.02
     assert abs(float(accuracy[1].mean() - accuracy[2].mean())) < spread
     assert min(float(values.mean()) for values in accuracy.values()) > 0.7
+
+
+def test_a_rank_that_came_and_left_while_another_looked_is_not_lost() -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    looking = threading.Event()
+
+    class Slow:
+        """The store, to a rank that is held up between two looks at it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def add(self, key: str, amount: int) -> int:
+            count = int(store.add(key, amount))
+            if amount == 0 and not looking.is_set():
+                looking.set()
+                while not store.check(["left/1"]):
+                    time.sleep(0.01)
+            return count
+
+    found: list[object] = []
+
+    def first() -> None:
+        try:
+            found.append(Roll(Slow(), 0, 2, lambda: False).agree("value"))
+        except WmddError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert looking.wait(60)
+    second = Roll(store.clone(), 1, 2, lambda: False)
+    assert second.agree(None) == "value"
+    second.leave()
+    thread.join()
+    assert found == ["value"]
 
 
 def test_ranks_that_stop_at_different_times_have_all_stopped_and_none_is_lost() -> None:

@@ -63,6 +63,9 @@ class Roll:
             pause = 0.001
             while self._store.add(f"here/{turn}", 0) < self._size:
                 gone = watch.gone(_PATIENCE)
+                if (gone or watch.stopped) and self._store.add(f"here/{turn}", 0) == self._size:
+                    break  # who has left came here first
+                gone = self._verdict(gone)
                 if not gone and self._stop():
                     gone = self.missing()
                     if not gone:
@@ -86,9 +89,19 @@ class Roll:
             while not gone and time.monotonic() < deadline:
                 time.sleep(_BEAT)
                 gone = watch.gone(_HURRIED)
+            return self._verdict(gone)
         except RuntimeError:
             return [0]
-        return gone
+
+    def _verdict(self, gone: list[int]) -> list[int]:
+        """Return what the first rank to find some gone has found, and has told before it left.
+
+        So that all name the cause, and not the finder.
+        """
+        if not gone:
+            return []
+        found: list[int] = json.loads(self._store.compare_set("gone", "", json.dumps(gone)))
+        return found
 
     def leave(self, stopped: bool = False) -> None:
         """Tell the others that this rank comes to no further meeting, and stop beating.
@@ -131,10 +144,7 @@ class _Watch:
         """Whether a rank was seen to have left because it was asked to stop"""
 
     def gone(self, patience: float) -> list[int]:
-        """Return the ranks that have left or whose beat stood still for ``patience`` seconds.
-
-        The first rank to find some tells the others before it leaves, so that they name the cause and not the finder.
-        """
+        """Return the ranks that have left or whose beat stood still for ``patience`` seconds."""
         now = time.monotonic()
         if now - self._looked < _BEAT:
             return []
@@ -150,8 +160,6 @@ class _Watch:
                 self._beats[rank], self._changed[rank] = beat, now
             if now - self._changed[rank] > patience or left is not None:
                 found.append(rank)
-        if found:
-            found = json.loads(self._store.compare_set("gone", "", json.dumps(found)))
         return found
 
 
