@@ -1,5 +1,6 @@
 """Shared by all tests: a store of their own, a small trained teacher, a run of seconds."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ TINY = [
     "student.seeds=2",
 ]
 """Overrides that make a run on digits last about a second."""
+
+
+def needs(program: str | None, name: str, absence: str) -> pytest.MarkDecorator:
+    """Return the mark of tests that need a program: skipped without it, or an error where WMDD_REQUIRE_NAME=1 asks."""
+    if program is None and os.environ.get(f"WMDD_REQUIRE_{name}") == "1":
+        pytest.fail(f"WMDD_REQUIRE_{name}=1, but {absence}", pytrace=False)
+    return pytest.mark.skipif(program is None, reason=absence)
 
 
 @pytest.fixture(autouse=True, scope="session")

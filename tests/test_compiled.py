@@ -1,12 +1,12 @@
 """Compiled steps compute what eager ones do, in one graph each (torch has had silently wrong compiled code)."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 from torch import Tensor, nn
 
 from wmdd import networks, student
@@ -17,10 +17,7 @@ from wmdd.networks import FrozenNetwork
 from wmdd.synthesis import Objective, State, Target, synthesise
 from wmdd.teacher import Teacher
 
-COMPILER = shutil.which("g++")
-if COMPILER is None and os.environ.get("WMDD_REQUIRE_COMPILER") == "1":
-    pytest.fail("WMDD_REQUIRE_COMPILER=1, but no g++ is on the PATH", pytrace=False)
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler on a CPU (g++)")
+pytestmark = needs(shutil.which("g++"), "COMPILER", "torch.compile needs a C++ compiler on a CPU (apt-get install g++)")
 
 
 @pytest.fixture(autouse=True)

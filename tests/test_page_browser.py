@@ -1,7 +1,6 @@
 """The page in a real browser: it loads nothing, fits a phone, follows the reader's colours and unfolds its origins."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import needs
 from report_runs import make_everything
 
 from wmdd.reporting import collect
 from wmdd.reporting.page import write_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None and os.environ.get("WMDD_REQUIRE_BROWSER") == "1":
-    pytest.fail("WMDD_REQUIRE_BROWSER=1, but no chromium is on the PATH", pytrace=False)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH (apt-get install chromium)")
+pytestmark = needs(CHROMIUM, "BROWSER", "no chromium is on the PATH (apt-get install chromium)")
 
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync", "--disable-extensions", "--hide-scrollbars"]

@@ -31,6 +31,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 from wmdd.balanced import PIVOTS, REACH, descend, optimal
 from wmdd.config import Barycenter
 from wmdd.errors import InputError, Interrupted, WmddError
+from wmdd.signals import leave_to_the_run
 
 Array = NDArray[np.float64]
 Single = NDArray[np.float32]
@@ -136,9 +137,7 @@ def solvers(workers: int, stop: Callable[[], bool] = lambda: False) -> Iterator[
 
 def _begin() -> None:
     """Make a forked process a solver: of one thread, and none that outlives the run or ends before it."""
-    # Ctrl-C and schedulers signal all processes of a run, which itself decides when to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    leave_to_the_run()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends them once one of them is dead
     threadpool_limits(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()

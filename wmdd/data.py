@@ -422,12 +422,11 @@ class _Guarded(torch.utils.data.Dataset):
 
 
 def _outlast_signals(worker: int) -> None:
-    """Leave signals to all processes of a run to the run itself, which still wants its images while it checkpoints.
+    """Go on after a signal to all processes of a run: it still wants its images while it checkpoints.
 
     SIGTERM is also how a process that ends in disorder ends its workers, so it is heeded after a while.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signals.leave_to_the_run()
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_PATIENCE))
 
 

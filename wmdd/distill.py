@@ -120,7 +120,7 @@ def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
         ready = next(groups, None)
         while ready:
             following = next(groups, None)
-            if team.sum(torch.tensor(float(job.stop()))):
+            if any(team.anyone(job.stop())):
                 raise Interrupted(f"stopped before group {ready[0].index}")
             _distill_group(job, method, team, *ready, optimised)
             ready = following

@@ -59,6 +59,10 @@ class Team:
         same loss, and each wants the derivative by its own part."""
         return _TeamSum.apply(values, self.group) if self.size > 1 else values
 
+    def anyone(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether a rank of the team has raised it, the same on every rank."""
+        return [count > 0 for count in self.sum(torch.tensor([float(flag) for flag in flags])).tolist()]
+
     def gather(self, values: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks of the team, which must be of one shape, in the order of the ranks."""
         if self.size == 1:

@@ -28,6 +28,12 @@ def requested() -> bool:
     return any(one() for one in _open)
 
 
+def leave_to_the_run() -> None:
+    """Make a helper process ignore what Ctrl-C and schedulers send to all processes of a run, which decides itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_on(*numbers: signal.Signals) -> Iterator[StopRequest]:
     """Turn the given signals into a flag for the length of the block; the second of the same kind acts at once.

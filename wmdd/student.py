@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -116,7 +116,7 @@ def train(
     parallel = ranks.compiled(team.wrap(network.train()))
     for epoch in range(begin, settings.epochs):
         due = checkpoint is not None and checkpoint.due()
-        stopping, saving = (value > 0 for value in team.sum(torch.tensor([float(stop()), float(due)])).tolist())
+        stopping, saving = team.anyone(stop(), due)
         if checkpoint and (stopping or saving):
             reached = {"epoch": epoch, "updates": updates, "labelled": labelled}
             checkpoint.save(parts, ranks.device, team, **reached, average=average, spent=meter.read())
@@ -178,13 +178,16 @@ def update_count(config: Config, view: str, images: int) -> int:
 
 def checkpoint_bytes(config: Config, classes: int) -> int:
     """Return the bytes of the largest student's checkpoint: its weights, their average, and AdamW's two moments."""
-    with torch.device("meta"):
-        made = [
-            networks.create(name, classes, config.data.channels, config.data.resolution)
-            for name in config.student.networks
-        ]
     copies = 4 if config.student.ema else 3
-    return max(4 * copies * sum(weight.numel() for weight in network.parameters()) for network in made)
+    sizes = [sum(weight.numel() for weight in network.parameters()) for network in _outlines(config, classes)]
+    return 4 * copies * max(sizes)
+
+
+def _outlines(config: Config, classes: int) -> list[nn.Module]:
+    """Build every student architecture once, without weights."""
+    data = config.data
+    with torch.device("meta"):
+        return [networks.create(name, classes, data.channels, data.resolution) for name in config.student.networks]
 
 
 def _steps(config: Config, images: int) -> int:
@@ -262,6 +265,4 @@ def check(config: Config, classes: int) -> None:
         raise InputError(
             "labels.teacher_mode = batch: a batch of one image has no statistics; use larger ones, or teacher_mode=eval"
         )
-    for name in config.student.networks:
-        with torch.device("meta"):
-            networks.create(name, classes, config.data.channels, config.data.resolution)
+    _outlines(config, classes)

@@ -247,7 +247,7 @@ def synthesise(
 
     for iteration in range(state.iteration, settings.iterations):
         if save:
-            stopping, saving = team.sum(torch.tensor([float(stop()), float(due())])).tolist()
+            stopping, saving = team.anyone(stop(), due())
             if stopping or saving:
                 save(snapshot(iteration))
             if stopping:

@@ -168,8 +168,7 @@ def _train(
     with progress("teacher: training", settings.epochs * batches, "updates") as advance:
         advance(begin * batches)
         for epoch in range(begin, settings.epochs):
-            due = checkpoint.due()
-            stopping, saving = (value > 0 for value in team.sum(torch.tensor([float(stop()), float(due)])).tolist())
+            stopping, saving = team.anyone(stop(), checkpoint.due())
             if stopping or saving:
                 checkpoint.save(parts, ranks.device, team, epoch=epoch, spent=meter.read())
             if stopping:
