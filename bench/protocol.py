@@ -199,7 +199,7 @@ def students_left(cell: Cell, classes: int) -> list[student.Task]:
     def known(task: student.Task) -> bool:
         file = evaluation.record_file(folder, task)
         records = read_records(file)[0] if file.exists() else []
-        own = [one for one in records if one.config == config.fingerprint()]
+        own = [one for one in records if one.config == config.fingerprint("images")]
         return any(evaluation.is_of_recipe(one, config, images) for one in own)
 
     return [task for task in student.tasks(config.student, config.labels.regimes) if not known(task)]

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from wmdd.config import Count, Positive, Rate, Section
+from wmdd.config import Count, Positive, Rate, Strict
 from wmdd.errors import InputError, complaint, nearest
 from wmdd.files import read_toml
 
@@ -14,7 +14,7 @@ Stage = Literal["teacher", "distill", "students", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-class Resources(Section):
+class Resources(Strict):
     """What one task of an array asks SLURM for, and what happens around it."""
 
     partition: str | None = None
@@ -79,7 +79,7 @@ class Resources(Section):
         return self.ranks * self.gpus_per_rank
 
 
-class Profile(Section):
+class Profile(Strict):
     """A cluster: the resources of each stage, and what is known of its speed."""
 
     name: str

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sweeps.values import Values
+from wmdd.config import DECIDES
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.files import locked, read_json, write_json
-from wmdd.records import flatten
+from wmdd.files import flatten, locked, read_json, write_json
 
 State = Literal["running", "done", "stopped", "failed"]
 Report = dict[str, Any]
@@ -141,18 +141,8 @@ def savings(trials: list[Trial]) -> tuple[int, float, float] | None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return what differs of two sweeps and may not when one goes on: all but where and how fast it is done."""
     one, other = flatten(old), flatten(new)
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
-    return [key for key in keys if not key.startswith(_FREE)]
-
-
-_FREE = (
-    "config.data.root",
-    "config.data.packed",
-    "config.data.stage",
-    "config.compute.device",
-    "config.compute.workers",
-    "config.compute.checkpoint_seconds",
-    "provenance",
-)
-"""What may differ when a sweep goes on: it decides no result."""
+    free = {f"config.{key}" for key, what in DECIDES.items() if what == "nothing"}
+    return [key for key in keys if key not in free and not key.startswith("provenance")]

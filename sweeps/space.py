@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, StrictFloat, StrictInt, ValidationError
 
 from sweeps.values import Values
-from wmdd.config import Config, Positive, Section, describe
+from wmdd.config import Config, Positive, Strict, describe
 from wmdd.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ Amount = Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, 
 """A whole number, or a share of what the config says."""
 
 
-class Budget(Section):
+class Budget(Strict):
     """The proxy: what a trial does instead of a whole run."""
 
     holdout_per_class: Positive = 40

@@ -21,29 +21,25 @@ from pydantic import ValidationError
 
 from sweeps.space import Budget, Listed, Parameter, Range, Space, apply, reason
 from wmdd import methods
-from wmdd.config import Config, describe
+from wmdd.config import DECIDES, Config, describe
 from wmdd.errors import InputError, nearest
 from wmdd.files import read_toml
 
 DOMAINS = ("loguniform", "uniform", "int", "choice", "grid")
 _OPTIONS = ("when", "log", "points")
 
-_FIXED = {
-    "name": "it decides no result",
-    "blocks": "it decides no result",
-    "data.": "trials are judged on images of one data set",
+_ELSEWHERE = {
     "compute.device": "--gpus decides where trials run",
     "compute.threads": "--cpus decides what a trial gets",
-    "compute.workers": "it decides no result",
-    "compute.checkpoint_seconds": "it decides no result",
-    "student.networks": "trials are judged by one kind of student",
     "student.seeds": "budget.student_seeds decides it",
-    "student.first_seed": "it decides no result",
-    "student.views": "trials are judged by one kind of student",
-    "student.baselines": "it decides no result of a trial",
-    "labels.regimes": "trials are judged under one kind of label",
 }
-"""Keys that no sweep may vary, and why."""
+"""Keys that something else of a sweep decides."""
+_FIXED = {
+    "nothing": "it decides no result",
+    "data": "trials are judged on images of one data set",
+    "selection": "trials are judged by one kind of student",
+}
+"""Why no sweep may vary a key, by what it decides (``wmdd.config.Decides``)."""
 
 
 def space_names() -> list[str]:
@@ -191,9 +187,9 @@ def _check(space: Space, config: Config) -> None:
         key, where = parameter.key, f"{space.name}: {parameter.key}"
         if key not in known:
             raise InputError(f"{space.name}: unknown key {key!r}: {_near(key, known)}")
-        for fixed, why in _FIXED.items():
-            if key == fixed or (fixed.endswith(".") and key.startswith(fixed)):
-                raise InputError(f"{where}: cannot be swept: {why}")
+        what = "data" if key.startswith("data.") else DECIDES[key]
+        if why := _ELSEWHERE.get(key) or _FIXED.get(what):
+            raise InputError(f"{where}: cannot be swept: {why}")
         for value in parameter.domain.probes():
             methods.create(apply(config, {key: value}, space.name))
     swept = {parameter.key for parameter in space.parameters}

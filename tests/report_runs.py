@@ -8,7 +8,7 @@ import torch
 
 from wmdd.config import Config
 from wmdd.files import digest, write_json, write_tensors
-from wmdd.records import Record, Speed, write_records
+from wmdd.records import Record, Speed, protocol_of, write_records
 
 RECIPE = {"epochs": 150, "updates": 300, "batch_size": 50, "checkpoint": "last", "lr": 0.001, "teacher": "7" * 64}
 NETWORKS = ["convnet3x32", "convnet3x16"]
@@ -36,7 +36,8 @@ def make_run(
     """Write a run folder: a block for every two classes, and a student for each accuracy."""
     config = Config.model_validate({**SETTINGS, "blocks": len(classes) // 2, **changes})
     teacher = {"sha256": "7" * 64, "network": "convnet3x32", "top1": 0.985, "seconds": 30.0, "evaluated_on": "test"}
-    write_json(folder / "config.json", {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint()})
+    bound = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint("images")}
+    write_json(folder / "config.json", bound)
     write_json(folder / "teacher.json", teacher)
     for block in range(config.blocks):
         if block not in missing:
@@ -59,8 +60,8 @@ def make_run(
             "evaluated_on": "test",
             "metrics": {"top1": value, "top5": 1.0},
             "recipe": recipe,
-            "protocol": digest(recipe),
-            "config": config.fingerprint(),
+            "protocol": protocol_of(recipe),
+            "config": config.fingerprint("images"),
             "artefact": digest([config.method, config.seed]),
             "cost": {"seconds": 4.0, "peak_bytes": 2.0**30},
             "provenance": PROVENANCE,
@@ -135,7 +136,7 @@ def _students(method: str, ipc: int, seed: int, gain: float) -> list[Record]:
                     value += 0.004 * math.sin(7 * student + 3 * seed + len(method))
                     recipe = RECIPE | {"epochs": 150 * ipc, "mix": "none" if view == "plain" else "cutmix"}
                     one = {**_student(method, ipc, seed, student), "network": network, "regime": regime, "view": view}
-                    one |= {"recipe": recipe, "protocol": digest(recipe)}
+                    one |= {"recipe": recipe, "protocol": protocol_of(recipe)}
                     one["cost"] |= {"label_bytes": stored, "teacher_bytes": teacher, "labelling_flops": 1e9 * teacher}
                     records.append(Record(**one, metrics={"top1": value, "top5": min(1.0, value + 0.1)}))
     return records

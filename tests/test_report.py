@@ -234,7 +234,7 @@ def test_each_number_can_be_traced(tmp_path: Path) -> None:
     provenance = collect([make_pair(tmp_path)]).provenance
 
     row = provenance[(provenance["of"] == "accuracy") & (provenance["run"] == "digits")].iloc[0]
-    assert row["config"] == Config.model_validate(SETTINGS).fingerprint()
+    assert row["config"] == Config.model_validate(SETTINGS).fingerprint("images")
     assert row["artefact"] == digest(["wmdd", 0])
     assert row["revision"] == "8" * 40 + " + changes"
     assert (row["hardware"], row["count"]) == ("Xeon", 3)

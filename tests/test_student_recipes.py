@@ -14,13 +14,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bench
 from bench.protocol import cells, load_protocol
+from sweeps.space import apply
 from wmdd import evaluation, labels, networks, pipeline, student
 from wmdd.config import Compute, Config, load_config
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, Team, ranks, seed_of
 from wmdd.errors import InputError
 from wmdd.networks import FrozenNetwork
-from wmdd.records import read_records
+from wmdd.records import protocol_of, read_records
 from wmdd.teacher import Teacher
 
 ALL = ["labels.teacher_mode=batch", "labels.loss=mse-ce", "student.ema=0.9"]
@@ -193,10 +194,18 @@ def test_records_from_before_these_options_are_of_the_same_recipe(tmp_path: Path
     path = Path(bench.__file__).parent / "results" / "digits-wmdd.jsonl"
     known = next(record for record in read_records(path)[0] if (record.ipc, record.regime) == (10, "soft"))
     (cell, *_) = (cell for cell in cells(load_protocol("digits-wmdd"), tmp_path) if cell.config.ipc == 10)
-    recipe = evaluation.recipe_settings(cell.config, "soft", "epochs", 100)
-    assert recipe == {key: value for key, value in known.recipe.items() if key not in evaluation.BESIDES}
+    assert evaluation.is_of_recipe(known, cell.config, 100)
+    assert not known.recipe.keys() & {"teacher_mode", "loss", "ema"}
     for option in ALL:
-        assert evaluation.recipe_settings(load_config("digits", [option]), "soft", "epochs", 100).keys() > recipe.keys()
+        key, _, value = option.partition("=")
+        assert not evaluation.is_of_recipe(known, apply(cell.config, {key: value}, "this test"), 100), option
+
+
+def test_the_fingerprint_of_a_recipe_outlasts_new_keys() -> None:
+    recipe = evaluation.recipe_settings(load_config("digits"), "soft", "epochs", 100)
+    older = {key: value for key, value in recipe.items() if key not in ("teacher_mode", "loss", "ema")}
+    assert older.keys() < recipe.keys() and protocol_of(older) == protocol_of(recipe)
+    assert protocol_of(recipe | {"ema": 0.5}) != protocol_of(recipe)
 
 
 def test_what_cannot_be_computed_is_refused() -> None:

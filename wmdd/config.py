@@ -3,14 +3,15 @@
 import tomllib
 import types
 import typing
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wmdd.errors import InputError, complaint, nearest
-from wmdd.files import digest, read_toml
+from wmdd.files import FORMAT, digest, flatten, read_toml
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -20,41 +21,82 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 CropScale = Annotated[float, Field(gt=0, le=1)]
 
 
-class Section(BaseModel):
-    """A frozen part of the config that refuses unknown keys."""
+SCOPES = ("data", "teacher", "statistics", "images", "labels", "students")
+"""What keys decide, in the order of the work: a key decides its own scope and all that follow."""
+
+
+@dataclass(frozen=True)
+class Decides:
+    """What depends on a key of the config: written at the field, or at its section for all fields without their own."""
+
+    what: Literal["data", "teacher", "statistics", "images", "labels", "students", "selection", "arithmetic", "nothing"]
+    """One of ``SCOPES``; or ``selection``: which students are trained, and how good none of them is; ``arithmetic``:
+    how results are rounded (``wmdd.arithmetic``); ``nothing``: places, names, speed"""
+
+
+class Strict(BaseModel):
+    """A frozen table of a file that users write: it refuses unknown keys, and each field has its meaning under it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Compute(Section):
+class Section(Strict):
+    """A part of the config; each field says what it decides."""
+
+    _decides: ClassVar[dict[str, Decides | None]] = {}
+
+    def __init_subclass__(cls, decides: Decides | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, decides: Decides | None = None, **options: Any) -> None:
+        """Refuse a field that does not say what it decides.
+
+        Raises:
+            TypeError: such a field; the message names it.
+        """
+        super().__pydantic_init_subclass__(**options)
+        cls._decides = {}
+        for name, field in cls.model_fields.items():
+            own = next((mark for mark in field.metadata if isinstance(mark, Decides)), decides)
+            if own is None and not isinstance(field.default, Section):
+                raise TypeError(f"{cls.__name__}.{name} does not say what it decides: Annotated[..., Decides(...)]")
+            cls._decides[name] = own
+
+
+class Compute(Section, decides=Decides("arithmetic")):
     """Where and how the arithmetic runs."""
 
     device: str = "auto"
     """``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: Positive = 1
     """CPU threads of each rank; fixed here because launchers would otherwise choose."""
-    workers: Count = 2
+    workers: Annotated[Count, Decides("nothing")] = 2
     """Processes that decode images, and as many that compute barycenters; 0 does both in the main process."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """``bf16`` runs the networks under autocast (moments, losses and images stay fp32); ``auto`` takes bf16 where the
-    hardware has it natively."""
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
+    """``fp32``: IEEE single precision on every device. ``tf32``: convolutions and matrix products of NVIDIA GPUs from
+    Ampere on, with 10 bits of mantissa. ``bf16``: the networks run under autocast; moments, losses and images stay
+    fp32. ``auto``: bf16 where the hardware has it natively, else fp32."""
     compile: bool = False
     """Run the steps of synthesis, students and teacher through torch.compile: a minute or more of compilation for each,
     then faster steps; for long runs."""
-    checkpoint_seconds: Weight = 600.0
+    deterministic: bool = True
+    """Let cuDNN take deterministic algorithms only. false lets it try several and keep the fastest (GPUs only):
+    results then differ a little from run to run."""
+    checkpoint_seconds: Annotated[Weight, Decides("nothing")] = 600.0
     """Seconds between two checkpoints of a group in synthesis, or of a teacher or student in training."""
 
 
-class Data(Section):
+class Data(Section, decides=Decides("data")):
     """The images to distill."""
 
     source: Literal["digits", "cifar10", "imagenette", "tiny-imagenet", "imagenet-1k", "folder"] = "folder"
     """Which data set; ``folder`` is any tree with ``train/CLASS/`` and ``val/CLASS/``."""
-    root: str | None = None
+    root: Annotated[str | None, Decides("nothing")] = None
     """Folder of the data set; ``wmdd data fetch`` fills it. None: ``data/SOURCE`` below the working folder."""
-    packed: str | None = None
+    packed: Annotated[str | None, Decides("nothing")] = None
     """Folder that ``wmdd data pack`` filled: images are read from there, already decoded, instead of ``root``."""
-    stage: str | None = None
+    stage: Annotated[str | None, Decides("nothing")] = None
     """Folder on this node's own disk, to which the packed shards that a process needs are copied, once a node."""
     classes: int | str | tuple[str, ...] | None = None
     """All classes (None), the first N (10), a range of positions ("10:20"), or a list of names."""
@@ -64,14 +106,15 @@ class Data(Section):
     """3 turns grey images into three equal channels; 1 turns colour images grey."""
     crop_ratio: CropScale = 1.0
     """The shorter side is resized to ``resolution / crop_ratio``, then the centre is cut out (ImageNet: 0.875)."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: Annotated[tuple[float, ...], Decides("teacher")] = (0.485, 0.456, 0.406)
     """Mean of each channel, on the scale 0 to 1, subtracted before the network."""
-    std: tuple[Rate, ...] = (0.229, 0.224, 0.225)
+    std: Annotated[tuple[Rate, ...], Decides("teacher")] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, divided by before the network."""
     holdout_per_class: Count = 0
     """Images of each training class kept apart to choose recipes on; students are then validated on these."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """An image that cannot be read ends the run (``fail``) or is left out and counted (``skip``)."""
+    on_error: Annotated[Literal["fail", "skip"], Decides("nothing")] = "fail"
+    """An image that cannot be read ends the run (``fail``) or is left out and counted (``skip``). The identity of
+    the data set names those that are left."""
 
     @model_validator(mode="after")
     def _stage_has_shards(self) -> "Data":
@@ -87,7 +130,7 @@ class Data(Section):
         return self
 
 
-class Teacher(Section):
+class Teacher(Section, decides=Decides("teacher")):
     """The frozen network whose features and BatchNorm statistics are matched."""
 
     network: str = "resnet18"
@@ -124,7 +167,7 @@ class Teacher(Section):
     """Mirror half of the images; wrong for digits."""
 
 
-class Statistics(Section):
+class Statistics(Section, decides=Decides("statistics")):
     """The pass over the real images of each class."""
 
     batch_size: Positive = 100
@@ -135,7 +178,7 @@ class Statistics(Section):
     """Show the teacher the crops and flips of synthesis instead of the whole images."""
 
 
-class Barycenter(Section):
+class Barycenter(Section, decides=Decides("images")):
     """The K = IPC atoms that stand for a class in feature space."""
 
     weights: Literal["uniform", "free", "alternating"] = "uniform"
@@ -149,7 +192,7 @@ class Barycenter(Section):
     """Most rounds of a start; it ends earlier once W2² stands still."""
 
 
-class Synthesis(Section):
+class Synthesis(Section, decides=Decides("images")):
     """How images are optimised against their targets: L = f·L_feature + λ·L_BN + c·CE."""
 
     classes_per_group: Count = 0
@@ -203,10 +246,12 @@ class Synthesis(Section):
         return value
 
 
-class Labels(Section):
+class Labels(Section, decides=Decides("labels")):
     """What students learn from, and the augmentation under which the teacher labels (FKD)."""
 
-    regimes: tuple[Literal["hard", "soft", "stored", "budget"], ...] = Field(("soft",), min_length=1)
+    regimes: Annotated[tuple[Literal["hard", "soft", "stored", "budget"], ...], Decides("selection")] = Field(
+        ("soft",), min_length=1
+    )
     """``hard``: the class of each image. ``soft``: the teacher's logits for each augmented batch, computed online.
     ``stored``: the same logits, written once per student seed, one file an epoch, and read back. ``budget``: as many
     stored epochs as ``budget`` pays for, visited in turn."""
@@ -214,22 +259,22 @@ class Labels(Section):
     """How logits are stored: all in fp16, the ``top_k`` largest with the mass of the rest, or all in 8 bits."""
     top_k: Positive = 10
     """Logits of each image that ``topk`` keeps."""
-    budget: Rate = 1.0
+    budget: Annotated[Rate, Decides("students")] = 1.0
     """Bytes of stored logits that ``budget`` may spend, as a multiple of the bytes of the images' pixels."""
-    weighted: bool = False
+    weighted: Annotated[bool, Decides("students")] = False
     """Images count by their barycenter weights in the student's loss, or all alike."""
     teacher_mode: Literal["eval", "batch"] = "eval"
     """BatchNorm statistics under which the teacher labels: its running ones (``eval``), or those of each mixed
     batch, all its images together on however many ranks (``batch``: the batch-specific labels of CV-DD and FADRM).
     ``batch`` gave WMDD +5.2 [3.9, 6.5] points on ten classes of Tiny-ImageNet (protocol tiny-10 at IPC 10, online
     labels, 5 pairs), and real images less."""
-    loss: Literal["kl", "mse-ce"] = "kl"
+    loss: Annotated[Literal["kl", "mse-ce"], Decides("students")] = "kl"
     """Loss of soft labels. ``kl``: KL divergence at ``temperature``, times T². ``mse-ce``: squared error of the logits,
     mean over classes, plus ``ce_weight`` times the cross-entropy with both classes of a mix (EDC, whose code takes the
     image's own class alone); it needs all logits, hence no ``topk``."""
-    ce_weight: Weight = 0.025
+    ce_weight: Annotated[Weight, Decides("students")] = 0.025
     """Weight of the cross-entropy in ``mse-ce``."""
-    temperature: Rate = 20.0
+    temperature: Annotated[Rate, Decides("students")] = 20.0
     """Temperature of the KL divergence."""
     crop_scale: CropScale = 0.08
     """Smallest share of the area that a random resized crop keeps."""
@@ -247,16 +292,18 @@ class Labels(Section):
         return self
 
 
-class Student(Section):
+class Student(Section, decides=Decides("students")):
     """The networks trained on the distilled set to measure it."""
 
-    networks: tuple[str, ...] = Field(("resnet18",), min_length=1)
+    networks: Annotated[tuple[str, ...], Decides("selection")] = Field(("resnet18",), min_length=1)
     """Architectures, named as for the teacher."""
-    seeds: Positive = 3
+    seeds: Annotated[Positive, Decides("selection")] = 3
     """Students of each architecture, label regime and view."""
-    first_seed: Count = 0
+    first_seed: Annotated[Count, Decides("selection")] = 0
     """Seed of the first of them; the others follow."""
-    views: tuple[Literal["epochs", "updates", "plain"], ...] = Field(("epochs",), min_length=1)
+    views: Annotated[tuple[Literal["epochs", "updates", "plain"], ...], Decides("selection")] = Field(
+        ("epochs",), min_length=1
+    )
     """``epochs``: as many passes as ``epochs`` says. ``updates``: as many optimiser steps as ``updates`` says, however
     small the set. ``plain``: ``epochs`` passes over whole images, without crops, flips and mixing."""
     updates: Positive = 3000
@@ -265,7 +312,7 @@ class Student(Section):
     """Ranks that train each student together under DistributedDataParallel; another number is another recipe."""
     epochs: Positive = 300
     """Passes over the distilled set."""
-    batch_size: Positive = 100
+    batch_size: Annotated[Positive, Decides("labels")] = 100
     """Images of one update; a smaller set is one batch."""
     lr: Rate = 1e-3
     """Peak learning rate of AdamW."""
@@ -277,14 +324,14 @@ class Student(Section):
     """Decay of the exponential moving average of the weights, from the initial ones on, that is validated in their
     place (EDC: 0.99; after 200 updates that still holds 13 % of the initial weights); the BatchNorm statistics are the
     student's own, as in EDC. 0: none."""
-    baselines: tuple[str, ...] = ("random",)
+    baselines: Annotated[tuple[str, ...], Decides("selection")] = ("random",)
     """Methods distilled beside the run's own at the same IPC, and measured by the same students."""
 
 
-class External(Section):
+class External(Section, decides=Decides("images")):
     """A distilled set that others made, for ``method = "external"`` (``wmdd bench evaluate``)."""
 
-    folder: str | None = None
+    folder: Annotated[str | None, Decides("nothing")] = None
     """Folder of its images, one sub-folder a class."""
     layout: Literal["auto", "classes", "numbered"] = "auto"
     """``classes``: sub-folders bear the names of the classes. ``numbered``: ``new007`` or ``00007`` holds the class at
@@ -293,23 +340,18 @@ class External(Section):
     """Names the files, by their names and contents: a changed folder is another distillation, and is refused."""
 
 
-PLACES = ("root", "packed", "stage")
-"""Keys of ``data`` that say where images lie, and decide nothing."""
-_DECIDE_IMAGES = ("seed", "ipc", "method", "data", "teacher", "statistics", "barycenter", "synthesis", "external")
-
-
 class Config(Section):
     """One run: a data set, a method and its settings."""
 
-    name: str = "run"
+    name: Annotated[str, Decides("nothing")] = "run"
     """Name of the run; the folder is ``runs/NAME`` unless ``--out`` says otherwise."""
-    seed: Count = 0
+    seed: Annotated[Count, Decides("images")] = 0
     """Seed of the distillation: starts, barycenters, augmentation."""
-    ipc: Positive = 10
+    ipc: Annotated[Positive, Decides("images")] = 10
     """Images per class."""
-    blocks: Positive = 1
+    blocks: Annotated[Positive, Decides("nothing")] = 1
     """Parts the classes are split into: one file, one array task each. Never changes a result."""
-    method: str = "wmdd"
+    method: Annotated[str, Decides("images")] = "wmdd"
     """Name in the registry of methods (``wmdd methods``)."""
     compute: Compute = Compute()
     data: Data = Data()
@@ -327,24 +369,42 @@ class Config(Section):
             raise ValueError(f"synthesis.split_class = {self.synthesis.split_class} does not divide ipc = {self.ipc}")
         return self
 
-    def fingerprint(self, *sections: str) -> str:
-        """Return the SHA-256 of all that may change a result in ``sections`` (top keys; default: what decides images).
+    def flat(self) -> dict[str, Any]:
+        """Return the value of every key as JSON holds it, under its dotted name."""
+        return flatten(self.model_dump(mode="json"))
 
-        Left out, because results must not depend on it: name, blocks, device, workers, checkpoint interval, the
-        places of data and of an external set.  Threads, precision and compilation, which change rounding, always are.
+    def fingerprint(self, scope: str) -> str:
+        """Return the SHA-256 of all keys that decide a scope, which are those of the scopes before it too.
+
+        A key at its default is left out, so that fingerprints outlast new keys.  Hence a changed default is a break:
+        the same config would name other results (``tests/test_config.py`` pins the defaults).
+
+        Args:
+            scope: one of ``SCOPES``.
         """
-        chosen = sections or _DECIDE_IMAGES
-        values = self.model_dump(mode="json", include=set(chosen))
-        if "data" in values:
-            for place in PLACES:
-                del values["data"][place]
-        if "external" in values:
-            del values["external"]["folder"]
-            if self.external.sha256 is None:  # no such set: nothing of the section decides an image
-                del values["external"]
-        compute = self.compute
-        values["compute"] = {"threads": compute.threads, "precision": compute.precision, "compile": compute.compile}
-        return digest(values)
+        values = {key: value for key, value in self.flat().items() if decides(key, scope) and value != DEFAULTS[key]}
+        return digest({"format": FORMAT, "scope": scope, "config": values})
+
+
+def _annotations(section: type[Section], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, own in section._decides.items():
+        inner = section.model_fields[name].default
+        found |= _annotations(type(inner), f"{prefix}{name}.") if isinstance(inner, Section) else {}
+        found |= {f"{prefix}{name}": own.what} if own else {}
+    return found
+
+
+DECIDES = _annotations(Config)
+"""What each key decides, by its dotted name"""
+DEFAULTS = Config().flat()
+"""The default of each key as JSON holds it, by its dotted name"""
+
+
+def decides(key: str, scope: str) -> bool:
+    """Return whether a key, by its dotted name, decides a scope: this one or one before it."""
+    own = DECIDES.get(key)
+    return own in SCOPES[: SCOPES.index(scope) + 1]
 
 
 def preset_names() -> tuple[list[str], list[str]]:

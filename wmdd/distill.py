@@ -285,7 +285,7 @@ def _distill_group(
 
 def _identity(job: Job) -> str:
     """Return what a checkpoint must belong to: this config, these images, this teacher."""
-    return digest([job.config.fingerprint(), job.dataset.fingerprint, job.teacher.sha256])
+    return digest([job.config.fingerprint("images"), job.dataset.fingerprint, job.teacher.sha256])
 
 
 def _write_checkpoint(job: Job, group: Group, state: State, spent: Mapping[str, float]) -> None:
@@ -338,7 +338,7 @@ def _assemble(job: Job, block: Block) -> None:
         "w2": {name: value for meta in groups for name, value in meta["w2"].items()},
         "teacher": job.teacher.sha256,
         "data": job.dataset.fingerprint,
-        "fingerprint": job.config.fingerprint(),
+        "fingerprint": job.config.fingerprint("images"),
         "provenance": provenance(job.config.compute),
     }
     write_json(job.folder.sidecar_file(block.index), sidecar)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from wmdd import student
 from wmdd.checkpoint import Checkpoint
-from wmdd.config import Config
+from wmdd.config import Config, decides
 from wmdd.console import progress, say
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import Ranks
 from wmdd.files import digest
 from wmdd.generated import name_of
-from wmdd.records import Record, provenance, read_records, write_records
+from wmdd.records import Record, complete, protocol_of, provenance, read_records, write_records
 from wmdd.rundir import RunFolder
 from wmdd.signals import StopRequest
 from wmdd.student import Task
@@ -46,10 +46,10 @@ def evaluate(
         return _recipe(config, teacher, job, regime, view, len(distilled))
 
     if job.main:
-        _set_aside(folder, lambda record: digest(recipe(str(record.regime), record.view)))
+        _set_aside(folder, lambda record: protocol_of(recipe(str(record.regime), record.view)))
 
     def done(task: Task) -> bool:
-        file, protocol = record_file(folder, task), digest(recipe(task.regime, task.view))
+        file, protocol = record_file(folder, task), protocol_of(recipe(task.regime, task.view))
         records = read_records(file)[0] if file.exists() else []
         return any(record.protocol == protocol and record.artefact == distilled.sha256 for record in records)
 
@@ -67,7 +67,7 @@ def evaluate(
                     advance(updates[task])  # another process was faster
                     continue
                 own, labels = recipe(task.regime, task.view), folder.path / "labels"
-                of = digest([own, distilled.sha256])
+                of = digest([protocol_of(own), distilled.sha256])
                 saved = Checkpoint(folder.student_checkpoint(_name(task)), of, config.compute.checkpoint_seconds)
                 result = student.train(
                     config, task, distilled, teacher, validation, job, team, labels, advance, stop, saved
@@ -126,8 +126,8 @@ def _record(
         evaluated_on=validation.on,
         metrics=result.metrics,
         recipe=recipe,
-        protocol=digest(recipe),
-        config=config.fingerprint(),
+        protocol=protocol_of(recipe),
+        config=config.fingerprint("images"),
         artefact=distilled.sha256,
         cost=result.cost,
         provenance=provenance(config.compute),
@@ -144,25 +144,20 @@ def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict
     """Return the part of a student's recipe that the config decides, for a distilled set of so many images."""
     seen = student.seen(config, view, images)
     # How long it trains follows from the view: the epochs of a fixed number of updates depend on the set.
-    unused = {"networks", "seeds", "first_seed", "views", "baselines", "epochs" if view == "updates" else "updates"}
+    unused = {"epochs" if view == "updates" else "updates"}
     storage = {"encoding", "top_k", "budget"}
-    unstored = storage - {"stored": {"encoding", "top_k"}, "budget": storage}.get(regime, set())
-    unweighed = {"ce_weight"} if seen.labels.loss == "kl" else set()
+    unused |= storage - {"stored": {"encoding", "top_k"}, "budget": storage}.get(regime, set())
+    unused |= {"ce_weight"} if seen.labels.loss == "kl" else set()
     settings = {
-        **seen.student.model_dump(mode="json", exclude=unused),
-        **seen.labels.model_dump(mode="json", exclude={"regimes", *unstored, *unweighed}),
+        key.partition(".")[2]: value
+        for key, value in seen.flat().items()
+        if decides(key, "students") and not decides(key, "images")
+    }
+    return {key: value for key, value in settings.items() if key not in unused} | {
         "updates": student.update_count(config, view, images),
         "optimizer": "adamw",
         "checkpoint": "last",
     }
-    # What is off is left out: students from before there was such an option have the same recipe.
-    return {key: value for key, value in settings.items() if key not in _OFF or value != _OFF[key]}
-
-
-_OFF: dict[str, object] = {"teacher_mode": "eval", "loss": "kl", "ema": 0.0}
-
-BESIDES = ("teacher", "threads", "precision")
-"""What a record's recipe holds besides ``recipe_settings``"""
 
 
 def is_of_recipe(record: Record, config: Config, images: int) -> bool:
@@ -170,5 +165,6 @@ def is_of_recipe(record: Record, config: Config, images: int) -> bool:
 
     Its teacher and its arithmetic, which the config alone does not tell, are not looked at.
     """
-    trained = {key: value for key, value in record.recipe.items() if key not in BESIDES}
-    return trained == recipe_settings(config, str(record.regime), record.view, images)
+    wanted = recipe_settings(config, str(record.regime), record.view, images)
+    trained = complete(record.recipe)
+    return all(trained.get(key) == value for key, value in wanted.items())

@@ -19,6 +19,10 @@ from wmdd.errors import InputError, Interrupted, WmddError
 
 T = TypeVar("T")
 
+FORMAT = 2
+"""Version of all that is kept on disk and of all names made by ``digest``.  What has another number, or none, is of
+another version of the package: it is recognised and never used."""
+
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up"}
@@ -177,3 +181,11 @@ def digest(value: Any) -> str:
     """Return the SHA-256 of a JSON value in canonical form: what a fingerprint is made of."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -134,15 +134,8 @@ class SoftLabels:
         self.stored = regime in STORED
         """Whether logits come from files"""
         self._epochs = stored_epochs(config, regime, self._count, self._classes) if self.stored else 0
-        # What decides the bytes of an epoch, and nothing else.
-        unused = {"regimes", "budget", "weighted", "loss", "ce_weight"}
-        settings = config.labels.model_dump(mode="json", exclude=unused)
-        if config.labels.teacher_mode == "eval":  # labels from before there was another mode keep their name
-            del settings["teacher_mode"]
-        arithmetic = config.fingerprint("compute")
-        self.identity = digest(
-            [distilled.sha256, teacher.sha256, settings, arithmetic, seed, config.student.batch_size]
-        )
+        made_from = [distilled.sha256, teacher.sha256, config.fingerprint("labels"), seed]
+        self.identity = digest(made_from)
         """Names what these labels were made from"""
         self.folder = folder / self.identity[:16]
 

@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from wmdd.config import Compute, Count, Positive
+from wmdd.config import DEFAULTS, Compute, Count, Positive, decides
 from wmdd.errors import InputError
-from wmdd.files import write_bytes
+from wmdd.files import digest, flatten, write_bytes
 
 Sha = Annotated[str, Field(min_length=1)]
 
@@ -69,7 +69,7 @@ class Record(Measurement):
     """What must agree before two records are averaged or compared: epochs, updates, batch_size, checkpoint, lr,
     temperature, the teacher's SHA-256."""
     protocol: Sha
-    """Fingerprint of ``recipe`` (``wmdd.files.digest``)."""
+    """Fingerprint of ``recipe`` (``protocol_of``)."""
     config: Sha
     """Fingerprint of the distillation's config (``Config.fingerprint``)."""
     artefact: Sha | None = None
@@ -243,12 +243,21 @@ def refuse_unlike(what: str, measured: Iterable[tuple[str, dict[str, Any]]]) -> 
         raise InputError(f"{what} are unlike and are neither averaged nor compared: {differ}")
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+_RECIPE_DEFAULTS = {
+    key.partition(".")[2]: value
+    for key, value in DEFAULTS.items()
+    if decides(key, "students") and not decides(key, "images")
+}
+
+
+def complete(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe with every key of the config that decides students: one from before a key was at its default."""
+    return {**_RECIPE_DEFAULTS, **recipe}
+
+
+def protocol_of(recipe: Mapping[str, Any]) -> str:
+    """Return the fingerprint of a recipe; keys at their defaults are left out, so that it outlasts new keys."""
+    return digest({key: value for key, value in recipe.items() if value != _RECIPE_DEFAULTS.get(key)})
 
 
 def shorten(value: Any) -> str:

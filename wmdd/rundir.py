@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wmdd.config import Config
+from wmdd.config import DECIDES, DEFAULTS, Config, decides
 from wmdd.errors import InputError, WmddError
-from wmdd.files import digest, locked, read_json, sha256, write_json
+from wmdd.files import digest, flatten, locked, read_json, sha256, write_json
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class RunFolder:
         path = self.path / "config.json"
         wanted: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
-            "fingerprint": config.fingerprint(),
+            "fingerprint": config.fingerprint("images"),
             "data": data,
         }
         if path.exists() and any(self.path.rglob("*.safetensors")):
@@ -166,27 +166,8 @@ class RunFolder:
         }
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key in {**old, **new}:
-        left, right = old.get(key), new.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            keys += _differences(left, right, f"{prefix}{key}.")
-        elif left != right and not f"{prefix}{key}".startswith(_FREE):
-            keys.append(f"{prefix}{key}")
-    return keys
-
-
-_FREE = (
-    "name",
-    "data.root",
-    "data.packed",
-    "data.stage",
-    "external.folder",
-    "compute.device",
-    "compute.workers",
-    "compute.checkpoint_seconds",
-    "labels.",
-    "student.",
-)
-"""Keys that a run folder may change: they decide no image."""
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return the keys of two configs that differ and that a folder is bound to: what decides images, and the blocks."""
+    one, other = flatten(old), flatten(new)
+    keys = [key for key in {**one, **other} if one.get(key, DEFAULTS.get(key)) != other.get(key, DEFAULTS.get(key))]
+    return [key for key in keys if key == "blocks" or key not in DECIDES or decides(key, "images")]

@@ -101,11 +101,12 @@ def summarise(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor
 
 def key(config: Config, dataset: Dataset, teacher: "Teacher") -> str:
     """Return the store's key for the statistics of a data set under a teacher."""
+    synthesis = config.synthesis
     parts = {
         "teacher": teacher.sha256,
         "data": dataset.fingerprint,
         "settings": config.fingerprint("statistics"),
-        "augment": config.fingerprint("seed", "synthesis") if config.statistics.augment else None,
+        "augment": [config.seed, synthesis.crop_scale, synthesis.flip] if config.statistics.augment else None,
     }
     return digest(parts)
 

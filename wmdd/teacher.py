@@ -74,7 +74,7 @@ def _entry(config: Config, dataset: Dataset) -> tuple[Path, Path | None]:
     """Return the teacher's folder in the store, and the file it is imported from if it is not trained here."""
     settings = config.teacher
     origin = weights.locate(settings.weights, settings.network)
-    key = digest([config.fingerprint("teacher", "data"), dataset.fingerprint, origin and sha256(origin)])
+    key = digest([config.fingerprint("teacher"), dataset.fingerprint, origin and sha256(origin)])
     return store.folder("teachers", key), origin
 
 

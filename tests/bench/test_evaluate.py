@@ -164,29 +164,28 @@ def test_a_changed_folder_is_another_distillation(exported: tuple[Path, Path], t
     distilled(config, tmp_path / "run")
     moved = theirs.rename(tmp_path / "moved")
     elsewhere = config_of(moved, "digits", QUICK, name="theirs", baselines=())
-    assert elsewhere.fingerprint() == config.fingerprint()
+    assert elsewhere.fingerprint("images") == config.fingerprint("images")
     distilled(elsewhere, tmp_path / "run")
 
     Image.new("L", (8, 8), 99).save(moved / "1" / "0001.png")
     with pytest.raises(InputError, match=f"{moved}: has changed: external.sha256 is"):
         distilled(elsewhere, tmp_path / "run")
     changed = config_of(moved.rename(tmp_path / "third"), "digits", QUICK, baselines=())
-    assert changed.fingerprint() != config.fingerprint()
+    assert changed.fingerprint("images") != config.fingerprint("images")
     with pytest.raises(InputError, match=r"belongs to another config \(differs in external.sha256\)"):
         distilled(changed, tmp_path / "run")
     assert baseline_of(changed) == baseline_of(config)
 
 
 def baseline_of(config: Config) -> str:
-    return pipeline.baseline(config, "random").fingerprint()
+    return pipeline.baseline(config, "random").fingerprint("images")
 
 
 def test_a_config_without_an_external_set_keeps_its_fingerprint() -> None:
-    plain = load_config("digits")
-    for idle in ("external.folder=x", "external.layout=numbered"):
-        assert load_config("digits", [idle]).fingerprint() == plain.fingerprint()
-    assert plain.fingerprint() == pipeline.baseline(plain, plain.method).fingerprint()
-    assert load_config("digits", ["external.sha256=ab"]).fingerprint() != plain.fingerprint()
+    plain = load_config("digits", ["external.folder=x"])
+    assert load_config("digits").fingerprint("images") == plain.fingerprint("images")
+    assert plain.fingerprint("images") == pipeline.baseline(plain, plain.method).fingerprint("images")
+    assert load_config("digits", ["external.sha256=ab"]).fingerprint("images") != plain.fingerprint("images")
 
 
 def damaged(folder: Path, case: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from wmdd.config import PLACES
-from wmdd.files import digest
+from wmdd.config import DECIDES, DEFAULTS, decides
+from wmdd.files import digest, flatten
 from wmdd.metrics import (
     REFERENCE,
     SETTING,
@@ -21,15 +21,12 @@ from wmdd.metrics import (
     hard_label_recovery,
     label_robust_score,
 )
-from wmdd.records import Record, Speed, flatten, refuse_unlike
+from wmdd.records import Record, Speed, complete, refuse_unlike
 from wmdd.reporting.runs import Cell, Run
 
 BYTES = ("image_bytes", "label_bytes", "teacher_bytes", "labelling_flops")
 """What students learned from, as their records tell it (``Record.cost``)."""
 STAGES = ("teacher", "statistics", "distillation", "students")
-
-_DISTILLATION = ("method", "ipc", "data", "teacher", "statistics", "barycenter", "synthesis")
-_SELECTION = ("method", "ipc", "data")
 
 
 def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
@@ -69,7 +66,7 @@ def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
 
 def _recipes(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
     for run, record in zip(group["run"], group["record"], strict=True):
-        yield run.label, record.recipe | {"evaluated_on": record.evaluated_on, "protocol": record.protocol}
+        yield run.label, complete(record.recipe) | {"evaluated_on": record.evaluated_on}
 
 
 def _distillations(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -78,13 +75,12 @@ def _distillations(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def distillation(run: Run) -> dict[str, Any]:
-    """Return what of a run's config decides its images, but for the seed and the place of the data."""
+    """Return what of a run's config decides its images, but for its seed or the files of an external set."""
+    config = flatten(run.config)
     # A baseline that selects real images does not depend on how the run that owns it synthesises.
-    sections = _SELECTION if run.baseline and not run.optimised else _DISTILLATION
-    terms = {key: run.config.get(key) for key in sections}
-    data = {key: value for key, value in (terms["data"] or {}).items() if key not in PLACES}
-    arithmetic = {key: run.config.get("compute", {}).get(key) for key in ("threads", "precision", "compile")}
-    return terms | {"data": data, "compute": arithmetic}
+    scope = "data" if run.baseline and not run.optimised else "images"
+    keys = {"method", "ipc", *(key for key in DECIDES if decides(key, scope))} - {"seed", "external.sha256"}
+    return {key: config.get(key, DEFAULTS[key]) for key in sorted(keys)}
 
 
 def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
@@ -130,9 +126,8 @@ def _bn_weight(run: Run) -> dict[str, Any]:
     weight = run.config.get("synthesis", {}).get("bn_weight")
     if weight is None or not run.optimised:
         return {}
-    terms = distillation(run)
-    synthesis = {key: value for key, value in terms["synthesis"].items() if key != "bn_weight"}
-    return {"bn_weight": weight, "otherwise": digest(terms | {"synthesis": synthesis})}
+    otherwise = {key: value for key, value in distillation(run).items() if key != "synthesis.bn_weight"}
+    return {"bn_weight": weight, "otherwise": digest(otherwise)}
 
 
 def _teachers(runs: list[Run]) -> Iterator[dict[str, Any]]:

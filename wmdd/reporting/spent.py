@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from wmdd.records import Speed, flatten
+from wmdd.files import flatten
+from wmdd.records import Speed
 from wmdd.reporting.frames import STAGES, origin
 from wmdd.reporting.words import NONE, Row, Table, number, points, size, term
 
