@@ -31,6 +31,46 @@ def needs(program: str | None, name: str, absence: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(program is None, reason=absence)
 
 
+WORKERS = 4
+"""Test processes of a run of the whole suite: more than two cores, since the slow tests wait half of the time."""
+SHARED = {"booted": "slurm", "accounting": "slurm", "start": "ray"}
+"""Fixtures that start a cluster, and the marker of the tests that use them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the suite in parallel where pytest-xdist is installed; run named files or folders in one process."""
+    option = config.option
+    if hasattr(config, "workerinput"):
+        option.loadgroup = True  # pytest-xdist tells its workers only what stands on the command line
+    elif hasattr(option, "numprocesses") and not option.usepdb:
+        if option.numprocesses is None and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+            option.numprocesses = WORKERS
+        if option.numprocesses and option.dist == "no":
+            option.dist, option.loadscopereorder = "loadgroup", False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that use a cluster, and say which tests share a worker.
+
+    The tests of a cluster share a worker, so that the cluster starts once.  So do the fast tests of a file, because of
+    the file's fixtures.  Every other slow test goes to the next worker that is free; slow tests begin first.
+    """
+    ranked = {}
+    for item in items:
+        cluster = next((name for name in SHARED if name in getattr(item, "fixturenames", ())), None)
+        if cluster:
+            item.add_marker(SHARED[cluster])
+            item.add_marker("slow")
+        slow = item.get_closest_marker("slow") is not None
+        if cluster or not slow:
+            item.add_marker(pytest.mark.xdist_group(cluster or str(item.path.relative_to(config.rootpath))))
+        ranked[item] = (*SHARED, None).index(cluster), not slow
+    if getattr(config, "workerinput", None):
+        items.sort(key=ranked.__getitem__)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the tests' teachers and statistics out of the user's cache, and share them between tests."""
