@@ -17,7 +17,7 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
-from wmdd import records
+from wmdd import cli, records
 from wmdd.barycenter import barycenters, starts
 from wmdd.config import Barycenter, Compute
 from wmdd.console import progress, results
@@ -161,8 +161,9 @@ def main(
     """Time the barycenters of generated classes beside POT's."""
     if spectrum not in ("decaying", "flat"):
         raise InputError(f"--spectrum {spectrum}: valid: decaying, flat")
-    counts = [int(part) for part in ipc.split(",") if part.strip().isdigit()]
-    if not counts or not all(1 <= count <= images for count in counts):
+    parts = [part.strip() for part in ipc.split(",")]
+    counts = [int(part) for part in parts if part.isdecimal()]
+    if len(counts) < len(parts) or not all(1 <= count <= images for count in counts):
         raise InputError(f"--ipc {ipc}: expected numbers from 1 to {images}, such as 10,50")
     table = Table("IPC", "engine", "classes/s", "least", "most", "ratio", "least", "most", "mean W2²")
     table.caption = "ratio: POT's time, with the drawing of the starts, to ours"
@@ -205,4 +206,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli.answer(lambda: typer.run(main))

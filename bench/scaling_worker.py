@@ -5,7 +5,6 @@ this rank's synthesis, and ``synthesis``, those until the last rank was done; th
 """
 
 import hashlib
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,11 +15,11 @@ import typer
 
 from bench.timing import fresh_store
 from bench.workloads import groups_of, teacher_of
-from wmdd import distill, rundir, statistics
+from wmdd import cli, distill, rundir, statistics
 from wmdd.config import Config, load_config
 from wmdd.data import load_dataset, pixel_range, quantise
 from wmdd.distributed import Ranks, Team, ranks
-from wmdd.errors import InputError, WmddError
+from wmdd.errors import InputError
 from wmdd.files import write_json
 from wmdd.synthesis import State, synthesise
 
@@ -107,8 +106,4 @@ def _sha256(state: State, config: Config) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except WmddError as error:
-        typer.echo(f"wmdd: {error}", err=True)
-        sys.exit(error.exit_code)
+    cli.answer(lambda: typer.run(main))

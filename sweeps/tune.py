@@ -79,6 +79,11 @@ def resolve(
     ):
         if given not in valid:
             raise InputError(f"{option} {given}: {nearest(given, list(valid))}")
+    if chosen.name == "time" and scheduler == "asha":
+        raise InputError(
+            "--objective time: ASHA would compare trials by their seconds alone and stop the accurate ones; use"
+            " --scheduler none"
+        )
     settings = load_config(config, overrides)
     if chosen.name == "lrs" and not {"hard", "soft"} <= set(settings.labels.regimes):
         raise InputError("--objective lrs: needs both kinds of labels: --set labels.regimes=['hard','soft']")

@@ -21,7 +21,7 @@ from PIL import Image
 from torchvision.transforms import functional
 
 import wmdd.data
-from wmdd import sources
+from wmdd import console, sources
 from wmdd.config import Data
 from wmdd.data import Dataset, check_files, fetch, load_dataset, normalise, pixel_range, quantise
 from wmdd.errors import InputError, WmddError
@@ -416,17 +416,20 @@ def test_the_first_look_decodes_nothing_that_ends_well(tree: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damage_that_only_decoding_shows_is_found_by_the_check_and_by_skipping(tree: Path, workers: int) -> None:
+def test_damage_that_only_decoding_shows_is_found_by_the_check_and_by_skipping(
+    tree: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damage_inside(tree / "val" / "cat" / "0.jpg")
     BAD["deep"][0](tree / "train" / "ant" / "0.jpg")
     cut_short(tree / "train" / "dog" / "0.jpg")
     told: list[tuple[int, int]] = []
-    faults = check_files(config(tree), workers, lambda done, total: told.append((done, total)))
+    monkeypatch.setattr(console, "observers", [lambda title, done, total, unit: told.append((done, total))])
+    faults = check_files(config(tree), workers)
     assert [file for file, _ in faults] == [
         str(tree / name) for name in ("train/dog/0.jpg", "train/ant/0.jpg", "val/cat/0.jpg")
     ]
     assert "truncated" in faults[0][1] and "more than 8 bits" in faults[1][1] and faults[2][1]
-    assert told[-1] == (27, 27)
+    assert told[0] == (0, 27) and told[-1] == (27, 27), "a check of hours would be silent"
     dataset = load_dataset(config(tree, on_error="skip"), workers)
     assert set(dataset.skipped) == {"train/ant/0.jpg", "train/dog/0.jpg", "val/cat/0.jpg"}
     assert (len(dataset.train), len(dataset.test)) == (18, 7)

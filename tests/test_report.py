@@ -345,6 +345,18 @@ def test_a_file_of_records_is_reported_without_configs() -> None:
     assert report.problems == []
 
 
+def test_a_folder_of_files_of_records_is_reported_like_its_files(tmp_path: Path) -> None:
+    for name, accuracies in (("one", [0.5, 0.6]), ("two", [0.7, 0.8])):
+        run = make_run(tmp_path / "runs" / name, accuracies, name=name)
+        content = b"".join(file.read_bytes() for file in sorted((run / "records").glob("*.jsonl")))
+        (tmp_path / "published").mkdir(exist_ok=True)
+        (tmp_path / "published" / f"{name}.jsonl").write_bytes(content)
+    (tmp_path / "published" / "LOG.md").write_text("notes")
+
+    files = sorted((tmp_path / "published").glob("*.jsonl"))
+    assert csv(collect([tmp_path / "published"])) == csv(collect(files))
+
+
 def test_what_a_protocol_still_misses_is_listed(tmp_path: Path) -> None:
     make_run(tmp_path / "wmdd" / "seed-0", [0.9, 0.9, 0.9], student={"baselines": []})
     cells = [{"folder": f"wmdd/seed-{n}", "method": "wmdd", "name": "paper", "ipc": 2, "seed": n} for n in range(3)]

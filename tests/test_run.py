@@ -217,6 +217,19 @@ def test_a_refusal_on_the_command_line_is_one_line_and_exit_code_2() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ipc", "10,some"], "wmdd: --ipc 10,some: expected numbers from 1 to 1300, such as 10,50"),
+        (["--spectrum", "blue"], "wmdd: --spectrum blue: valid: decaying, flat"),
+    ],
+)
+def test_a_program_beside_the_command_line_refuses_in_one_line_too(arguments: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "bench.barycenters", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (result.returncode, result.stderr.strip()) == (2, said)
+
+
 def folder_of_images(root: Path, size: int = 16) -> None:
     """Write an ImageFolder of 3 classes, 6 training and 2 validation images each."""
     generator = torch.Generator().manual_seed(0)
@@ -278,6 +291,13 @@ def test_wrong_input_is_refused_before_any_work(tmp_path: Path, overrides: list[
         wmdd.run("digits", tmp_path / "run", [*TINY, *overrides])
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("block-*"))
+
+
+def test_a_baseline_that_cannot_be_is_refused_before_the_teacher_is_trained(tmp_path: Path) -> None:
+    wrong = ["student.baselines=['external']", f"external.folder={tmp_path}/none", "teacher.seed=4711"]
+    with pytest.raises(InputError, match=r"none"):
+        wmdd.run("digits", tmp_path / "run", [*TINY, *wrong])
+    assert not list(tmp_path.rglob("teacher.json"))
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
@@ -346,6 +366,12 @@ def test_command_line_tells_and_exports(finished: Path, tmp_path: Path) -> None:
     assert "torch" in told("doctor")
     assert "every image can be read" in told("data", "check", "digits")
     assert "teachers" in told("cache", "list")
+
+
+def test_status_expects_the_students_of_every_view(tmp_path: Path) -> None:
+    settings = [*TINY, "student.views=['epochs','updates']", "student.updates=3", "student.baselines=[]"]
+    wmdd.run("digits", tmp_path / "run", settings)
+    assert "8 / 8" in CliRunner().invoke(app, ["status", str(tmp_path / "run")]).output
 
 
 def test_help_lists_the_commands_of_the_other_packages() -> None:

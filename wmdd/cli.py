@@ -1,6 +1,7 @@
 """``wmdd ...``: the top floor.  Heavy imports wait for the command that needs them."""
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,7 +128,10 @@ def verify(run: RunArgument) -> None:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of runs, of sweeps or of protocols; files of records (.jsonl)."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders of runs, sweeps, protocols or files of records; single files of records (.jsonl).",
+        ),
     ],
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the accuracies (without any: the speeds) as CSV.")] = None,
@@ -221,13 +225,10 @@ def data_pack(
 def data_check(config: ConfigArgument, override: SetOption = None) -> None:
     """Read every image of a config in full; list the bad ones and exit 1 if there are any."""
     from wmdd.config import load_config
-    from wmdd.console import progress
     from wmdd.data import check_files
 
     settings = load_config(config, override or [])
-    with progress("reading", 1, "passes") as advance:
-        bad = check_files(settings.data, settings.compute.workers)
-        advance(1)
+    bad = check_files(settings.data, settings.compute.workers)
     for name, reason in bad:
         typer.echo(f"{name}: {reason}")
     if bad:
@@ -282,9 +283,14 @@ def cache_prune(
 
 
 def main() -> None:
-    """Run the command line; a known error ends it with one line and its exit code, never with a trace."""
+    """Run the command line."""
+    answer(app)
+
+
+def answer(program: Callable[[], object]) -> None:
+    """Run a program; a known error ends it with one line and its exit code, never with a trace."""
     try:
-        app()
+        program()
     except WmddError as error:
         typer.echo(f"wmdd: {error}", err=True)
         sys.exit(error.exit_code)

@@ -18,6 +18,7 @@ from PIL import __version__ as pillow_version
 
 from wmdd import signals
 from wmdd.config import Data
+from wmdd.console import progress
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
 from wmdd.files import digest, read_json, write_json
 from wmdd.packed import Shards
@@ -192,9 +193,7 @@ def load_dataset(config: Data, workers: int = 0) -> Dataset:
     return Dataset(sets["train"], sets.get("holdout"), sets["test"], classes, known, fingerprint, tuple(faults))
 
 
-def check_files(
-    config: Data, workers: int, progress: Callable[[int, int], None] | None = None
-) -> list[tuple[str, str]]:
+def check_files(config: Data, workers: int) -> list[tuple[str, str]]:
     """Decode every image of the chosen classes, and return (file, reason) of those that cannot be.
 
     A JPEG with a damaged stretch that its decoder repairs counts as readable, as it does in a run.
@@ -202,7 +201,6 @@ def check_files(
     Args:
         config: which images.
         workers: processes that decode; 0 decodes in this one.
-        progress: called with (images done, images in all) from time to time.
 
     Raises:
         InputError: the data set or a class is missing.
@@ -217,7 +215,7 @@ def check_files(
         listing, found = _list(source, split, classes)
         names += listing.names
         faults |= found
-    faults |= _decode_all(source, [name for name in names if name not in faults], workers, progress)
+    faults |= _decode_all(source, [name for name in names if name not in faults], workers)
     return [(source.where(name), reason) for name, reason in faults.items()]
 
 
@@ -384,17 +382,14 @@ def _decoding_faults(
     return read_json(path)
 
 
-def _decode_all(
-    source: Source, names: Sequence[str], workers: int, progress: Callable[[int, int], None] | None = None
-) -> dict[str, str]:
+def _decode_all(source: Source, names: Sequence[str], workers: int) -> dict[str, str]:
+    """Decode every image, and return the reason of those that cannot be."""
     faults: dict[str, str] = {}
     chunks = _chunks(names)
-    done = 0
-    for chunk, found in zip(chunks, _in_order(partial(_faults, source), chunks, workers), strict=True):
-        faults |= found
-        done += len(chunk)
-        if progress:
-            progress(done, len(names))
+    with progress("decoding every image once", len(names), "images") as advance:
+        for chunk, found in zip(chunks, _in_order(partial(_faults, source), chunks, workers), strict=True):
+            faults |= found
+            advance(len(chunk))
     return faults
 
 

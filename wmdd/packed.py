@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from wmdd.config import Data
+from wmdd.console import progress
 from wmdd.errors import InputError, WmddError
 from wmdd.files import digest, locked, read_json, sha256
 from wmdd.sources import SPLITS, Look, Source, Split
@@ -153,10 +154,12 @@ class Shards(Source):
     def damaged(self, classes: Iterable[str]) -> list[tuple[str, str]]:
         """Hash the shards of these classes; return (shard, reason) of those that are not what was packed."""
         found = []
-        for number in sorted({self._shard_of[name] for name in classes}):
-            entry = self._shards[number]
-            if sha256(self.root / entry["file"]) != entry["sha256"]:
-                found.append((str(self.root / entry["file"]), "is damaged: its SHA-256 is not that of the index"))
+        numbers = sorted({self._shard_of[name] for name in classes})
+        with progress("hashing the packed images", len(numbers), "shards") as advance:
+            for entry in (self._shards[number] for number in numbers):
+                if sha256(self.root / entry["file"]) != entry["sha256"]:
+                    found.append((str(self.root / entry["file"]), "is damaged: its SHA-256 is not that of the index"))
+                advance(1)
         return found
 
     def _read(self, number: int) -> None:

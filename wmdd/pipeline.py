@@ -156,13 +156,14 @@ def baseline(config: Config, method: str) -> Config:
 
 
 def check(config: Config, dataset: Dataset) -> None:
-    """Refuse what could only fail later.
+    """Refuse a run or a baseline of it that could only fail later.
 
     Raises:
-        InputError: a network or a method does not exist, or a class is smaller than the IPC.
+        InputError: a network or a method does not exist, a class is smaller than the IPC, or a method refuses the data.
     """
     student.check(config, len(dataset.classes))
-    distill.check(config, dataset)
+    for one in (config, *(baseline(config, name) for name in config.student.baselines)):
+        distill.check(one, dataset)
 
 
 def _check_room(config: Config, dataset: Dataset, path: Path, ranks: int) -> None:

@@ -46,6 +46,8 @@ class Report:
 def reported(folder: RunFolder, name: str) -> Iterator[None]:
     """Write what goes on in this process to ``RUN/progress/NAME.json``; the file goes when the work is done.
 
+    Nothing is written before the folder is bound to the run: it may be somebody else's.
+
     An interrupted or failed process leaves its last words there.
     """
     writer = _Writer(folder.path / "progress" / f"{name}.json")
@@ -54,7 +56,7 @@ def reported(folder: RunFolder, name: str) -> Iterator[None]:
         yield
         writer.path.unlink(missing_ok=True)
     except InputError:
-        raise  # nothing was started, and the folder may be somebody else's
+        raise  # nothing was started
     except BaseException as error:
         kind = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         writer.last_words(kind, str(error).partition("\n")[0] or type(error).__name__)
@@ -80,12 +82,13 @@ class _Writer:
             self._write(rate, "")
 
     def last_words(self, kind: str, message: str) -> None:
-        if self.path.parent.parent.exists():
-            _, done, total, unit = self._last
-            self._last = (kind, done, total, unit)
-            self._write(0.0, message)
+        _, done, total, unit = self._last
+        self._last = (kind, done, total, unit)
+        self._write(0.0, message)
 
     def _write(self, rate: float, message: str) -> None:
+        if not (self.path.parent.parent / "config.json").exists():
+            return
         self._written = time.monotonic()
         stage, done, total, unit = self._last
         content = {"stage": stage, "done": done, "total": total, "unit": unit, "rate": rate, "message": message}

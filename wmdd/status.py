@@ -44,7 +44,7 @@ def _line(run: Path, folder: RunFolder) -> tuple[str, ...]:
     blocks = sum(1 for _ in (folder.path / "blocks").glob("*.json"))
     students = sum(1 for _ in (folder.path / "records").glob("student-*.jsonl"))
     settings, regimes = config["student"], config["labels"]["regimes"]
-    expected = len(settings["networks"]) * settings["seeds"] * len(regimes)
+    expected = len(settings["networks"]) * settings["seeds"] * len(regimes) * len(settings["views"])
     teacher = folder.path / "teacher.json"
     found = f"{read_json(teacher)['top1']:.1%}" if teacher.exists() else "not yet"
     name = str(run) if folder.path == run else f"  {folder.path.name}"

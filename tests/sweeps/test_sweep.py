@@ -247,6 +247,21 @@ def test_unknown_choices_offer_the_nearest(make):
             make(SPACE, **options)
 
 
+def test_asha_is_refused_where_it_would_compare_seconds_alone(make):
+    with pytest.raises(InputError, match=r"--objective time: ASHA .*; use --scheduler none") as raised:
+        make(SPACE, objective="time", scheduler="asha")
+    assert "\n" not in str(raised.value)
+    assert make(SPACE, objective="time", scheduler="none").objective.name == "time"
+
+
+def test_a_sweep_goes_on_after_its_external_set_has_moved(make, tmp_path):
+    log = Log(tmp_path / "sweep")
+    with log.held(make(SPACE, ("external.folder=here",)).identity()):
+        pass
+    with log.held(make(SPACE, ("external.folder=there",)).identity()):
+        pass
+
+
 def test_a_damaged_trial_is_named(make, tmp_path):
     log = Log(tmp_path / "sweep")
     with log.held(make(SPACE).identity()):

@@ -39,7 +39,8 @@ class Report:
 
 
 def collect(places: Sequence[Path]) -> Report:
-    """Read run folders with their baselines, folders of these, sweeps (their best run), protocols, files of records.
+    """Read run folders with their baselines, folders of these, sweeps (their best run), protocols, files of records
+    and folders of such files.
 
     Raises:
         InputError: a place holds nothing to report, unlike measurements would be averaged or compared, or a file of

@@ -1,6 +1,7 @@
 """What lies in run folders and files of records, read once for a report; nothing is computed here.
 
-A report may name run folders, folders that hold them, sweeps (their best run), protocols and single files of records.
+A report may name run folders, folders that hold them, sweeps (their best run), protocols, files of records, and folders
+of such files.
 """
 
 import os
@@ -84,10 +85,12 @@ def read(places: Sequence[Path], problems: list[str]) -> tuple[list[Run], list[C
         if not place.is_dir():
             raise InputError(f"{place}: no such run folder, nor file of records")
         found = list(_find(place.resolve()))
-        if not found:
+        own_files = [] if found else sorted(place.resolve().glob("*.jsonl"))
+        files |= dict.fromkeys(own_files)
+        if not found and not own_files:
             sweep = (place / "sweep.json").exists()
             remedy = f"its best trial was not run yet: wmdd sweep best {place}" if sweep else "name the --out of a run"
-            raise InputError(f"{place}: holds no run (neither config.json nor records/*.jsonl); {remedy}")
+            raise InputError(f"{place}: holds no run (no config.json, no records/*.jsonl) and no *.jsonl; {remedy}")
         folders |= {folder: None for folder, kind in found if kind == "run"}
         protocols |= {folder: None for folder, kind in found if kind == "protocol"}
     base = _base([*folders, *files, *protocols])
