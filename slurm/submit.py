@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,10 @@ def submit(request: Request) -> list[Launched]:
         _rehearse(request, array)
     for place, one in pipeline.runs_of(request.config, request.folder).items():
         place.bind(one, request.dataset.fingerprint)
+        if any(array.stage == "students" for array in request.arrays):
+            # Each task looks at the records of its own students alone: here go those of students that nobody trains.
+            images = len(request.dataset.classes) * one.ipc
+            evaluation.set_aside(place, partial(evaluation.is_of_recipe, config=one, images=images))
     launched: list[Launched] = []
     jobs: list[str] = []
     try:

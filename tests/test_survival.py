@@ -24,6 +24,7 @@ from wmdd import cli, console, data, files, pipeline
 from wmdd.config import Config, load_config
 from wmdd.distilled import DistilledSet
 from wmdd.errors import WmddError
+from wmdd.records import read_records, write_records
 from wmdd.rundir import RunFolder
 from wmdd.signals import stop_on
 
@@ -66,6 +67,44 @@ def test_two_processes_on_one_run_do_each_block_once(blocked: Config, tmp_path: 
     assert done == {f"wmdd, block {block}: 60 iterations ...": 1 for block in range(4)}
     pipeline.run(blocked, tmp_path / "alone", share=DISTIL)
     assert blocks_of(tmp_path / "run") == blocks_of(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_students_of_a_changed_recipe_are_trained_by_several_processes_at_once(
+    tiny: Config, tmp_path: Path, parts: bool
+) -> None:
+    config = with_student(tiny, seeds=4, baselines=())
+    config = config.model_copy(update={"labels": config.labels.model_copy(update={"regimes": ("hard",)})})
+    run = RunFolder(pipeline.run(config, tmp_path / "run"))
+    ((first, *_), _) = read_records(run.path / "records")
+    for seed in range(100, 400):
+        earlier = first.model_copy(update={"student_seed": seed})
+        write_records(run.path / "records" / f"student-convnet2x8-hard-{seed}.jsonl", [earlier])
+    changed = with_student(config, lr=0.0005)
+
+    def work(number: int) -> None:
+        share = pipeline.Share(("students",), (), (number,)) if parts else pipeline.Share(("students",))
+        pipeline.run(changed, run.path, share=share)
+
+    processes = [fork.Process(target=work, args=(number,)) for number in range(4)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * 4
+    trained = [record for record in read_records(run.path / "records")[0] if record.recipe["lr"] == 0.0005]
+    assert sorted(record.student_seed or 0 for record in trained) == [0, 1, 2, 3]
+    aside = sum(len(read_records(file)[0]) for file in (run.path / "superseded").glob("*.jsonl"))
+    assert aside == (4 if parts else 304), "a record was lost, or one of another process's students was moved"
+
+
+def with_student(config: Config, **changes: object) -> Config:
+    """Return the config with changed students."""
+    return config.model_copy(update={"student": config.student.model_copy(update=changes)})
 
 
 def test_a_truncated_sidecar_or_manifest_is_named_and_rebuilt(

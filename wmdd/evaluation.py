@@ -1,8 +1,8 @@
 """The students of a distilled set: which are missing, their training, and one record each."""
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from wmdd import student
@@ -11,6 +11,7 @@ from wmdd.config import Config, decides
 from wmdd.console import progress, say
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import Ranks
+from wmdd.errors import InputError
 from wmdd.files import digest
 from wmdd.generated import name_of
 from wmdd.records import Record, complete, protocol_of, provenance, read_records, write_records
@@ -33,6 +34,7 @@ def evaluate(
     """Train and measure the students that have no record yet; each record is a file of its own.
 
     Records of an earlier recipe are moved to ``RUN/superseded``: unlike students are never averaged, and none is lost.
+    Whoever is to train all students looks at all records; whoever trains a part of them, at the records of that part.
 
     Raises:
         WmddError: blocks of the set are missing or damaged.
@@ -46,11 +48,12 @@ def evaluate(
         return _recipe(config, teacher, job, regime, view, len(distilled))
 
     if job.main:
-        _set_aside(folder, lambda record: protocol_of(recipe(str(record.regime), record.view)))
+        mine = None if set(student.tasks(config.student, config.labels.regimes)) <= set(tasks) else tasks
+        set_aside(folder, lambda record: record.protocol == protocol_of(recipe(str(record.regime), record.view)), mine)
 
     def done(task: Task) -> bool:
         file, protocol = record_file(folder, task), protocol_of(recipe(task.regime, task.view))
-        records = read_records(file)[0] if file.exists() else []
+        records, _ = _read(file)
         return any(record.protocol == protocol and record.artefact == distilled.sha256 for record in records)
 
     missing = [position for position, task in enumerate(tasks) if not done(task)]
@@ -74,7 +77,8 @@ def evaluate(
                 )
                 if team.rank == 0:
                     record = _record(config, task, result, validation, distilled, own)
-                    write_records(record_file(folder, task), [record])
+                    with folder.locked(_RECORDS):
+                        write_records(record_file(folder, task), [record])
                     saved.remove()
 
 
@@ -88,18 +92,45 @@ def record_file(folder: RunFolder, task: Task) -> Path:
     return folder.path / "records" / f"{_name(task)}.jsonl"
 
 
-def _set_aside(folder: RunFolder, protocol: Callable[[Record], str]) -> None:
+def set_aside(folder: RunFolder, wanted: Callable[[Record], bool], tasks: Sequence[Task] | None = None) -> None:
+    """Move the records that are not wanted, or cannot be read, to ``RUN/superseded``.
+
+    Several processes may do so at once, beside others that write records.
+
+    Args:
+        folder: of the run.
+        wanted: whether a record stays.
+        tasks: the students whose records are looked at; None for all that there are.
+    """
     moved = 0
-    for path in sorted((folder.path / "records").glob("student-*.jsonl")):
-        records, problems = read_records(path)
-        if problems or any(record.protocol != protocol(record) for record in records):
-            other = records[0].protocol[:8] if records else "unreadable"
-            target = folder.path / "superseded" / f"{path.stem}-{other}.jsonl"
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
-            moved += 1
+    with folder.locked(_RECORDS):
+        if tasks is None:
+            paths = sorted((folder.path / "records").glob("student-*.jsonl"))
+        else:
+            paths = [record_file(folder, task) for task in tasks]
+        for path in paths:
+            records, problems = _read(path)
+            if problems or not all(map(wanted, records)):
+                other = records[0].protocol[:8] if records else "unreadable"
+                target = folder.path / "superseded" / f"{path.stem}-{other}.jsonl"
+                target.parent.mkdir(exist_ok=True)
+                with suppress(FileNotFoundError):  # where there are no locks, another process may have been faster
+                    os.replace(path, target)
+                    moved += 1
     if moved:
         say(f"{moved} records of another student recipe are moved to {folder.path / 'superseded'}")
+
+
+_RECORDS = "records"
+"""Lock of a run under which its records are written and moved."""
+
+
+def _read(path: Path) -> tuple[list[Record], list[str]]:
+    """Return the records and the problems of a file; neither when there is none."""
+    try:
+        return read_records(path)
+    except InputError:
+        return [], []
 
 
 def _record(

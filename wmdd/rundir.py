@@ -88,7 +88,7 @@ class RunFolder:
         """Return the checkpoint of a student in training."""
         return self.path / "students" / f"{name}.checkpoint.safetensors"
 
-    def locked(self, name: str, stop: Callable[[], bool]) -> AbstractContextManager[None]:
+    def locked(self, name: str, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
         """Hold a lock of this run (``files.locked``): one process works on a thing, others wait and find it done."""
         return locked(self.path / "locks" / name, stop)
 
