@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from slurm import scheduler
 from wmdd.console import say
 from wmdd.errors import EXIT_RESUMABLE, Interrupted, WmddError
+from wmdd.placement import Placement, placement_of
 from wmdd.rundir import RunFolder
 from wmdd.signals import StopRequest, stop_on
 
@@ -69,6 +70,8 @@ class Task:
     requeue: bool
     versions: tuple[str, str]
     """Python's and the package's, as they were at submission"""
+    gpu: bool = False
+    """Whether each rank asked SLURM for a GPU"""
 
     def __call__(self) -> None:
         """Do the share.
@@ -83,11 +86,13 @@ class Task:
                 wanted, found = " ".join(self.versions), " ".join(here)
                 raise WmddError(f"submitted by Python and wmdd {wanted}, started by {found} ({sys.executable})")
             os.environ.update(self.environment)
-            task, main = _join_ranks()
+            task, place = _join_ranks()
+            main = place.rank == 0
             attempt = Attempt.begin(Path(self.folder), task) if main else None
             outcome = "failed"
             try:
-                outcome = self._outcome(stop, main)
+                # Of several ranks one decides, in the run: they may see the folder at different times.
+                outcome = "done" if place.size == 1 and self.is_whole() else self._outcome(stop, main)
             finally:
                 if attempt:
                     attempt.end(outcome)
@@ -96,8 +101,7 @@ class Task:
 
     def _outcome(self, stop: StopRequest, main: bool) -> str:
         try:
-            if not self.is_whole():
-                self._work(stop)
+            self._work(stop)
             return "done"
         except Interrupted as reason:
             # Only one rank may requeue, and it takes the others with it.
@@ -120,7 +124,9 @@ class Task:
             raise Interrupted("stopped before it began")
         blocks = self.items if self.stage == "distill" else None
         students = self.items if self.stage == "students" else None
-        share = pipeline.Share((self.stage,), blocks, students)
+        # A rank that was given a GPU and sees none must fail: on the CPU it would hold the GPU until its time limit.
+        device = "cuda" if self.gpu and self.config["compute"]["device"] == "auto" else None
+        share = pipeline.Share((self.stage,), blocks, students, device)
         pipeline.run(Config.model_validate(self.config), self.folder, share=share)
 
     def _come_back(self, reason: Interrupted) -> str:
@@ -166,18 +172,15 @@ def versions() -> tuple[str, str]:
     return f"{sys.version_info.major}.{sys.version_info.minor}", version("wmdd")
 
 
-def _join_ranks() -> tuple[str, bool]:
-    """Tell torch.distributed who this process is; return the task's name and whether it is the main rank."""
+def _join_ranks() -> tuple[str, Placement]:
+    """Tell torch.distributed who this process is; return the task's name and where the process stands."""
     import submitit
     from submitit.helpers import TorchDistributedEnvironment
 
     # submitit would point CUDA_VISIBLE_DEVICES at the local rank, and two tasks of one node at the same GPU.
-    ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if len(visible) == 1:  # SLURM has bound each process to its own GPU, which is the first that it sees
-        os.environ["LOCAL_RANK"] = "0"
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     job = submitit.JobEnvironment()
     # A process killed while submitit wrote its result leaves a file that would fail every later one.
     result = job.paths.result_pickle
     result.with_suffix(f"{result.suffix}.save_tmp").unlink(missing_ok=True)
-    return job.job_id, ranks.rank == 0
+    return job.job_id, placement_of(os.environ)

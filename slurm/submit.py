@@ -179,7 +179,9 @@ def _task(request: Request, array: Array, items: tuple[int, ...]) -> Task:
     environment = {"WMDD_CACHE": str(store.cache_root().absolute())}
     config = request.config.model_dump(mode="json")
     folder = str(request.folder.path)
-    return Task(config, folder, array.stage, items, environment, resources.max_restarts, resources.requeue, versions())
+    gpu = resources.gpus_per_rank > 0
+    restarts, requeue = resources.max_restarts, resources.requeue
+    return Task(config, folder, array.stage, items, environment, restarts, requeue, versions(), gpu)
 
 
 def _parameters(request: Request, array: Array, after: str | None) -> dict[str, Any]:

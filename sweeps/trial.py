@@ -28,6 +28,7 @@ from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, ranks
 from wmdd.errors import InputError, Interrupted
 from wmdd.metrics import label_robust_score
+from wmdd.placement import Placement
 from wmdd.synthesis import State
 from wmdd.teacher import Teacher, obtain
 from wmdd.validation import Validation, decode_all
@@ -108,7 +109,7 @@ def prepare(plan: Plan, stop: Stop) -> Plan:
             raise InputError(f"budget.classes = {plan.budget.classes}: the config has {len(classes)} classes")
         plan = replace(plan, classes=classes[: plan.budget.classes])
     config = plan.proxy({})
-    with ranks(config.compute) as here:
+    with ranks(config.compute, here=Placement()) as here:  # Ray may run in a step of several tasks
         dataset = load_dataset(config.data, config.compute.workers)
         student.check(config, len(dataset.classes))
         method = distill.check(config, dataset)
@@ -139,7 +140,7 @@ def run(plan: Plan, values: Values, report: Callable[[Report], None], stop: Stop
     importlib.import_module("torch._dynamo")
     begun = time.perf_counter()
     config = plan.proxy(values)
-    with ranks(config.compute) as here:
+    with ranks(config.compute, here=Placement()) as here:  # Ray may run in a step of several tasks
         dataset = load_dataset(config.data, config.compute.workers)
         bench = _open(config, dataset, here, stop)
         synthesis = _Synthesis(bench, stop)

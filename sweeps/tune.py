@@ -3,7 +3,7 @@
 import shutil
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -123,6 +123,8 @@ def run(sweep: Sweep, out: Path, trials: int, resources: Resources, address: str
             # Ray shows a trial the GPUs it may use, and numbers them from 0.
             placed = apply(sweep.config, {"compute.device": "auto" if resources.gpus else "cpu"}, "the sweep")
             plan = trial.prepare(trial.Plan(placed, sweep.space.budget, sweep.objective), stop)
+            if resources.gpus:  # a trial that was given a GPU and sees none must fail, and not take hours on the CPU
+                plan = replace(plan, config=apply(placed, {"compute.device": "cuda"}, "the sweep"))
             _clear(out)
             try:
                 with ray_session(out, resources, address) as concurrent:

@@ -9,10 +9,11 @@ import torch
 from conftest import needs
 from torch import Tensor, nn
 
-from wmdd import networks, student
+from wmdd import distributed, networks, student
 from wmdd.config import Compute, Synthesis, load_config
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, ranks
+from wmdd.errors import WmddError
 from wmdd.networks import FrozenNetwork
 from wmdd.synthesis import Objective, State, Target, synthesise
 from wmdd.teacher import Teacher
@@ -93,3 +94,25 @@ def test_a_student_and_its_teacher(jobs: dict[str, Ranks], tmp_path: Path) -> No
     eager, compiled = run(jobs["eager"]), run(jobs["compiled"])
     assert graphs() == 2, "one of the student, one of the teacher"
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_every_shape_is_compiled_also_the_ninth(jobs: dict[str, Ranks]) -> None:
+    def double(values: Tensor) -> Tensor:
+        return 2 * values
+
+    step = jobs["compiled"].compiled(double)
+    for size in range(1, 11):
+        assert torch.equal(step(torch.ones(size)), torch.full((size,), 2.0))
+    assert graphs() == 10
+
+
+def test_a_process_that_makes_more_graphs_than_allowed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_GRAPHS", 2)
+    with (
+        pytest.raises(WmddError, match=r"compute\.compile = true: one process made 2 graphs"),
+        ranks(Compute(device="cpu", compile=True)) as job,
+    ):
+        step = job.compiled(lambda values: 3 * values)
+        for size in range(1, 4):
+            step(torch.ones(size))
+    assert torch._dynamo.config.recompile_limit == 8, "what others compile is left alone"

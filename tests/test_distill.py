@@ -8,13 +8,15 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import blocks_of
 
 from wmdd import console, pipeline
 from wmdd.config import Config
 from wmdd.data import load_dataset
 from wmdd.distilled import DistilledSet
-from wmdd.errors import Interrupted
+from wmdd.errors import Interrupted, WmddError
+from wmdd.files import read_metadata, write_tensors
 from wmdd.rundir import RunFolder
 
 DISTIL = pipeline.Share(("teacher", "distill"))
@@ -99,3 +101,17 @@ def test_a_stop_between_groups_is_resumed_to_the_same_bytes(tiny: Config, tmp_pa
     train = load_dataset(tiny.data).train
     assert wanted["statistics, block 0"] == sum(len(train.of_class(index)) for index in (1, 2, 3))
     assert blocks_of(folder.path) == blocks_of(tmp_path / "whole")
+
+
+def test_only_a_file_that_is_absent_or_damaged_counts_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    assert read_metadata(path) == {}
+    write_tensors(path, {"one": torch.ones(3)}, {"made": "whole"})
+    assert read_metadata(path) == {"made": "whole"}
+    path.write_bytes(path.read_bytes()[:-2])
+    assert read_metadata(path) == {}
+    for make in (lambda: path.symlink_to(path), path.mkdir):
+        path.unlink()
+        make()
+        with pytest.raises(WmddError, match=r"x\.safetensors: cannot be read"):
+            read_metadata(path)

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,13 @@ from conftest import TINY, blocks_of
 from test_synthesis import targets
 from torch import Tensor, nn
 
-from wmdd import pipeline, synthesis
+from wmdd import console, distributed, pipeline, synthesis
 from wmdd.config import Compute, Config, Synthesis, load_config
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, Team, ranks
 from wmdd.errors import Interrupted, WmddError
 from wmdd.networks import FrozenNetwork
+from wmdd.placement import Placement
 from wmdd.records import read_records
 from wmdd.roll import Roll
 from wmdd.synthesis import Objective, State, evaluate, own_rows, synthesise
@@ -52,13 +56,23 @@ def in_ranks(size: int, work: Callable[[], Any]) -> list[Any]:
             results.put((rank, None, traceback.format_exc()))
 
     processes = [fork.Process(target=member, args=(rank,), daemon=True) for rank in range(size)]
-    for process in processes:
-        process.start()
-    found = sorted((results.get() for _ in processes), key=lambda item: item[0])
-    for process in processes:
-        process.join()
+    try:
+        for process in processes:
+            process.start()
+        found = sorted((take(results) for _ in processes), key=lambda item: item[0])
+        for process in processes:
+            process.join(60)
+    finally:
+        for process in processes:
+            process.kill()
     assert [error for *_, error in found if error] == []
     return [value for _, value, _ in found]
+
+
+def take(results: Any, seconds: float = 300) -> Any:
+    """Return what a rank sends, or fail: it hangs."""
+    assert results._reader.poll(seconds), "a rank hangs"
+    return results.get()
 
 
 @pytest.fixture
@@ -257,33 +271,214 @@ def test_ranks_that_stop_at_different_times_have_all_stopped_and_none_is_lost() 
     assert in_ranks(3, work) == ["Interrupted: checkpointed"] * 2 + ["Interrupted: stopped, as another rank was"]
 
 
-def test_a_lost_rank_is_named_within_seconds() -> None:
-    def work() -> str:
-        with ranks(Compute(device="cpu")) as job:
-            job.barrier()
-            if job.rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            begun = time.monotonic()
-            try:
-                job.barrier()
-            except Exception as error:
-                return f"{time.monotonic() - begun < 60} {error}"
-            return "no error"
-
+def survivors(work: Callable[[Ranks], object], tmp_path: Path) -> list[tuple[str, str]]:
+    """Return what ranks 0 and 2 raised and printed after rank 1 was killed, whom ``work`` kills."""
     port = str(free_port())
     results = fork.SimpleQueue()
 
     def member(rank: int) -> None:
         os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_PORT=port, MASTER_ADDR="127.0.0.1")
-        results.put(work())
+        log = tmp_path / f"{rank}.log"
+        sys.stderr = log.open("w")
+        try:
+            with ranks(Compute(device="cpu")) as job:
+                job.barrier()
+                work(job)
+        except Exception as error:
+            results.put((str(error), log.read_text()))
+        else:
+            results.put(("no error", ""))
 
     processes = [fork.Process(target=member, args=(rank,), daemon=True) for rank in range(3)]
-    for process in processes:
-        process.start()
-    messages = [results.get() for _ in range(2)]
-    for process in processes:
-        process.kill()
-    assert all(message.startswith("True rank ") and "rank 1 is gone" in message for message in messages), messages
+    try:
+        for process in processes:
+            process.start()
+        found = [take(results, 120) for _ in range(2)]
+        for process in processes:
+            process.join(60)
+        assert processes[1].exitcode == -signal.SIGKILL
+        assert processes[0].exitcode == processes[2].exitcode == 0, "a rank hangs at its end"
+        return found
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def kill(job: Ranks, rank: int) -> None:
+    if job.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_is_lost_before_a_meeting_is_named(tmp_path: Path) -> None:
+    def work(job: Ranks) -> None:
+        kill(job, 1)
+        job.barrier()
+
+    found = survivors(work, tmp_path)
+    assert all(message.startswith("rank ") and "rank 1 is gone" in message for message, _ in found), found
+
+
+def test_a_rank_that_is_lost_inside_a_collective_is_named_once_and_the_others_leave(tmp_path: Path) -> None:
+    def work(job: Ranks) -> None:
+        team = job.team(3, "test")
+        team.sum(torch.ones(4))
+        kill(job, 1)
+        team.sum(torch.ones(4))
+
+    for message, printed in survivors(work, tmp_path):
+        assert message.startswith("rank ") and "rank 1 is gone" in message
+        assert printed.splitlines().count(f"wmdd: {message}") == 1, printed
+
+
+def test_a_job_on_gpus_is_bound_to_them_and_aborts_its_groups_only_after_a_failure() -> None:
+    gpu = distributed._group_options(torch.device("cuda:3"))
+    assert gpu["backend"] == "cpu:gloo,cuda:nccl" and gpu["device_id"] == torch.device("cuda:3")
+    cpu = distributed._group_options(torch.device("cpu"))
+    assert cpu["backend"] == "gloo" and "device_id" not in cpu
+    assert gpu["timeout"] == cpu["timeout"] <= timedelta(minutes=10)
+    aborted = {
+        (kind, failed): distributed._aborts(kind, failed) for kind in ("cuda", "cpu") for failed in (True, False)
+    }
+    assert [case for case, aborts in aborted.items() if aborts] == [("cuda", True)]
+
+
+def test_ranks_that_never_come_are_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_PATIENCE", timedelta(seconds=1))
+    here = Placement(0, 2, 0, f"tcp://127.0.0.1:{free_port()}")
+    with (
+        pytest.raises(WmddError, match=r"rank 0 of 2: the ranks do not meet \(tcp://127\.0\.0\.1:\d+\): ") as caught,
+        ranks(Compute(device="cpu"), here=here),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_gathered_keeps_its_values_in_any_layout() -> None:
+    def work() -> list[bool]:
+        with ranks(Compute(device="cpu")) as job:
+            values = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last) + job.rank
+            found = job.team(2, "test").gather(values)
+            return [torch.equal(one, values - job.rank + rank) for rank, one in enumerate(found)]
+
+    assert in_ranks(2, work) == [[True, True]] * 2
+
+
+def test_ranks_of_another_run_are_refused(tiny: Config, tmp_path: Path) -> None:
+    """Tasks of one srun that were each meant to do a run of their own."""
+
+    def work() -> str:
+        try:
+            pipeline.run(tiny, tmp_path / os.environ["RANK"])
+        except WmddError as error:
+            return str(error)
+        return "no error"
+
+    first, second = in_ranks(2, work)
+    assert "rank 1 is gone" in first and second.startswith("rank 1 of 2: started with another config, --out or share")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_team_whose_ranks_see_different_checkpoints_does_not_go_on(tiny: Config, tmp_path: Path) -> None:
+    """As on a network file system where one node still sees the folder as it was."""
+    synthesis = tiny.synthesis.model_copy(update={"split_class": 2, "iterations": 40})
+    split = tiny.model_copy(update={"synthesis": synthesis})
+    share = pipeline.Share(("teacher", "distill"))
+
+    def interrupted() -> None:
+        def stop_inside(title: str, steps: int, total: int, unit: str) -> None:
+            if unit == "iterations" and steps == 20:
+                signal.raise_signal(signal.SIGUSR2)
+
+        console.observers.append(stop_inside)
+        with pytest.raises(Interrupted):
+            pipeline.run(split, tmp_path / "0" / "run", share=share)
+
+    in_ranks(2, interrupted)
+    (checkpoint,) = (tmp_path / "0").rglob("group-*.checkpoint.safetensors")
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    (tmp_path / "1" / checkpoint.relative_to(tmp_path / "0")).unlink()
+
+    def resumed() -> str:
+        os.chdir(tmp_path / os.environ["RANK"])
+        try:
+            pipeline.run(split, "run", share=share)
+        except WmddError as error:
+            return str(error)
+        return "no error"
+
+    for message in in_ranks(2, resumed):
+        assert "checkpoint.safetensors: not every rank sees the same checkpoint" in message
+
+
+def test_a_lack_of_memory_names_the_key_to_change(tmp_path: Path) -> None:
+    # The draws of so many iterations fill more than a process can address.
+    words = overrides(["synthesis.iterations=100000000000000", "student.baselines=[]"])
+    command = [sys.executable, "-m", "wmdd", "run", "digits", "--out", str(tmp_path / "run"), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    told = (
+        r"wmdd: out of memory on cpu, with a peak of [\d.]+ GB of [\d.]+ GB; set synthesis\.classes_per_group below 2"
+    )
+    assert re.fullmatch(told, done.stderr.splitlines()[-1])
+
+
+def test_only_a_lack_of_memory_is_taken_for_one() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:1")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert distributed._short_of_memory(caught.value, gpu) == cpu
+    assert distributed._short_of_memory(MemoryError(), gpu) == cpu
+    assert distributed._short_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried ..."), gpu) == gpu
+    assert distributed._short_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ..."), gpu) == gpu
+    assert distributed._short_of_memory(RuntimeError("shapes do not match"), gpu) is None
+    with (
+        pytest.raises(WmddError, match=r"out of memory on cpu.*; lower student\.batch_size$"),
+        distributed.within_memory(cpu, "lower student.batch_size"),
+    ):
+        torch.empty(2**50)
+
+
+FRESH = """
+import os, signal, sys, threading
+
+import torch
+from torch import distributed
+
+import wmdd
+from wmdd import console
+from wmdd.errors import WmddError
+
+signal.signal(signal.SIGUSR2, print)
+torch.set_num_threads(3)
+torch.manual_seed(1)
+
+def state():
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    return {
+        "torch": (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()),
+        "random": torch.get_rng_state().tolist(),
+        "handlers": [signal.getsignal(number) for number in numbers],
+        "environment": dict(os.environ),
+        "console": (console.quiet, list(console.observers)),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "groups": distributed.is_initialized(),
+    }
+
+before = state()
+for settings in sys.argv[2:], [*sys.argv[2:], "data.classes=11"], [*sys.argv[2:], "labels.weighted=true"]:
+    try:
+        wmdd.run("digits", sys.argv[1], settings)
+        print("done")
+    except WmddError as error:
+        print(type(error).__name__)
+    print({key: (before[key], value) for key, value in state().items() if value != before[key]})
+"""
+
+
+def test_a_run_leaves_its_process_as_it_found_it_also_when_it_fails(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "run"), *TINY, "student.baselines=[]"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["done", "{}", "InputError", "{}", "done", "{}"], done.stdout + done.stderr
 
 
 def torchrun(*arguments: str, signals: bool = False) -> subprocess.Popen[str]:

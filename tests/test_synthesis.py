@@ -121,6 +121,18 @@ def test_first_layer_factor_multiplies_the_first_layer_alone(classifier: nn.Modu
         torch.testing.assert_close(three - one, 2 * first_only, rtol=1e-4, atol=1e-5)
 
 
+def test_images_that_already_match_their_atoms_have_no_gradient_and_not_nan(
+    classifier: nn.Module, images: Tensor
+) -> None:
+    target, _ = targets(classifier)
+    shown = images.clone().requires_grad_(True)
+    seen = FrozenNetwork(classifier)(shown)
+    matched = replace(target, atoms=seen.features.detach().view_as(target.atoms))
+    loss = evaluate(Objective(1.0, 0.0, 0.0, squared=False), seen, matched, FrozenNetwork(classifier).layer_sizes)
+    value, gradient = value_and_gradient(loss.total, shown)
+    assert value == 0 and torch.equal(gradient, torch.zeros_like(shown))
+
+
 def _matched_after(seen: Any, target: Target, where: Tensor) -> Target:
     """Return the target with the images' own moments in some channels, so that these add nothing."""
     from wmdd.synthesis import group_moments

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from wmdd.errors import InputError, WmddError
+from wmdd.errors import InputError, WmddError, tell
 
 
 class _Commands(TyperGroup):
@@ -292,7 +292,7 @@ def answer(program: Callable[[], object]) -> None:
     try:
         program()
     except WmddError as error:
-        typer.echo(f"wmdd: {error}", err=True)
+        tell(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("wmdd: interrupted", err=True)

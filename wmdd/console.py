@@ -31,6 +31,19 @@ def results() -> Console:
 quiet = False
 """Set on ranks other than 0: they say nothing."""
 
+
+@contextmanager
+def quietly(wanted: bool) -> Iterator[None]:
+    """Say nothing for the length of the block, if that is wanted."""
+    global quiet
+    before = quiet
+    quiet = quiet or wanted
+    try:
+        yield
+    finally:
+        quiet = before
+
+
 observers: list[Callable[[str, int, int, str], None]] = []
 """Called with (title, steps done, steps in all, unit) when a piece of work begins, goes on and ends."""
 

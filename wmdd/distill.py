@@ -19,7 +19,7 @@ from wmdd.config import Config
 from wmdd.console import progress, say
 from wmdd.cost import Meter
 from wmdd.data import Dataset, pixel_range, quantise
-from wmdd.distributed import ALONE, Ranks, Team, seed_of
+from wmdd.distributed import ALONE, Ranks, Team, seed_of, within_memory
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.files import digest, read_metadata, read_tensors, write_json, write_tensors
 from wmdd.records import provenance
@@ -112,7 +112,8 @@ def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
         stream = statistics.measure(job.config, job.dataset, job.teacher, job.ranks, classes, measured)
 
         def look_at(group: Group) -> tuple[Group, Found, dict[int, Pending]]:
-            found = dict(itertools.islice(stream, len(group.classes) if classes else 0))
+            with within_memory(job.ranks.device, "lower statistics.batch_size"):
+                found = dict(itertools.islice(stream, len(group.classes) if classes else 0))
             return group, found, _submitted(job, method, group, found, submit)
 
         # ``ready`` is dropped before the group after ``following`` is measured: never are three held.
@@ -228,21 +229,24 @@ def optimise(
     if objective is None or prepared.target is None:
         return state
     limits, seed = pixel_range(config.data), (config.seed, *prepared.seed)
-    return synthesise(
-        job.teacher.network,
-        state,
-        prepared.target,
-        objective,
-        method.synthesis(),
-        limits,
-        seed,
-        job.ranks,
-        team,
-        advance,
-        save,
-        due,
-        job.stop,
-    )
+    fewer = f"set synthesis.classes_per_group below {len(prepared.names)}"
+    shared = "share each class among ranks with synthesis.split_class"
+    with within_memory(job.ranks.device, fewer if len(prepared.names) > 1 else shared):
+        return synthesise(
+            job.teacher.network,
+            state,
+            prepared.target,
+            objective,
+            method.synthesis(),
+            limits,
+            seed,
+            job.ranks,
+            team,
+            advance,
+            save,
+            due,
+            job.stop,
+        )
 
 
 def _distill_group(
@@ -265,6 +269,9 @@ def _distill_group(
         clock.restart()
 
     state, spent = _read_checkpoint(job, group)
+    if not team.alike(state.iteration if state else -1):
+        path = job.folder.checkpoint_file(group.index)
+        raise WmddError(f"{path}: not every rank sees the same checkpoint; start the same command again")
     meter.include(spent)
     if state:
         say(f"group {group.index}: goes on at iteration {state.iteration}")

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,8 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wmdd.config import Compute
-from wmdd.errors import InputError, Interrupted
+from wmdd.console import say
+from wmdd.errors import InputError, Interrupted, WmddError, tell
+from wmdd.placement import Placement, choose_device, placement_of
 from wmdd.roll import PeerLost, Roll, describe
+
+_PATIENCE = timedelta(minutes=10)
+"""How long ranks wait for each other when they meet, and in a collective: long waits are meetings in the roll."""
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,11 +69,16 @@ class Team:
         """Return for each flag whether a rank of the team has raised it, the same on every rank."""
         return [count > 0 for count in self.sum(torch.tensor([float(flag) for flag in flags])).tolist()]
 
+    def alike(self, value: float) -> bool:
+        """Return whether all ranks of the team hold the same number, the same answer on every rank."""
+        return len({float(one) for one in self.gather(torch.tensor(value, dtype=torch.float64))}) == 1
+
     def gather(self, values: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks of the team, which must be of one shape, in the order of the ranks."""
         if self.size == 1:
             return [values]
-        found = [torch.empty_like(values) for _ in range(self.size)]
+        # Contiguous like what is sent: a receiver in another layout would hold permuted values.
+        found = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(found, values.contiguous(), group=self.group)
         return found
 
@@ -142,7 +153,9 @@ class Ranks:
                 f" --nproc-per-node {size}, or set {key}=1"
             )
         if size > 1 and size not in self._groups:
-            self._groups[size] = [dist.new_group(list(range(i, i + size))) for i in range(0, self.size, size)]
+            self._groups[size] = [
+                dist.new_group(list(range(i, i + size)), _PATIENCE) for i in range(0, self.size, size)
+            ]
         index, rank = divmod(self.rank, size)
         return Team(index, self.size // size, rank, size, self._groups[size][index] if size > 1 else None)
 
@@ -159,68 +172,174 @@ class Ranks:
 
 
 @contextmanager
-def ranks(compute: Compute, stop: Callable[[], bool] = lambda: False) -> Iterator[Ranks]:
+def ranks(compute: Compute, stop: Callable[[], bool] = lambda: False, here: Placement | None = None) -> Iterator[Ranks]:
     """Join the job that torchrun or srun started (or stand alone), with threads and precision from the config.
+
+    Torch's threads, current device and random numbers are afterwards as they were.  In a job of several ranks an error
+    is printed before the job is left, which may take seconds.
 
     Args:
         compute: device, threads, precision.
         stop: whether this process was asked to stop; looked at while it waits for other ranks.
+        here: where this process stands; by default what its environment says.
 
     Raises:
         InputError: the device does not exist here.
         PeerLost: another rank is gone.
+        WmddError: the other ranks do not come, or memory is short.
     """
-    rank, size, local = (int(os.environ.get(key, default)) for key, default in _JOB)
-    device = _device(compute.device, local)
-    precision = _precision(compute.precision, device)
-    torch.set_num_threads(compute.threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if size == 1:
-        yield Ranks(rank, size, device, precision, compute.compile)
-        return
-    store, *_ = next(dist.rendezvous("env://", rank, size, timeout=_JOINING))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    roll = Roll(dist.PrefixStore("roll", store), rank, size, stop)
-    stopped = False
+    here = here or placement_of(os.environ)
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(choose_device(compute.device, here, visible))
+    with (
+        _settings(compute, device),
+        _joined(here, device, stop) if here.size > 1 else nullcontext() as roll,
+        within_memory(device),
+    ):
+        yield Ranks(here.rank, here.size, device, _precision(compute.precision, device), compute.compile, roll)
+
+
+@contextmanager
+def _settings(compute: Compute, device: torch.device) -> Iterator[None]:
+    """Set torch's threads and current device, and give all back as it was, the random numbers too."""
+    gpus = [device] if device.type == "cuda" else []
+    threads = torch.get_num_threads()
+    with ExitStack() as stack:
+        if gpus:
+            # Before anything else is asked of CUDA: a question would go to GPU 0, and open a context there.
+            try:
+                stack.enter_context(torch.cuda.device(device))
+                torch.zeros(1, device=device)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise WmddError(f"{device} on {os.uname().nodename} does not work: {reason}") from error
+        stack.enter_context(torch.random.fork_rng(gpus))
+        if compute.compile:
+            stack.enter_context(_many_graphs())
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(compute.threads)
+        yield
+
+
+@contextmanager
+def _many_graphs() -> Iterator[None]:
+    """Let torch.compile make a graph for each shape, objective and network of a process.
+
+    By default the ninth, and what follows it, runs eager without a word.
+
+    Raises:
+        WmddError: there are more than ``_GRAPHS``.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    limits = {"recompile_limit": _GRAPHS, "accumulated_recompile_limit": _GRAPHS, "fail_on_recompile_limit_hit": True}
     try:
-        yield Ranks(rank, size, device, precision, compute.compile, roll)
-    except (RuntimeError, Interrupted) as error:
+        with config.patch(limits):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise WmddError(
+            f"compute.compile = true: one process made {_GRAPHS} graphs of one step; do fewer runs in a process, or set"
+            " compute.compile=false"
+        ) from error
+
+
+_GRAPHS = 256
+
+
+@contextmanager
+def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> Iterator[Roll]:
+    """Meet the other ranks of the job, and leave them so that none waits for this one."""
+    if here.by_srun and here.rank == 0:
+        say(f"one run on the {here.size} tasks that srun started, which meet at {here.meeting}")
+    try:
+        store, *_ = next(dist.rendezvous(here.meeting, here.rank, here.size, timeout=_PATIENCE))
+        dist.init_process_group(store=store, rank=here.rank, world_size=here.size, **_group_options(device))
+    except (dist.DistError, TimeoutError) as error:
+        # NCCL says what is wrong in its last line, others in their first.
+        told = str(error).rpartition("Last error:\n")[2].partition("\n")[0]
+        raise WmddError(f"rank {here.rank} of {here.size}: the ranks do not meet ({here.meeting}): {told}") from error
+    roll = Roll(dist.PrefixStore("roll", store), here.rank, here.size, stop)
+    failure: BaseException | None = None
+    try:
+        yield roll
+    except BaseException as error:
+        failure = error
         # A collective that broke, or a launcher that ends all ranks because it lost one: say which.
-        if gone := roll.missing():
-            raise PeerLost(
-                f"rank {rank} of {size}: {describe(gone)} ({error}); start the same command again"
-            ) from error
-        stopped = isinstance(error, Interrupted)
+        if isinstance(error, RuntimeError | Interrupted) and (gone := roll.missing()):
+            failure = PeerLost(f"rank {here.rank} of {here.size}: {describe(gone)}; start the same command again")
+            tell(failure)
+            raise failure from error
+        if isinstance(error, WmddError):
+            tell(error)
         raise
     finally:
-        roll.leave(stopped)
-        dist.destroy_process_group()
+        roll.leave(stopped=isinstance(failure, Interrupted))
+        if _aborts(device.type, failed=failure is not None):
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
 
 
-_JOB = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-_JOINING = timedelta(minutes=10)
+def _group_options(device: torch.device) -> dict[str, Any]:
+    """Return how the process groups of a job are made, for ranks that work on such a device."""
+    if device.type == "cuda":
+        # Tensors on the CPU go through gloo.  Bound to its device, NCCL connects now and refuses two ranks on one GPU.
+        return {"backend": "cpu:gloo,cuda:nccl", "timeout": _PATIENCE, "device_id": device}
+    return {"backend": "gloo", "timeout": _PATIENCE}
+
+
+def _aborts(device_type: str, failed: bool) -> bool:
+    """Return whether the groups are aborted and not destroyed.
+
+    Destroying waits for pending collectives of NCCL; after a failure one may wait for a rank that is gone.
+    """
+    return failed and device_type == "cuda"
+
+
+@contextmanager
+def within_memory(device: torch.device, remedy: str = "use smaller batches or groups") -> Iterator[None]:
+    """Turn a lack of memory into one line with the peak and what to do.
+
+    Args:
+        device: where the work runs.
+        remedy: names the config key to change.
+
+    Raises:
+        WmddError: an allocation failed on the device or on the CPU.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        where = _short_of_memory(error, device)
+        if where is None:
+            raise
+        raise WmddError(f"out of memory on {where}, with a peak of {_peak(where)}; {remedy}") from error
+
+
+def _short_of_memory(error: BaseException, device: torch.device) -> torch.device | None:
+    """Return which device an error says is out of memory; None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+        return device
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return torch.device("cpu")
+    return None
+
+
+def _peak(device: torch.device) -> str:
+    """Return the most memory that this process has held there, and what the device has."""
+    if device.type == "cuda":
+        peak, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{peak / 1e9:.1f} GB of {whole / 1e9:.1f} GB"
 
 
 def native_bf16() -> bool:
     """Return whether this CPU has bf16 instructions; without them bf16 is 2 to 4 times slower than fp32."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return capabilities.get("avx512_bf16", False)
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"compute.device = {name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"compute.device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _precision(name: str, device: torch.device) -> str:

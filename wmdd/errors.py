@@ -1,5 +1,6 @@
 """The errors a user meets, and the exit codes that go with them."""
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ class WmddError(Exception):
     """Something failed for a reason that one line can state."""
 
     exit_code = EXIT_FAILED
+    told = False
+    """Whether it was printed"""
 
 
 class InputError(WmddError):
@@ -27,6 +30,13 @@ class Interrupted(WmddError):
     """A signal asked the run to stop; it has checkpointed and the same command resumes it."""
 
     exit_code = EXIT_RESUMABLE
+
+
+def tell(error: WmddError) -> None:
+    """Print an error on standard error as the command line does, once however often this is called."""
+    if not error.told:
+        error.told = True
+        print(f"wmdd: {error}", file=sys.stderr, flush=True)
 
 
 def complaint(item: "ErrorDetails", valid: list[str], section: str = "") -> str:

@@ -109,14 +109,25 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file; nothing for one that is absent or damaged."""
+    """Return the metadata of a safetensors file; nothing for one that is absent or damaged.
+
+    Raises:
+        WmddError: the file is perhaps there, and cannot be read.
+    """
     import safetensors
 
-    try:
+    def opened() -> dict[str, str]:
+        with open(path, "rb"):  # safetensors calls every file absent that it cannot open
+            pass
         with safetensors.safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
-    except (FileNotFoundError, safetensors.SafetensorError, OSError):
+
+    try:
+        return _patiently(opened)
+    except (FileNotFoundError, safetensors.SafetensorError):
         return {}
+    except OSError as error:
+        raise WmddError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def sha256(path: Path) -> str:

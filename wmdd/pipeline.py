@@ -1,19 +1,20 @@
 """The stages of a run, in order; each reads and writes through the run folder, and each goes on where it stopped."""
 
+import os
 import shutil
 import signal
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from wmdd import console, distill, evaluation, methods, progress, rundir, student
 from wmdd.config import Config, External, load_config
 from wmdd.data import Dataset, load_dataset
-from wmdd.distributed import Ranks, ranks
+from wmdd.distributed import Ranks, ranks, within_memory
 from wmdd.errors import InputError
-from wmdd.files import write_json
+from wmdd.files import digest, write_json
 from wmdd.rundir import RunFolder
 from wmdd.signals import StopRequest, stop_on
 from wmdd.teacher import obtain
@@ -34,6 +35,8 @@ class Share:
     """Blocks to distil; None for all"""
     students: tuple[int, ...] | None = None
     """Positions in ``students_of``; None for all"""
+    device: str | None = None
+    """Device that this process must have, as ``compute.device`` names it; None for what the config says"""
 
     @property
     def name(self) -> str:
@@ -77,12 +80,44 @@ def run(
     elif overrides:
         raise InputError("overrides go with a config that is given by name")
     folder = RunFolder(Path(out) if out is not None else Path("runs") / config.name)
-    with stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop, ranks(config.compute, stop) as job:
-        console.quiet = console.quiet or not job.main
-        share = share or Share()
+    share = share or Share()
+    device = share.device or config.compute.device
+    with (
+        _environment_kept(),
+        stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop,
+        ranks(config.compute.model_copy(update={"device": device}), stop) as job,
+        console.quietly(not job.main),
+    ):
+        _check_same(config, folder, share, job)
         with progress.reported(folder, share.name) if job.main else nullcontext():
             _run(config, folder, job, stop, share)
     return folder.path
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Give the environment back as it was: libraries leave their settings there when they are imported."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _check_same(config: Config, folder: RunFolder, share: Share, job: Ranks) -> None:
+    """Refuse ranks that do not all do the same run.
+
+    Raises:
+        InputError: this rank was started with something else than rank 0.
+    """
+    own = digest([config.model_dump(mode="json"), str(folder.path), asdict(share)])
+    if job.agree(own) != own:
+        raise InputError(
+            f"rank {job.rank} of {job.size}: started with another config, --out or share than rank 0: the tasks of one"
+            " srun or torchrun do one run together; start each run by itself, with srun --exact -n 1"
+        )
 
 
 def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share: Share) -> None:
@@ -100,7 +135,8 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
     if dataset.skipped:
         console.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
     validation = Validation(config, dataset, job)
-    teacher = obtain(config, dataset, validation, job, stop)
+    with within_memory(job.device, "lower teacher.batch_size"):
+        teacher = obtain(config, dataset, validation, job, stop)
     for place, one in runs.items():
         if job.main:
             write_json(place.path / "teacher.json", teacher.facts)
@@ -109,7 +145,8 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
     if "students" in share.stages:
         for place, one in runs.items():
             tasks = [task for owner, task in todo if owner == place]
-            evaluation.evaluate(one, place, tasks, teacher, validation, job, stop)
+            with within_memory(job.device, "lower student.batch_size"):
+                evaluation.evaluate(one, place, tasks, teacher, validation, job, stop)
     job.barrier()
     if "report" in share.stages and job.main:
         from wmdd import reporting

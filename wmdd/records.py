@@ -16,6 +16,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, V
 from wmdd.config import DEFAULTS, Compute, Count, Positive, decides
 from wmdd.errors import InputError
 from wmdd.files import digest, flatten, write_bytes
+from wmdd.placement import placement_of
 
 Sha = Annotated[str, Field(min_length=1)]
 
@@ -149,7 +150,7 @@ def provenance(compute: Compute) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name(compute.device if ":" in compute.device else None) if cuda else "cpu",
         "cpu": _cpu(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": placement_of(os.environ).size,
         "threads": compute.threads,
         "precision": compute.precision,
         "slurm": {key: value for key, value in job.items() if value is not None} or None,

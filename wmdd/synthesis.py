@@ -114,7 +114,7 @@ def evaluate(
     if objective.feature and target.atoms is not None:
         gap = seen.features.view_as(target.atoms) - target.atoms
         feature = team.sum(gap.square().sum())
-        feature = feature if objective.squared else feature.sqrt()
+        feature = feature if objective.squared else _norm(feature)
     if objective.bn:
         mean, variance = group_moments(seen, target.weights, objective.per_class, team)
         bn = _bn_distance(objective, mean - target.mean, variance - target.variance, layer_sizes)
@@ -136,6 +136,12 @@ def group_moments(seen: Observation, weights: Tensor, per_class: bool, team: Tea
     # The variance's derivative by the mean is zero, Σ w_k (mean_k − mean) = 0, and only in the sum over all ranks.
     gaps = means - mean.detach()[:, None]
     return mean, team.sum((share * (variances + gaps.square())).sum(1))
+
+
+def _norm(square: Tensor) -> Tensor:
+    """Return the square root, with the gradient of a norm at zero: zero, where that of the root alone is NaN."""
+    nothing = square == 0
+    return square.masked_fill(nothing, 1).sqrt().masked_fill(nothing, 0)
 
 
 def _bn_distance(objective: Objective, mean: Tensor, variance: Tensor, layer_sizes: list[int]) -> Tensor:
