@@ -13,6 +13,8 @@ from slurm.jobs import Attempt, Task, versions
 from wmdd import pipeline
 from wmdd.config import Config
 from wmdd.errors import Interrupted, WmddError
+from wmdd.placement import choose_device
+from wmdd.signals import StopRequest
 
 
 def task(config: Config, folder: Path, **changes: object) -> Task:
@@ -38,15 +40,22 @@ def inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatc
     return monkeypatch
 
 
-@pytest.mark.parametrize("visible, local", [("2,3", "1"), ("3", "0")])
-def test_the_devices_that_slurm_made_visible_stay_as_they_are(
-    inside: pytest.MonkeyPatch, visible: str, local: str
+@pytest.mark.parametrize(
+    "visible, device",
+    [({"CUDA_VISIBLE_DEVICES": "2,3"}, "cuda:1"), ({"CUDA_VISIBLE_DEVICES": "3"}, "cuda:0"), ({}, "cuda:1")],
+)
+def test_each_rank_takes_its_own_gpu_of_those_that_slurm_made_visible(
+    inside: pytest.MonkeyPatch, visible: dict[str, str], device: str
 ) -> None:
-    inside.setenv("CUDA_VISIBLE_DEVICES", visible)
-    name, main = jobs._join_ranks()
-    assert (name, main) == ("9", False)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
-    assert [os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["1", "2", local]
+    inside.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for key, value in visible.items():
+        inside.setenv(key, value)
+    name, here = jobs._join_ranks()
+    assert (name, here.rank, here.size) == ("9", 1, 2)
+    assert {key: os.environ[key] for key in visible} == visible
+    assert [os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["1", "2", "1"]
+    seen = len(visible.get("CUDA_VISIBLE_DEVICES", "0,1").split(","))
+    assert choose_device("auto", here, seen) == device
 
 
 def test_a_leftover_of_a_killed_start_does_not_fail_the_next(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -65,6 +74,39 @@ def test_a_task_whose_blocks_are_whole_never_imports_torch(digits: Config, tmp_p
     assert told.stdout.split() == ["True", "False"]
     (tmp_path / "run" / "baselines" / "random" / "blocks" / "block-00000.json").unlink()
     assert not whole.is_whole()
+
+
+def test_of_several_ranks_one_decides_whether_a_block_is_whole(digits: Config, tmp_path: Path) -> None:
+    """On a network file system one node may see a block that another does not see yet."""
+    pipeline.run(digits, tmp_path / "0", share=pipeline.Share(("teacher", "distill")))
+    (tmp_path / "1").mkdir()
+    common = {"SLURM_JOB_ID": "9", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SUBMITIT_EXECUTOR": "slurm"}
+    common |= {"SUBMITIT_FOLDER": str(tmp_path), "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1"}
+    ranks = []
+    try:
+        for rank in ("0", "1"):
+            # Each rank is in a folder of its own, and the run's is given relative to it.
+            program = f"from slurm.jobs import Task; ({task(digits, Path('.'))!r})()"
+            own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+            command = [sys.executable, "-c", program]
+            ranks.append(subprocess.Popen(command, cwd=tmp_path / rank, env={**os.environ, **common, **own}))
+        assert [rank.wait(240) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert not list((tmp_path / "1").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("gpu, device, wanted", [(True, "auto", "cuda"), (False, "auto", None), (True, "cpu", None)])
+def test_a_task_that_was_given_a_gpu_never_works_on_the_cpu(
+    digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, device: str, wanted: str | None
+) -> None:
+    config = digits.model_copy(update={"compute": digits.compute.model_copy(update={"device": device})})
+    asked = task(config, tmp_path, gpu=gpu)
+    shares: list[pipeline.Share | None] = []
+    monkeypatch.setattr(pipeline, "run", lambda config, folder, share: shares.append(share))
+    asked._work(StopRequest())
+    assert shares == [pipeline.Share(("distill",), (0,), None, wanted)]
 
 
 def test_another_interpreter_or_version_is_refused(digits: Config, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,9 @@ def test_a_failed_trial_is_recorded_and_does_not_stop_the_sweep(start, home, tmp
     assert nothing_is_left(home)
 
 
-def test_a_sweep_joins_a_running_cluster_and_leaves_it_running(start, home, tmp_path, monkeypatch):
+@contextmanager
+def cluster(home, monkeypatch, *options):
+    """Start a Ray cluster of one CPU, as another user's; yields its address and a function that asks for its status."""
     token = home / "token"
     token.write_text(secrets.token_hex(32))
     for key, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}.items():
@@ -192,23 +195,45 @@ def test_a_sweep_joins_a_running_cluster_and_leaves_it_running(start, home, tmp_
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     environment = {**os.environ, "HOME": str(home / "home"), "TMPDIR": str(home / "tmp")}
     head = ["start", "--head", "--port=0", "--include-dashboard=false", "--num-cpus=1", f"--temp-dir={home / 'r'}"]
-    began = subprocess.run(
-        [*ray, *head, "--disable-usage-stats", "--block"][:-1], env=environment, capture_output=True, text=True
-    )
-    assert began.returncode == 0, began.stdout + began.stderr
     try:
+        began = subprocess.run(
+            [*ray, *head, *options, "--disable-usage-stats"], env=environment, capture_output=True, text=True
+        )
+        assert began.returncode == 0, began.stdout + began.stderr
         address = (home / "r" / "ray_current_cluster").read_text().strip()
+
+        def status():
+            command = [*ray, "status", "--address", address]
+            return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+        yield address, status
+    finally:
+        for pid in processes(home):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_sweep_joins_a_running_cluster_and_leaves_it_running(start, home, tmp_path, monkeypatch):
+    with cluster(home, monkeypatch) as (address, status):
         out = tmp_path / "sweep"
         options = ["--trials", "2", "--search", "grid", "--address", address]
         said = finish(start(written(tmp_path / "two.toml", SPACE), out, *options))
         assert "trial 1:" in said and len(Log.load(out).trials) == 2
-        alive = subprocess.run([*ray, "status", "--address", address], env=environment, capture_output=True, text=True)
+        alive = status()
         assert alive.returncode == 0, alive.stderr
         said = finish(start("regularization", tmp_path / "other", *options, "--gpus", "1"), 2)
         assert "the largest node of the cluster has none: leave --gpus out" in said
-    finally:
-        for pid in processes(home):
-            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_trial_that_was_given_a_gpu_never_works_on_the_cpu(start, home, tmp_path, monkeypatch):
+    # Ray believes that the node has a GPU, as SLURM does of one that has fallen off; torch sees none.  The step's
+    # variables are those of a Ray that srun started on three nodes: a trial is no rank of it.
+    step = "JOB_ID=7 STEP_ID=1 STEP_NUM_TASKS=3 STEP_NUM_NODES=1 STEP_NODELIST=n1 PROCID=1 LOCALID=0"
+    for setting in step.split():
+        monkeypatch.setenv(*f"SLURM_{setting}".split("="))
+    with cluster(home, monkeypatch, "--num-gpus=1") as (address, _):
+        options = ["--trials", "1", "--address", address, "--gpus", "1"]
+        said = finish(start(written(tmp_path / "two.toml", SPACE), tmp_path / "sweep", *options), 1)
+    assert "every trial failed; the first: InputError: compute.device = 'cuda': torch sees no GPU on" in said
 
 
 def test_the_wrong_folder_and_too_many_gpus_get_one_clear_line(make, tmp_path):
