@@ -456,7 +456,7 @@ def state():
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     return {
         "torch": (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()),
-        "random": torch.get_rng_state().tolist(),
+        "random": hash(bytes(torch.get_rng_state().tolist())),
         "handlers": [signal.getsignal(number) for number in numbers],
         "environment": dict(os.environ),
         "console": (console.quiet, list(console.observers)),
