@@ -62,9 +62,9 @@ def of(cell: Cell) -> Outlook:
 def tell(table: Sequence[Cell], console: Console) -> None:
     """Print a line for each method at each IPC, in the order in which they will be done."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("Runs", no_wrap=True)
+    shown.add_column("Runs", overflow="fold")  # a long folder takes more lines, and no room from the figures
     for column in ("Sets done", "Students done", "img·iter left", "Updates left"):
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=True)
     total = Outlook()
     for folder, group in groupby(table, lambda cell: cell.folder.parent):
         found = sum((of(cell) for cell in group), Outlook())

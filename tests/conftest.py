@@ -31,8 +31,8 @@ def needs(program: str | None, name: str, absence: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(program is None, reason=absence)
 
 
-WORKERS = 4
-"""Test processes of a run of the whole suite: more than two cores, since the slow tests wait half of the time."""
+WORKERS, FAST_WORKERS = 4, 2
+"""Test processes of a run of the whole suite, of which slow tests wait half of the time, and of one without them."""
 SHARED = {"booted": "slurm", "accounting": "slurm", "start": "ray"}
 """Fixtures that start a cluster, and the marker of the tests that use them."""
 
@@ -45,7 +45,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.loadgroup = True  # pytest-xdist tells its workers only what stands on the command line
     elif hasattr(option, "numprocesses") and not option.usepdb:
         if option.numprocesses is None and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
-            option.numprocesses = WORKERS
+            option.numprocesses = FAST_WORKERS if "not slow" in option.markexpr else WORKERS
         if option.numprocesses and option.dist == "no":
             option.dist, option.loadscopereorder = "loadgroup", False
 
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark the tests that use a cluster, and say which tests share a worker.
 
     The tests of a cluster share a worker, so that the cluster starts once.  So do the fast tests of a file, because of
-    the file's fixtures.  Every other slow test goes to the next worker that is free; slow tests begin first.
+    the file's fixtures.  A slow test of no group goes to the next worker that is free; slow tests begin first.
     """
     ranked = {}
     for item in items:
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(SHARED[cluster])
             item.add_marker("slow")
         slow = item.get_closest_marker("slow") is not None
-        if cluster or not slow:
+        if item.get_closest_marker("xdist_group") is None and (cluster or not slow):
             item.add_marker(pytest.mark.xdist_group(cluster or str(item.path.relative_to(config.rootpath))))
         ranked[item] = (*SHARED, None).index(cluster), not slow
     if getattr(config, "workerinput", None):
@@ -73,9 +73,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the tests' teachers and statistics out of the user's cache, and share them between tests."""
+    """Keep what tests store and compile out of the user's caches, and share it between the tests of a worker."""
     patch = pytest.MonkeyPatch()
     patch.setenv("WMDD_CACHE", str(tmp_path_factory.mktemp("store")))
+    patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
     torch.set_num_threads(1)
 
 

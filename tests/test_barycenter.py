@@ -118,6 +118,7 @@ tied = arrays(np.float32, st.tuples(st.integers(3, 12), st.integers(1, 3)), elem
 smooth = st.builds(gaussian, st.integers(3, 12), st.integers(1, 3), st.integers(0, 999)).map(torch.Tensor.numpy)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.one_of(tied, smooth), share=st.floats(0, 1), kind=st.sampled_from(KINDS), seed=st.integers(0, 2**40))
 def test_every_variant_keeps_its_promises_on_small_data(data: np.ndarray, share: float, kind: str, seed: int) -> None:

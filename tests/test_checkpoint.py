@@ -37,6 +37,7 @@ def after(checks: int) -> Callable[[], bool]:
     return lambda: next(left, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", ["hard", "soft", "stored"])
 def test_a_student_that_is_stopped_goes_on_to_the_weights_of_one_that_is_not(
     regime: str, classifier: nn.Module, alone: Ranks, tmp_path: Path
@@ -86,6 +87,7 @@ def test_a_student_that_is_stopped_goes_on_to_the_weights_of_one_that_is_not(
     assert begun["epoch"] == 0, "a student went on from one of another recipe"
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_stopped_goes_on_to_the_weights_of_one_that_is_not(
     alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +107,7 @@ def test_a_teacher_that_is_stopped_goes_on_to_the_weights_of_one_that_is_not(
     assert not list((tmp_path / "cut").rglob("checkpoint*"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_keeps_its_student_and_the_same_command_finishes_it(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +154,8 @@ def test_a_damaged_checkpoint_is_named_and_training_begins_anew(
     assert "student.safetensors:isdamaged" in said and "beginsanew" in said
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
 def test_ranks_go_on_together_or_not_at_all(tiny: Config, tmp_path: Path) -> None:
     # Dropout, and a batch of which one rank gets more: their random numbers part.
     settings = {"seeds": 1, "epochs": EPOCHS, "baselines": (), "ranks": 2, "networks": ("mnasnet0_5",), "batch_size": 9}

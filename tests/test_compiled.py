@@ -18,7 +18,12 @@ from wmdd.networks import FrozenNetwork
 from wmdd.synthesis import Objective, State, Target, synthesise
 from wmdd.teacher import Teacher
 
-pytestmark = needs(shutil.which("g++"), "COMPILER", "torch.compile needs a C++ compiler on a CPU (apt-get install g++)")
+pytestmark = [
+    needs(shutil.which("g++"), "COMPILER", "torch.compile needs a C++ compiler on a CPU (apt-get install g++)"),
+    pytest.mark.slow,
+    pytest.mark.compiler,
+    pytest.mark.xdist_group("compiler"),
+]
 
 
 @pytest.fixture(autouse=True)

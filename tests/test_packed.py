@@ -120,6 +120,7 @@ def test_sources_in_memory_are_packed_too(tmp_path: Path) -> None:
     assert found.fingerprint == whole.fingerprint and pixels(found) == pixels(whole)
 
 
+@pytest.mark.slow
 def test_a_run_on_shards_writes_the_bytes_of_a_run_on_files(tmp_path: Path) -> None:
     pack(load_config("digits", TINY).data, tmp_path / "packed", 0)
     short = [*TINY, "student.seeds=1", "student.baselines=[]"]

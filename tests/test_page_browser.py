@@ -16,7 +16,12 @@ from wmdd.reporting import collect
 from wmdd.reporting.page import write_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = needs(CHROMIUM, "BROWSER", "no chromium is on the PATH (apt-get install chromium)")
+pytestmark = [
+    needs(CHROMIUM, "BROWSER", "no chromium is on the PATH (apt-get install chromium)"),
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.xdist_group("browser"),
+]
 
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync", "--disable-extensions", "--hide-scrollbars"]

@@ -281,6 +281,7 @@ def test_the_page_loads_nothing_and_escapes_names(tmp_path: Path, channels: int)
     assert str(tmp_path) not in page
 
 
+@pytest.mark.slow
 def test_the_page_caps_what_it_shows_and_says_so(tmp_path: Path) -> None:
     classes = tuple(f"class{index}" for index in range(40))
     run = make_run(tmp_path / "digits", [0.9], classes=classes)
@@ -312,6 +313,7 @@ def test_the_page_is_the_same_each_time(tmp_path: Path) -> None:
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
 
 
+@pytest.mark.slow
 def test_ten_thousand_records_of_many_runs_are_collected_tabulated_and_written(tmp_path: Path) -> None:
     # 2 methods × 5 IPCs × 10 distillation seeds = 100 runs of 5 networks × 2 regimes × 10 students each.
     line = json.loads((make_run(tmp_path / "one", [0.9]) / "records" / "students.jsonl").read_text())

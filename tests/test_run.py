@@ -73,6 +73,7 @@ def test_doing_it_again_does_nothing(finished: Path) -> None:
     assert times == [path.stat().st_mtime_ns for path in records]
 
 
+@pytest.mark.slow
 def test_more_students_join_a_finished_run(finished: Path) -> None:
     wmdd.run("digits", finished, [*TINY, "student.seeds=3", "labels.regimes=['hard']"])
     assert len(read_records(finished / "records")[0]) == 5
@@ -194,6 +195,7 @@ def test_a_run_works_in_a_thread(tiny: Config, tmp_path: Path) -> None:
         assert len(pool.submit(images_only, tiny, tmp_path / "run").result()) == 4
 
 
+@pytest.mark.slow
 def test_importing_wmdd_is_light() -> None:
     code = (
         "import sys, wmdd, wmdd.pipeline, wmdd.cli;"
@@ -209,6 +211,7 @@ def wmdd_command(*arguments: str, **environment: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_a_refusal_on_the_command_line_is_one_line_and_exit_code_2() -> None:
     result = wmdd_command("run", "digits", "--set", "ipc=0")
     assert result.returncode == 2
@@ -217,6 +220,7 @@ def test_a_refusal_on_the_command_line_is_one_line_and_exit_code_2() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -251,6 +255,7 @@ FOLDER = [
 ]
 
 
+@pytest.mark.slow
 def test_a_folder_of_jpegs_runs_and_its_damaged_file_is_named_or_skipped(tmp_path: Path) -> None:
     folder_of_images(tmp_path / "data")
     overrides = [*TINY, *FOLDER, f"data.root={tmp_path / 'data'}"]

@@ -39,6 +39,7 @@ def blocked(tiny: Config) -> Config:
     return tiny.model_copy(update={"blocks": 4, "synthesis": synthesis})
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     """The small edition of ``tests/kill_runs.py``, which tells how to kill 50 times."""
     import random
@@ -50,6 +51,7 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     assert kills >= 3 and found.differences(expected) == []
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_run_do_each_block_once(blocked: Config, tmp_path: Path) -> None:
     def work(number: int) -> None:
         with open(tmp_path / f"log-{number}", "w") as log:
@@ -209,6 +211,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)  # noqa: S607
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     blocked: Config, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +228,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     assert len(DistilledSet.load(small_disk / "run")) == 8
 
 
+@pytest.mark.slow
 def test_a_signal_in_mid_synthesis_checkpoints_and_exits_75(tmp_path: Path) -> None:
     settings = [*TINY, "synthesis.iterations=800", "compute.checkpoint_seconds=0.3", "student.baselines=[]"]
     words = ["wmdd", "run", "digits", "--out", str(tmp_path / "run")]
@@ -272,6 +276,7 @@ def test_a_signal_to_all_processes_ends_no_decoder(number: signal.Signals) -> No
     assert process.exitcode == 0 and found.get()
 
 
+@pytest.mark.slow
 def test_decoders_end_with_a_program_that_ends_by_an_error() -> None:
     code = """
 from wmdd import data
@@ -328,6 +333,7 @@ def peak_of(work: Callable[[], object]) -> float:
     return float(results.get())
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_group_and_not_by_the_number_of_classes(tmp_path: Path) -> None:
     for index in range(1000):
         for split, count in (("train", 3), ("val", 1)):

@@ -88,6 +88,7 @@ def test_a_report_keeps_the_sizes_apart(told: tuple[str, Path]) -> None:
     assert columns == [["1", "2", "4"], ["5", "10", "20"]]
 
 
+@pytest.mark.slow
 def test_each_size_is_compiled_for_itself() -> None:
     config = load_config("digits", [*TINY, "compute.compile=true"])
     torch._dynamo.reset()

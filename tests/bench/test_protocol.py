@@ -98,6 +98,7 @@ def test_every_cell_is_there_and_seeds_pair_methods_without_repeating_students(f
     assert len(losses) == 4, "students on one set differ by their seeds"
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does_and_a_finished_protocol_does_nothing(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_cells_come_in_the_order_of_the_file_each_with_all_its_seeds(tmp_path: P
     assert order[6:8] == ["ipc-001/random/seed-000", "ipc-001/random/seed-001"]
 
 
+@pytest.mark.slow
 def test_several_protocols_stop_after_so_many_minutes_and_go_on_to_the_same_results(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -172,7 +174,7 @@ def test_the_outlook_counts_what_is_left(finished: Path, tmp_path: Path) -> None
     # Per seed: 4 images, 6 iterations; 2 students of 2 epochs, one batch each.
     assert left == 2 * [Outlook(1, sets_left=1, iterations_left=24, students=2, students_left=2, updates_left=4)]
     shown = Console(file=io.StringIO(), width=120)
-    outlook.tell(table(tmp_path), shown)
+    outlook.tell(table(tmp_path / ("long-" * 30)), shown)
     assert isinstance(shown.file, io.StringIO)
     assert re.search(r"all +0 / 6 +0 / 12 +48 +24", shown.file.getvalue())
 
@@ -203,6 +205,7 @@ def test_the_plan_lists_every_cell(tmp_path: Path) -> None:
     assert {"folder": "ipc-001/noise/seed-001", "method": "wmdd", "name": "noise", "ipc": 1, "seed": 1} in plan["cells"]
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_every_process_and_the_same_protocol_goes_on(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "go.py").write_text(SCRIPT)

@@ -30,6 +30,8 @@ class Here(Local):
             super().job(ranks, module, arguments, folder)
 
 
+@pytest.mark.slow
+@pytest.mark.ranks
 def test_a_study_over_real_ranks(tmp_path: Path) -> None:
     config, out = load_config("digits", ONE_CLASS), tmp_path / "scaling.jsonl"
     told = Console(record=True, width=120)

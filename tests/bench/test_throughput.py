@@ -194,6 +194,7 @@ def test_flops_are_those_of_forward_and_image_gradient(config: Config) -> None:
     assert forward == expected and both == 2 * forward
 
 
+@pytest.mark.slow
 def test_profiles_are_written(config: Config, tmp_path: Path) -> None:
     throughput.run(config, ["synthesis"], repeats=1, seconds=0.0, with_reference=False, folder=tmp_path)
     assert "aten::" in (tmp_path / "synthesis.txt").read_text()
@@ -216,6 +217,7 @@ def test_refusals(config: Config) -> None:
         throughput.run(load_config("digits", [*TINY, "method=random"]), ["synthesis"])
 
 
+@pytest.mark.slow
 def test_the_command_names_generated_images(tmp_path: Path) -> None:
     tree, out = tmp_path / "tree", tmp_path / "speeds.jsonl"
     run = CliRunner()

@@ -17,6 +17,8 @@ from wmdd.errors import InputError
 from .conftest import require
 
 
+@pytest.mark.slow
+@pytest.mark.slurm
 def test_start_and_stop_leave_nothing_behind() -> None:
     require()
     root = Path(tempfile.mkdtemp(prefix="wmdd-test-", dir="/tmp")) / "c"

@@ -99,6 +99,8 @@ def written(path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_sweep_runs_grows_and_gives_its_best_recipe(make, tmp_path):
     sweep = make(SPACE, scheduler="asha", kind="optuna")
     out = tmp_path / "sweep"
