@@ -275,25 +275,8 @@ def test_ranks_that_stop_at_different_times_have_all_stopped_and_none_is_lost() 
     assert in_ranks(3, work) == ["Interrupted: checkpointed"] * 2 + ["Interrupted: stopped, as another rank was"]
 
 
-<<<<<<< HEAD
 def survivors(work: Callable[[Ranks], object], tmp_path: Path) -> list[tuple[str, str]]:
     """Return what ranks 0 and 2 raised and printed after rank 1 was killed, whom ``work`` kills."""
-=======
-@pytest.mark.slow
-def test_a_lost_rank_is_named_within_seconds() -> None:
-    def work() -> str:
-        with ranks(Compute(device="cpu")) as job:
-            job.barrier()
-            if job.rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            begun = time.monotonic()
-            try:
-                job.barrier()
-            except Exception as error:
-                return f"{time.monotonic() - begun < 60} {error}"
-            return "no error"
-
->>>>>>> fe0cae7 (Tests that are slow are marked; the outlook of protocols keeps its figures whole beside long folders)
     port = str(free_port())
     results = fork.SimpleQueue()
 
