@@ -44,7 +44,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         option.loadgroup = True  # pytest-xdist tells its workers only what stands on the command line
     elif hasattr(option, "numprocesses") and not option.usepdb:
-        if option.numprocesses is None and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        # pytest-cov has chosen by now how to collect from workers: with --cov, ask for them yourself (-n 4).
+        alone = getattr(option, "cov_source", None) or config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+        if option.numprocesses is None and not alone:
             option.numprocesses = FAST_WORKERS if "not slow" in option.markexpr else WORKERS
         if option.numprocesses and option.dist == "no":
             option.dist, option.loadscopereorder = "loadgroup", False

@@ -313,6 +313,7 @@ def kill(job: Ranks, rank: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_before_a_meeting_is_named(tmp_path: Path) -> None:
     def work(job: Ranks) -> None:
         kill(job, 1)
@@ -322,6 +323,7 @@ def test_a_rank_that_is_lost_before_a_meeting_is_named(tmp_path: Path) -> None:
     assert all(message.startswith("rank ") and "rank 1 is gone" in message for message, _ in found), found
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_inside_a_collective_is_named_once_and_the_others_leave(tmp_path: Path) -> None:
     def work(job: Ranks) -> None:
         team = job.team(3, "test")
