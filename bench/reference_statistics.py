@@ -22,21 +22,21 @@ class Files(Dataset[Tensor]):
     """Images that are read and transformed when they are asked for.
 
     Args:
-        read: returns the image of a name.
-        names: of the images.
+        read: returns the image at a position.
+        positions: of the images.
         transform: PIL image to float tensor.
     """
 
     def __init__(
-        self, read: Callable[[str], Image.Image], names: Sequence[str], transform: Callable[[Image.Image], Tensor]
+        self, read: Callable[[int], Image.Image], positions: Sequence[int], transform: Callable[[Image.Image], Tensor]
     ) -> None:
-        self._read, self._names, self._transform = read, names, transform
+        self._read, self._positions, self._transform = read, positions, transform
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._positions)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._transform(self._read(self._names[index]))
+        return self._transform(self._read(self._positions[index]))
 
 
 def transform_of(

@@ -38,7 +38,7 @@ def main(
 
 
 def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str, Any]:
-    dataset = load_dataset(config.data, config.compute.workers)
+    dataset = load_dataset(config.data, config.compute.workers, job)
     method = distill.check(config, dataset)
     objective = method.objective()
     if objective is None:

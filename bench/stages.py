@@ -54,8 +54,7 @@ def statistics_of(bench: Bench, with_reference: bool) -> Workload:
         def plainly_measure(dataset: Dataset, advance: Callable[[int], None]) -> list[reference_statistics.ClassSums]:
             found = []
             for index in sorted(set(dataset.train.labels.tolist())):
-                names = [dataset.train.names[image] for image in dataset.train.of_class(index)]
-                files = reference_statistics.Files(dataset.train.source.read, names, transform)
+                files = reference_statistics.Files(dataset.train.read, dataset.train.of_class(index), transform)
                 workers = config.compute.workers
                 found.append(reference_statistics.class_statistics(probe, files, size, workers, job.device, advance))
             return found
@@ -95,8 +94,7 @@ def statistics_of(bench: Bench, with_reference: bool) -> Workload:
 def part(dataset: Dataset, batches: list[list[int]]) -> Dataset:
     """Return the data set with the training images of these batches alone, which lie at its beginning."""
     count = sum(len(batch) for batch in batches)
-    train = replace(dataset.train, names=dataset.train.names[:count], labels=dataset.train.labels[:count])
-    return replace(dataset, train=train)
+    return replace(dataset, train=dataset.train.first(count))
 
 
 def barycenters_of(bench: Bench, with_reference: bool) -> Workload:

@@ -106,7 +106,7 @@ def open_bench(config: Config) -> Iterator[Bench]:
         InputError: the config or the data is wrong.
     """
     with ranks(config.compute) as job:
-        dataset = load_dataset(config.data, config.compute.workers)
+        dataset = load_dataset(config.data, config.compute.workers, job)
         distill.check(config, dataset)
         student.check(config, len(dataset.classes))
         yield Bench(config, dataset, *teacher_of(config, dataset, job), job)

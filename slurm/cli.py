@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wmdd.cli import ConfigArgument, RunArgument, SetOption
+from wmdd.cli import ConfigArgument, RefreshOption, RunArgument, SetOption
 
 app = typer.Typer(
     help="Run on a SLURM cluster: one array task per block of classes.", no_args_is_help=True, rich_markup_mode=None
@@ -40,6 +40,7 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, scripts and estimate; submit nothing.")
     ] = False,
+    refresh: RefreshOption = False,
 ) -> None:
     """Submit what is missing of a run: teacher, array of blocks, array of students, report."""
     from slurm import plan, present, scheduler
@@ -57,7 +58,7 @@ def submit(
         blocks = settings.blocks
     speed = plan.measured(rate_from) if rate_from else plan.Speed()
     speed = plan.Speed(rate or speed.rate, speed.student_minutes)
-    request = submission.prepare(settings, out, known, blocks, task_minutes, speed, wanted)
+    request = submission.prepare(settings, out, known, blocks, task_minutes, speed, wanted, refresh)
     if dry_run:
         typer.echo(present.dry_run(request))
         return

@@ -60,6 +60,7 @@ def prepare(
     minutes: float = 30,
     speed: Speed | None = None,
     stages: Sequence[Stage] = STAGES,
+    refresh: bool = False,
 ) -> Request:
     """Check the run as its tasks would, and find out what is missing of it.
 
@@ -71,12 +72,13 @@ def prepare(
         minutes: target length of a task.
         speed: what is known of it; else the profile's.
         stages: those to submit.
+        refresh: list the data set again; the tasks read the listing that is made here.
 
     Raises:
         InputError: the config, the data, the folder or the number of blocks is wrong.
     """
     folder = RunFolder((out or Path("runs") / config.name).absolute())
-    dataset = load_dataset(config.data, config.compute.workers)
+    dataset = load_dataset(config.data, config.compute.workers, refresh=refresh)
     classes = len(dataset.classes)
     given = speed or Speed()
     speed = Speed(given.rate or profile.rate, given.student_minutes or profile.student_minutes)

@@ -110,7 +110,7 @@ def prepare(plan: Plan, stop: Stop) -> Plan:
         plan = replace(plan, classes=classes[: plan.budget.classes])
     config = plan.proxy({})
     with ranks(config.compute, here=Placement()) as here:  # Ray may run in a step of several tasks
-        dataset = load_dataset(config.data, config.compute.workers)
+        dataset = load_dataset(config.data, config.compute.workers, here)
         student.check(config, len(dataset.classes))
         method = distill.check(config, dataset)
         rundir.plan(config, len(dataset.classes))
@@ -141,7 +141,7 @@ def run(plan: Plan, values: Values, report: Callable[[Report], None], stop: Stop
     begun = time.perf_counter()
     config = plan.proxy(values)
     with ranks(config.compute, here=Placement()) as here:  # Ray may run in a step of several tasks
-        dataset = load_dataset(config.data, config.compute.workers)
+        dataset = load_dataset(config.data, config.compute.workers, here)
         bench = _open(config, dataset, here, stop)
         synthesis = _Synthesis(bench, stop)
         stages = plan.iterations(config)

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,13 @@ def refusal(config: Data) -> str:
     return str(caught.value)
 
 
+def one_bit_off(shard: bytes) -> bytes:
+    """A shard with another bit in the last training image of its last class."""
+    header = int.from_bytes(shard[:8], "little")
+    place = 8 + header + json.loads(shard[8 : 8 + header])["train.pixels"]["data_offsets"][1] - 1
+    return shard[:place] + bytes([shard[place] ^ 1]) + shard[place + 1 :]
+
+
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
@@ -103,13 +112,37 @@ def test_a_folder_serves_fewer_classes_and_any_hold_out(tree: Path, tmp_path: Pa
     assert pixels(found) == pixels(whole)
 
 
-def test_a_shard_is_listed_once_for_all_its_classes(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, listed, read = packed_tree(tree, tmp_path / "packed"), [], packed.contents_of
-    monkeypatch.setattr(packed, "contents_of", lambda path: listed.append(path) or read(path))
-    load_dataset(data(None, packed=str(folder)))
-    assert sorted(listed) == sorted(folder.glob("*.safetensors")) and len(listed) == 2
+OPENED = """
+import sys
+opened = []
+sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+import safetensors
+safe_open = safetensors.safe_open  # maps a file without an audit event
+safetensors.safe_open = lambda path, framework: (opened.append(str(path)), safe_open(path, framework))[1]
+from wmdd.config import Data
+from wmdd.data import load_dataset
+dataset = load_dataset(Data(packed=sys.argv[1], resolution=8, crop_ratio=0.875))
+dataset.train.decode(dataset.train.of_class(3))
+print(*[name for name in opened if name.endswith((".json", ".safetensors"))])
+"""
+
+
+def test_a_process_opens_the_index_and_the_shards_of_its_own_classes(tree: Path, tmp_path: Path) -> None:
+    folder = packed_tree(tree, tmp_path / "packed")
+    command = [sys.executable, "-c", OPENED, str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert found == [str(folder / "index.json"), str(shards(folder)[1])]
+
+
+def test_nothing_is_held_in_memory_for_an_image_of_a_class_that_is_not_read(tree: Path, tmp_path: Path) -> None:
+    folder = packed_tree(tree, tmp_path / "packed")
+    few = len((folder / "index.json").read_bytes())
+    for name in CLASSES:
+        for number in range(10, 60):
+            shutil.copy(tree / "train" / name / "0.jpg", tree / "train" / name / f"{number}.jpg")
+    folder = packed_tree(tree, tmp_path / "more")
+    assert len(json.loads((folder / "index.json").read_text())["shards"]) == 4
+    assert len((folder / "index.json").read_bytes()) < few + 1000  # two shards more, 200 images more
 
 
 def test_sources_in_memory_are_packed_too(tmp_path: Path) -> None:
@@ -164,8 +197,8 @@ def test_an_unfinished_missing_or_damaged_folder_is_refused(tree: Path, tmp_path
     index = (folder / "index.json").read_text()
     (folder / "index.json").write_text(index[:50])
     assert "is damaged" in refusal(config)
-    (folder / "index.json").write_text(index.replace('"version": 1', '"version": 9'))
-    assert "version 9" in refusal(config)
+    (folder / "index.json").write_text(index.replace('"version": 2', '"version": 1'))
+    assert "is of version 1, this wmdd reads 2; pack it again" in refusal(config)
     (folder / "index.json").write_text(index)
     first = shards(folder)[0]
     content = first.read_bytes()
@@ -173,7 +206,7 @@ def test_an_unfinished_missing_or_damaged_folder_is_refused(tree: Path, tmp_path
     assert f"{first}: is cut short" in refusal(config)
     first.unlink()
     assert f"{first}: is missing" in refusal(config)
-    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # one bit of the last training image of its last class
+    first.write_bytes(one_bit_off(content))
     assert f"{first} (train/bee/4.jpg): is damaged" in refusal(config)
     assert [name for name, _ in check_files(config, 0)] == [str(first)]
     assert check_files(data(None, packed=str(folder), classes="2:4"), 0) == []
@@ -247,7 +280,7 @@ def test_a_damaged_shard_is_not_staged(tree: Path, tmp_path: Path) -> None:
     folder = packed_tree(tree, tmp_path / "packed")
     first = shards(folder)[0]
     content = first.read_bytes()
-    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    first.write_bytes(one_bit_off(content))
     config = data(None, packed=str(folder), stage=str(tmp_path / "stage"))
     assert f"{first}: is damaged" in refusal(config)
     assert not shards(next((tmp_path / "stage").iterdir()))

@@ -263,7 +263,7 @@ def test_a_folder_of_jpegs_runs_and_its_damaged_file_is_named_or_skipped(tmp_pat
     damaged = tmp_path / "data" / "train" / "bee" / "3.jpg"
     damaged.write_bytes(damaged.read_bytes()[:-200])
     with pytest.raises(InputError, match=re.escape(str(damaged))):
-        wmdd.run("digits", tmp_path / "other", overrides)
+        wmdd.run("digits", tmp_path / "other", overrides, refresh=True)
     assert not (tmp_path / "other").exists()
     wmdd.run("digits", tmp_path / "skipped", [*overrides, "data.on_error=skip"])
     assert len(DistilledSet.load(tmp_path / "skipped")) == 6

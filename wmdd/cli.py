@@ -53,6 +53,9 @@ ConfigArgument = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. synthesis.lr=0.1.")
 ]
+RefreshOption = Annotated[
+    bool, typer.Option("--refresh", help="List the images again, although their folders have not changed.")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
@@ -67,13 +70,14 @@ def run(
     only_blocks: Annotated[
         str | None, typer.Option(metavar="7|0-15|1,3", help="Distil these blocks only, and stop there.")
     ] = None,
+    refresh: RefreshOption = False,
 ) -> None:
     """Distil, train students, report.  The same command resumes a run that was stopped."""
     blocks = None if only_blocks is None else parse_blocks(only_blocks)
     from wmdd import pipeline
 
     share = pipeline.Share() if blocks is None else pipeline.Share(("teacher", "distill"), tuple(blocks))
-    pipeline.run(config, out, override or [], share)
+    pipeline.run(config, out, override or [], share, refresh)
 
 
 def parse_blocks(text: str) -> list[int]:
@@ -222,13 +226,13 @@ def data_pack(
 
 
 @data_app.command("check", epilog="Example:  wmdd data check tiny-imagenet --set data.root=/scratch/tiny-imagenet-200")
-def data_check(config: ConfigArgument, override: SetOption = None) -> None:
+def data_check(config: ConfigArgument, override: SetOption = None, refresh: RefreshOption = False) -> None:
     """Read every image of a config in full; list the bad ones and exit 1 if there are any."""
     from wmdd.config import load_config
     from wmdd.data import check_files
 
     settings = load_config(config, override or [])
-    bad = check_files(settings.data, settings.compute.workers)
+    bad = check_files(settings.data, settings.compute.workers, refresh)
     for name, reason in bad:
         typer.echo(f"{name}: {reason}")
     if bad:

@@ -94,6 +94,9 @@ class Data(Section, decides=Decides("data")):
     """Which data set; ``folder`` is any tree with ``train/CLASS/`` and ``val/CLASS/``."""
     root: Annotated[str | None, Decides("nothing")] = None
     """Folder of the data set; ``wmdd data fetch`` fills it. None: ``data/SOURCE`` below the working folder."""
+    format: Annotated[Literal["auto", "folder", "tiny-imagenet"], Decides("nothing")] = "auto"
+    """How the images are stored: ``folder`` (``train/CLASS/``, ``val/CLASS/``), ``tiny-imagenet`` (with
+    ``val_annotations.txt``), or whichever is found (``auto``)."""
     packed: Annotated[str | None, Decides("nothing")] = None
     """Folder that ``wmdd data pack`` filled: images are read from there, already decoded, instead of ``root``."""
     stage: Annotated[str | None, Decides("nothing")] = None

@@ -58,10 +58,11 @@ _bars: Progress | None = None
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int, unit: str, observed: bool = True) -> Iterator[Callable[[int], None]]:
     """Show the progress of one piece of work; yields ``advance(steps)``.  May be nested.
 
-    Without a terminal, one line says when it begins and one when it ends.
+    Without a terminal, one line says when it begins and one when it ends.  ``observed=False`` tells no observers: they
+    write into the run folder, which may not be this run's before its data are known.
     """
     if quiet or total == 0:
         yield lambda steps: None
@@ -70,7 +71,7 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
     done = 0
 
     def tell() -> None:
-        for observer in observers:
+        for observer in observers if observed else ():
             observer(title, done, total, unit)
 
     with _bar(title, total, unit) as move:

@@ -3,9 +3,8 @@
 import atexit
 import re
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,15 +13,16 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from PIL import Image
-from PIL import __version__ as pillow_version
 
-from wmdd import signals
-from wmdd.config import Data
+from wmdd import lister, signals
+from wmdd.config import DECIDES, Data
 from wmdd.console import progress
+from wmdd.distributed import Ranks
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
-from wmdd.files import digest, read_json, write_json
+from wmdd.files import digest
+from wmdd.listing import Catalogue, Fault, Listed, listed_in_memory, open_listing
 from wmdd.packed import Shards
-from wmdd.sources import SPLITS, BrokenImage, Look, Source, Split, Tree, fetch, open_source
+from wmdd.sources import SPLITS, BrokenImage, Split, Tree, fetch, in_memory, open_source, tree_of
 
 __all__ = [
     "BrokenImage",
@@ -36,10 +36,8 @@ __all__ = [
     "quantise",
 ]
 
-_LOOKERS = 8
-"""Threads of the first look, which mostly wait for the disk."""
 _CHUNK = 256
-"""Files that one thread or process takes at a time."""
+"""Files that one process takes at a time."""
 _PATIENCE = 30
 """Seconds that a decoding process outlives SIGTERM: as long as SLURM leaves a task it has cancelled."""
 
@@ -49,25 +47,58 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
-    """The images of one split, listed but not decoded.
+    """The images of one split that a run uses, listed but not decoded.
 
-    The images of a class are contiguous and sorted by name.
+    The images of a class are contiguous and in the order of their base names.  ``C`` classes, ``N`` images.
     """
 
-    source: Source
+    catalogue: Catalogue
+    split: Split
     config: Data
     classes: tuple[str, ...]
     """Names of the classes; the position of one is its index."""
-    names: tuple[str, ...]
-    """Relative name of each image, such as ``train/cat/001.png`` or ``train/17``."""
-    labels: torch.Tensor
-    """Class index of each image: int64 [N]."""
+    places: np.ndarray
+    """Position of each class in the catalogue: int64 [C]"""
+    starts: np.ndarray
+    """Position of the first image of each class, and the end of the last: int64 [C + 1]"""
+    left_out: Mapping[int, np.ndarray]
+    """Rows of a class that cannot be used, by index; most classes have none"""
+    held_out: int = 0
+    """Images of each class that are kept apart"""
+    holdout: bool = False
+    """Whether these are the images kept apart, or the others"""
 
     def __len__(self) -> int:
-        return len(self.names)
+        return int(self.starts[-1])
 
     def __repr__(self) -> str:
         return f"ImageSet({len(self)} images of {len(self.classes)} classes)"
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Class index of each image, made when it is asked for: int64 [N]."""
+        return torch.from_numpy(np.repeat(np.arange(len(self.classes), dtype=np.int64), np.diff(self.starts)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all images, made when they are asked for: 100 bytes each, so of a few images only."""
+        return tuple(self.name(position) for position in range(len(self)))
+
+    def name(self, position: int) -> str:
+        """Return the name of an image, such as ``train/cat/001.png`` or ``train/17``."""
+        return self.catalogue.name(self.split, *self._place(position))
+
+    def where(self, position: int) -> str:
+        """Return what a message calls an image."""
+        return self.catalogue.where(self.split, *self._place(position))
+
+    def read(self, position: int) -> Image.Image:
+        """Return an image as it is stored (packed data: resized and cropped).
+
+        Raises:
+            BrokenImage: it cannot be decoded; the message names it.
+        """
+        return self.catalogue.read(self.split, *self._place(position))
 
     def of_class(self, index: int) -> range:
         """Return the positions of the images of one class.
@@ -77,22 +108,31 @@ class ImageSet:
         """
         if not 0 <= index < len(self.classes):
             raise IndexError(f"class {index} of {len(self.classes)}")
-        start, end = torch.searchsorted(self.labels, torch.tensor([index, index + 1])).tolist()
-        return range(start, end)
+        return range(int(self.starts[index]), int(self.starts[index + 1]))
+
+    def first(self, count: int) -> "ImageSet":
+        """Return the first so many images; classes beyond them have none."""
+        return replace(self, starts=np.minimum(self.starts, count))
 
     def decode(self, indices: Iterable[int]) -> torch.Tensor:
         """Decode images in this process: uint8 [n, channels, resolution, resolution].
 
         Raises:
             BrokenImage: one cannot be decoded; the message names it.
+            InputError: one is not what was listed.
         """
-        chosen = [self.names[int(index)] for index in indices]
-        if isinstance(self.source, Shards):
-            return self.source.images(chosen)
+        chosen = np.fromiter(indices, dtype=np.int64)
         side = self.config.resolution
         images = torch.empty((len(chosen), self.config.channels, side, side), dtype=torch.uint8)
-        for image, name in zip(images, chosen, strict=True):
-            image.copy_(_fit(self.source.read(name), self.config))
+        owners = np.searchsorted(self.starts, chosen, side="right") - 1
+        for owner in np.unique(owners):
+            wanted = np.flatnonzero(owners == owner)
+            place, rows = int(self.places[owner]), self._rows(int(owner))[chosen[wanted] - self.starts[owner]]
+            if isinstance(self.catalogue, Shards):
+                images[torch.from_numpy(wanted)] = self.catalogue.pixels(self.split, place, rows.tolist())
+                continue
+            for target, row in zip(wanted, rows.tolist(), strict=True):
+                images[target] = _fit(self.catalogue.read(self.split, place, row), self.config)
         return images
 
     def batches(self, batches: Sequence[Sequence[int]], workers: int) -> Iterator[torch.Tensor]:
@@ -103,9 +143,24 @@ class ImageSet:
 
         Raises:
             BrokenImage: an image cannot be decoded; the message names it.
+            InputError: an image is not what was listed.
             WmddError: a process died.
         """
         return _in_order(self.decode, batches, workers)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Return the place of an image's class in the catalogue, and its row there."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"image {position} of {len(self)}")
+        owner = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return int(self.places[owner]), int(self._rows(owner)[position - self.starts[owner]])
+
+    def _rows(self, index: int) -> np.ndarray:
+        """Return the rows of one class that belong to this set: int64 [n]."""
+        count = int(self.catalogue.counts(self.split)[self.places[index]])
+        rows = np.delete(np.arange(count), self.left_out.get(index, ()))
+        held = _held_out(len(rows), self.held_out)
+        return rows[held] if self.holdout else np.delete(rows, held)
 
 
 @dataclass(frozen=True)
@@ -131,69 +186,157 @@ class Dataset:
         return self.test if self.holdout is None else self.holdout
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """Images of one split with what the first look told: ``names`` and int64 arrays, all of length N."""
+def load_dataset(config: Data, workers: int = 0, ranks: Ranks | None = None, refresh: bool = False) -> Dataset:
+    """Find the images of the chosen classes in the listing of the data set, which is made if there is none.
 
-    names: tuple[str, ...]
-    labels: np.ndarray
-    identities: np.ndarray
-    changed: np.ndarray
-
-    def take(self, chosen: np.ndarray) -> "_Listing":
-        """Return the images where ``chosen`` (bool [N]) is true."""
-        names = tuple(name for name, wanted in zip(self.names, chosen, strict=True) if wanted)
-        return _Listing(names, self.labels[chosen], self.identities[chosen], self.changed[chosen])
-
-    def digest(self) -> str:
-        return digest([self.names, self.labels.tolist(), self.identities.tolist()])
-
-
-def load_dataset(config: Data, workers: int = 0) -> Dataset:
-    """List the chosen classes and check that every image is there and looks whole.
-
-    With ``on_error="skip"`` every file is also decoded once, so that what is listed is what can be used; the verdict
-    is cached until a file changes.
+    Making it looks at every image of these classes; with ``on_error="skip"`` it also decodes each, so that what is
+    listed is what can be used.  Rank 0 does this, and the others read what it has found.
 
     Args:
         config: which images.
         workers: processes that decode for ``on_error="skip"``.
+        ranks: those that load the data set together, all of which must call; None: this process alone.
+        refresh: list again what is listed.
 
     Raises:
         InputError: the data set, a class or an image is missing or unusable; the message names it.
+        Interrupted: a stop was requested while images were listed.
     """
-    source = _open(config)
-    classes = _choose(source, config)
-    listings: dict[Split, _Listing] = {}
-    faults: dict[str, str] = {}
-    for split in SPLITS:
-        listings[split], found = _list(source, split, classes)
-        faults |= found
-    if config.on_error == "skip":
-        faults |= _decoding_faults(source, listings, faults, workers)
-        listings = {split: _without(listing, faults, classes, split) for split, listing in listings.items()}
-    elif faults:
-        raise InputError(_complaint(source, faults, sum(len(listing.names) for listing in listings.values())))
-
-    parts: dict[str, _Listing] = {"test": listings["test"]}
-    held = _held_out(listings["train"], classes, config.holdout_per_class)
-    parts["train"] = listings["train"].take(~held)
-    if config.holdout_per_class:
-        parts["holdout"] = listings["train"].take(held)
-    sets = {
-        part: ImageSet(source, config, classes, listing.names, torch.from_numpy(listing.labels))
-        for part, listing in parts.items()
-    }
-    fields = {"source", "resolution", "channels", "crop_ratio", "holdout_per_class"}
-    fingerprint = digest(
-        config.model_dump(mode="json", include=fields)
-        | {"classes": classes, "images": {part: listing.digest() for part, listing in parts.items()}}
+    catalogue = _catalogue(config, workers, ranks, refresh)
+    classes = _choose(catalogue.classes, config)
+    known = {name: place for place, name in enumerate(catalogue.classes)}
+    places = np.array([known[name] for name in classes], dtype=np.int64)
+    faults = {split: _faults_of(catalogue, split, places, config.on_error == "skip") for split in SPLITS}
+    found = [
+        (split, int(places[index]), int(row), fault)
+        for split in SPLITS
+        for index, rows in sorted(faults[split].items())
+        for row, fault in sorted(rows.items())
+    ]
+    if found and config.on_error == "fail":
+        total = sum(int(catalogue.counts(split)[places].sum()) for split in SPLITS)
+        examples = [(catalogue.where(split, place, row), fault.reason) for split, place, row, fault in found[:3]]
+        raise InputError(_complaint(examples, len(found), total))
+    held = config.holdout_per_class
+    make = partial(image_set, catalogue, config, classes, places, faults)
+    train, test = make("train", held), make("test")
+    return Dataset(
+        train,
+        make("train", held, True) if held else None,
+        test,
+        classes,
+        catalogue.classes,
+        _fingerprint(config, catalogue, places, faults, classes),
+        tuple(catalogue.name(split, place, row) for split, place, row, _ in found),
     )
-    known = tuple(source.classes("train"))
-    return Dataset(sets["train"], sets.get("holdout"), sets["test"], classes, known, fingerprint, tuple(faults))
 
 
-def check_files(config: Data, workers: int) -> list[tuple[str, str]]:
+def _catalogue(config: Data, workers: int, ranks: Ranks | None, refresh: bool) -> Catalogue:
+    """Return the listed images; of all ranks, only rank 0 looks at folders and files."""
+    if config.packed:
+        shards = Shards(Path(config.packed).expanduser(), config)
+        if ranks is None or ranks.main:
+            shards.check(_choose(shards.classes, config))
+        return shards
+    if in_memory(config):
+        source = open_source(config)
+        return listed_in_memory(source, source.classes("train"))
+    told: dict[str, str] = {}
+    if ranks is None or ranks.main:
+        try:
+            told = _listed(config, workers, refresh)
+        except Interrupted:
+            raise
+        except WmddError as error:
+            if ranks is None or ranks.size == 1:
+                raise
+            told = {"error": str(error), "input": "yes" if isinstance(error, InputError) else ""}
+    told = told if ranks is None else ranks.agree(told)
+    if "error" in told:
+        raise (InputError if told["input"] else WmddError)(told["error"])
+    return Listed(tree_of(told["format"], Path(told["root"])), open_listing(Path(told["listing"])))
+
+
+def _listed(config: Data, workers: int, refresh: bool) -> dict[str, str]:
+    """Return where the tree and its listing are."""
+    tree = open_source(config)
+    if not isinstance(tree, Tree):
+        raise TypeError(f"{type(tree).__name__} is listed in memory")
+    names, test = tree.classes("train"), set(tree.classes("test"))
+    for missing, here, there in (
+        (set(names) - test, "training", "validation"),
+        (test - set(names), "validation", "training"),
+    ):
+        if missing:
+            raise InputError(f"{config.source}: class {min(missing)!r} has {here} images but no {there} images")
+    verdicts = partial(_verdicts, workers) if config.on_error == "skip" else None
+    path = lister.obtain(tree, _choose(names, config), verdicts, refresh)
+    return {"format": tree.format, "root": str(tree.root), "listing": str(path)}
+
+
+def image_set(
+    catalogue: Catalogue,
+    config: Data,
+    classes: tuple[str, ...],
+    places: np.ndarray,
+    faults: Mapping[Split, Mapping[int, Mapping[int, Fault]]],
+    split: Split,
+    held_out: int = 0,
+    holdout: bool = False,
+) -> ImageSet:
+    """Choose the images of one split.
+
+    Raises:
+        InputError: a class has none left, or too few for a hold-out.
+    """
+    left_out = {index: np.array(sorted(rows)) for index, rows in faults[split].items()}
+    counts = catalogue.counts(split)[places]
+    for index, rows in left_out.items():
+        counts[index] -= len(rows)
+    if not counts.all():
+        raise InputError(f"class {classes[int(counts.argmin())]!r}: none of its {split} images can be read")
+    if held_out and held_out >= counts.min():
+        name, count = classes[int(counts.argmin())], counts.min()
+        raise InputError(
+            f"data.holdout_per_class={held_out}: class {name!r} has {count} training images; one must remain"
+        )
+    own = np.full(len(classes), held_out) if holdout else counts - held_out
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(own)])
+    return ImageSet(catalogue, split, config, classes, places, starts, left_out, held_out, holdout)
+
+
+def _fingerprint(
+    config: Data,
+    catalogue: Catalogue,
+    places: np.ndarray,
+    faults: Mapping[Split, Mapping[int, Mapping[int, Fault]]],
+    classes: tuple[str, ...],
+) -> str:
+    """Return the digest of the digests of the chosen classes, and of what decides how they are decoded and split."""
+    images: dict[str, list[str]] = {}
+    for split in SPLITS:
+        images[split] = [row.tobytes().hex() for row in catalogue.digests(split)[places]]
+        for index, left_out in faults[split].items():
+            rows = catalogue.rows(split, int(places[index]))
+            kept = (row for row in range(len(rows)) if row not in left_out)
+            images[split][index] = rows.digest_of(kept).hex()
+    keys = {key.removeprefix("data.") for key, what in DECIDES.items() if what == "data"} - {"classes"}
+    settings = config.model_dump(mode="json", include=keys, exclude_defaults=True)
+    return digest(settings | {"classes": classes, "images": images})
+
+
+def _faults_of(catalogue: Catalogue, split: Split, places: np.ndarray, decoded: bool) -> dict[int, Mapping[int, Fault]]:
+    """Return the faults of the chosen classes by index and row, with or without those that only decoding shows."""
+    indices = {int(place): index for index, place in enumerate(places)}
+    found = {
+        indices[place]: {row: fault for row, fault in rows.items() if decoded or not fault.decoded}
+        for place, rows in catalogue.faults(split).items()
+        if place in indices
+    }
+    return {index: rows for index, rows in found.items() if rows}
+
+
+def check_files(config: Data, workers: int, refresh: bool = False) -> list[tuple[str, str]]:
     """Decode every image of the chosen classes, and return (file, reason) of those that cannot be.
 
     A JPEG with a damaged stretch that its decoder repairs counts as readable, as it does in a run.
@@ -201,26 +344,26 @@ def check_files(config: Data, workers: int) -> list[tuple[str, str]]:
     Args:
         config: which images.
         workers: processes that decode; 0 decodes in this one.
+        refresh: list again what is listed.
 
     Raises:
-        InputError: the data set or a class is missing.
+        InputError: the data set or a class is missing, or a file is not what was listed.
     """
-    source = _open(config)
-    classes = _choose(source, config)
-    if isinstance(source, Shards) and (damaged := source.damaged(classes)):
+    catalogue = _catalogue(config.model_copy(update={"on_error": "fail"}), workers, None, refresh)
+    classes = _choose(catalogue.classes, config)
+    if isinstance(catalogue, Shards) and (damaged := catalogue.damaged(classes)):
         return damaged
-    names: list[str] = []
-    faults: dict[str, str] = {}
-    for split in SPLITS:
-        listing, found = _list(source, split, classes)
-        names += listing.names
-        faults |= found
-    faults |= _decode_all(source, [name for name in names if name not in faults], workers)
-    return [(source.where(name), reason) for name, reason in faults.items()]
-
-
-def _open(config: Data) -> Source:
-    return Shards(Path(config.packed).expanduser(), config) if config.packed else open_source(config)
+    known = {name: place for place, name in enumerate(catalogue.classes)}
+    places = np.array([known[name] for name in classes], dtype=np.int64)
+    faults = {
+        (split, int(places[index]), row): fault.reason
+        for split in SPLITS
+        for index, rows in sorted(_faults_of(catalogue, split, places, False).items())
+        for row, fault in sorted(rows.items())
+    }
+    chunks = [chunk for split in SPLITS for chunk in _chunks(catalogue, split, places.tolist())]
+    faults |= _decode_all(catalogue, chunks, workers)
+    return [(catalogue.where(*place), reason) for place, reason in faults.items()]
 
 
 def normalise(images: torch.Tensor, config: Data) -> torch.Tensor:
@@ -265,16 +408,8 @@ def _fit(image: Image.Image, config: Data) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _choose(source: Source, config: Data) -> tuple[str, ...]:
-    """Return the classes that ``config.classes`` asks for, after checking that both splits have the same."""
-    names = source.classes("train")
-    test = set(source.classes("test"))
-    for missing, here, there in (
-        (set(names) - test, "training", "validation"),
-        (test - set(names), "validation", "training"),
-    ):
-        if missing:
-            raise InputError(f"{config.source}: class {min(missing)!r} has {here} images but no {there} images")
+def _choose(names: Sequence[str], config: Data) -> tuple[str, ...]:
+    """Return the classes that ``config.classes`` asks for, of those that there are."""
     wanted = config.classes
     if wanted is None:
         return tuple(names)
@@ -289,14 +424,17 @@ def _choose(source: Source, config: Data) -> tuple[str, ...]:
         wanted = (wanted,)
     if not wanted:
         raise InputError("data.classes: names no class")
-    for position, name in enumerate(wanted):
-        if name not in names:
+    known = set(names)
+    seen = set()
+    for name in wanted:
+        if name not in known:
             # A list of a thousand names would hide the message.
-            few = len(names) <= 20 or nearest(name, names).startswith("did")
-            hint = nearest(name, names) if few else f"there are {len(names)}, {names[0]!r} to {names[-1]!r}"
+            few = len(names) <= 20 or nearest(name, list(names)).startswith("did")
+            hint = nearest(name, list(names)) if few else f"there are {len(names)}, {names[0]!r} to {names[-1]!r}"
             raise InputError(f"data.classes: no class {name!r}; {hint}")
-        if name in wanted[:position]:
+        if name in seen:
             raise InputError(f"data.classes: {name!r} is given twice")
+        seen.add(name)
     return tuple(wanted)
 
 
@@ -308,98 +446,68 @@ def _part(names: Sequence[str], start: int, end: int, given: str) -> slice:
     return slice(start, end)
 
 
-def _list(source: Source, split: Split, classes: Sequence[str]) -> tuple[_Listing, dict[str, str]]:
-    """List one split, have a first look at each image, and return it with the reason of each fault."""
-    names: list[str] = []
-    counts = []
-    for label in classes:
-        members = source.members(split, label)
-        names += members
-        counts.append(len(members))
-
-    def look(chunk: Sequence[str]) -> list[Look]:
-        return [source.look(name) for name in chunk]
-
-    told = np.empty((2, len(names)), dtype=np.int64)
-    faults = {}
-    with ThreadPoolExecutor(_LOOKERS) as pool:
-        looks = (look for chunk in pool.map(look, _chunks(names)) for look in chunk)
-        for position, (identity, changed, fault) in enumerate(looks):
-            told[:, position] = identity, changed
-            if fault:
-                faults[names[position]] = fault
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    return _Listing(tuple(names), labels, told[0], told[1]), faults
-
-
-def _chunks(names: Sequence[str]) -> list[Sequence[str]]:
-    return [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
-
-
-def _complaint(source: Source, faults: dict[str, str], total: int) -> str:
-    examples = ", ".join(f"{source.where(name)} ({reason})" for name, reason in list(faults.items())[:3])
-    more = ", ..." if len(faults) > 3 else ""
+def _complaint(examples: Sequence[tuple[str, str]], count: int, total: int) -> str:
+    named = ", ".join(f"{where} ({reason})" for where, reason in examples[:3])
+    more = ", ..." if count > 3 else ""
     return (
-        f"{len(faults)} of {total} images cannot be read: {examples}{more}; "
+        f"{count} of {total} images cannot be read: {named}{more}; "
         "data.on_error=skip leaves them out, `wmdd data check` lists them all"
     )
 
 
-def _without(listing: _Listing, faults: dict[str, str], classes: Sequence[str], split: Split) -> _Listing:
-    readable = np.array([name not in faults for name in listing.names])
-    left = np.bincount(listing.labels[readable], minlength=len(classes))
-    if not left.all():
-        raise InputError(f"class {classes[int(left.argmin())]!r}: none of its {split} images can be read")
-    return listing.take(readable)
+def _held_out(images: int, count: int) -> np.ndarray:
+    """Return which training images of a class are kept apart: evenly spaced, whatever the seed; int64 [count]."""
+    return (2 * np.arange(count) + 1) * images // max(2 * count, 1)
 
 
-def _held_out(listing: _Listing, classes: Sequence[str], count: int) -> np.ndarray:
-    """Return which training images are kept apart (bool [N]): evenly spaced in each class, whatever the seed."""
-    held = np.zeros(len(listing.names), dtype=bool)
-    for index, name in enumerate(classes):
-        start, end = np.searchsorted(listing.labels, [index, index + 1])
-        if count >= end - start:
-            raise InputError(
-                f"data.holdout_per_class={count}: class {name!r} has {end - start} training images; one must remain"
-            )
-        held[start + (2 * np.arange(count) + 1) * (end - start) // max(2 * count, 1)] = True
-    return held
+Chunk = tuple[Split, int, int, int]
+"""Split, position of a class, and rows from where to where"""
 
 
-def _decoding_faults(
-    source: Source, listings: dict[Split, _Listing], known: dict[str, str], workers: int
-) -> dict[str, str]:
-    """Return why files that look whole cannot be decoded; from the cache, unless a file or the decoder is new."""
-    from wmdd.store import cache_root
-
-    if not isinstance(source, Tree):
-        return {}
-    key = digest([pillow_version, *([part.digest(), part.changed.tolist()] for part in listings.values())])
-    path = cache_root() / "checks" / f"{key}.json"
-    if not path.exists():
-        names = [name for part in listings.values() for name in part.names if name not in known]
-        write_json(path, _decode_all(source, names, workers))
-    return read_json(path)
+def _chunks(catalogue: Catalogue, split: Split, places: Sequence[int]) -> list[Chunk]:
+    counts = catalogue.counts(split)
+    return [
+        (split, place, start, min(start + _CHUNK, int(counts[place])))
+        for place in places
+        for start in range(0, int(counts[place]), _CHUNK)
+    ]
 
 
-def _decode_all(source: Source, names: Sequence[str], workers: int) -> dict[str, str]:
-    """Decode every image, and return the reason of those that cannot be."""
-    faults: dict[str, str] = {}
-    chunks = _chunks(names)
-    with progress("decoding every image once", len(names), "images") as advance:
-        for chunk, found in zip(chunks, _in_order(partial(_faults, source), chunks, workers), strict=True):
+def _verdicts(workers: int, catalogue: Catalogue, split: Split, places: Sequence[int]) -> dict[int, dict[int, str]]:
+    """Return why images of these classes cannot be decoded, by class and row."""
+    found: dict[int, dict[int, str]] = {}
+    for (_, place, row), reason in _decode_all(catalogue, _chunks(catalogue, split, places), workers).items():
+        found.setdefault(place, {})[row] = reason
+    return found
+
+
+def _decode_all(catalogue: Catalogue, chunks: Sequence[Chunk], workers: int) -> dict[tuple[Split, int, int], str]:
+    """Decode images that have no fault yet; return by split, class and row why some cannot be."""
+    faults: dict[tuple[Split, int, int], str] = {}
+    total = sum(stop - start for _, _, start, stop in chunks)
+    with progress("decoding every image once", total, "images", observed=False) as advance:
+        for chunk, found in zip(chunks, _in_order(partial(_faults, catalogue), chunks, workers), strict=True):
             faults |= found
-            advance(len(chunk))
+            advance(chunk[3] - chunk[2])
     return faults
 
 
-def _faults(source: Source, names: Sequence[str]) -> dict[str, str]:
-    faults = {}
-    for name in names:
+def _known(catalogue: Catalogue, split: Split, place: int) -> set[int]:
+    """Return the rows of a class that a look has shown to be faulty."""
+    return {row for row, fault in catalogue.faults(split).get(place, {}).items() if not fault.decoded}
+
+
+def _faults(catalogue: Catalogue, chunk: Chunk) -> dict[tuple[Split, int, int], str]:
+    split, place, start, stop = chunk
+    known = _known(catalogue, split, place)
+    faults: dict[tuple[Split, int, int], str] = {}
+    for row in range(start, stop):
+        if row in known:
+            continue
         try:
-            source.read(name)
+            catalogue.read(split, place, row)
         except BrokenImage as error:
-            faults[name] = error.reason
+            faults[split, place, row] = error.reason
     return faults
 
 

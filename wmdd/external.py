@@ -22,13 +22,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from wmdd.config import Data, External
-from wmdd.data import Dataset, ImageSet
+from wmdd.data import Dataset, ImageSet, image_set
 from wmdd.errors import InputError
 from wmdd.files import digest, sha256
-from wmdd.sources import EXTENSIONS, Split, Tree
+from wmdd.listing import listed_in_memory
+from wmdd.sources import EXTENSIONS, Members, Split, Tree
 
 _NUMBERED = re.compile(r"(new)?[0-9]+")
 _READERS = 8
@@ -40,16 +41,16 @@ class _ClassFolders(Tree):
 
     def __init__(self, root: Path, places: Mapping[str, str]) -> None:
         """Take the folder of each class, by the class's name."""
-        self.root = root
+        super().__init__(root)
         self._places = places
 
     def classes(self, split: Split) -> list[str]:
         """Return the names of the classes."""
         return list(self._places)
 
-    def members(self, split: Split, label: str) -> list[str]:
-        """Return the images of a class, at any depth, sorted; there may be none."""
-        return sorted(self._walk(self._places[label]))
+    def members(self, split: Split, label: str) -> Members:
+        """Return the images of a class, at any depth; there may be none."""
+        return self.below(self._places[label])
 
 
 def open_set(external: External, data: Data, dataset: Dataset) -> ImageSet:
@@ -69,13 +70,12 @@ def open_set(external: External, data: Data, dataset: Dataset) -> ImageSet:
     root = _root(external)
     places = _places(root, external.layout, dataset.classes, dataset.all_classes)
     source = _ClassFolders(root, places)
-    members = [source.members("train", name) for name in dataset.classes]
-    for name, found in zip(dataset.classes, members, strict=True):
-        if not found:
+    catalogue = listed_in_memory(source, dataset.classes, ("train",))
+    for name, count in zip(dataset.classes, catalogue.counts("train"), strict=True):
+        if not count:
             raise InputError(f"{root / places[name]}: no images of class {name!r} in it ({', '.join(EXTENSIONS)})")
-    labels = torch.repeat_interleave(torch.tensor([len(found) for found in members]))
-    names = tuple(name for found in members for name in found)
-    return ImageSet(source, data.model_copy(update={"crop_ratio": 1.0}), dataset.classes, names, labels)
+    whole = data.model_copy(update={"crop_ratio": 1.0})
+    return image_set(catalogue, whole, dataset.classes, np.arange(len(dataset.classes)), {"train": {}}, "train")
 
 
 def check(images: ImageSet, external: External, ipc: int) -> None:
@@ -89,10 +89,9 @@ def check(images: ImageSet, external: External, ipc: int) -> None:
     for index, name in enumerate(images.classes):
         if (count := len(images.of_class(index))) != ipc:
             raise InputError(f"{folder}: class {name!r} has {count} images; every class needs ipc = {ipc} of them")
-    with ThreadPoolExecutor(_READERS) as pool:
-        for name, look in zip(images.names, pool.map(images.source.look, images.names), strict=True):
-            if look.fault:
-                raise InputError(f"{images.source.where(name)}: {look.fault}")
+    for place, faults in images.catalogue.faults("train").items():
+        for row, fault in faults.items():
+            raise InputError(f"{images.catalogue.where('train', place, row)}: {fault.reason}")
     found = fingerprint(folder)
     if external.sha256 is None:
         raise InputError(
@@ -134,7 +133,8 @@ def _root(external: External) -> Path:
 def _listed(folder: Path) -> dict[str, list[str]]:
     """Return the images of each sub-folder."""
     source = _ClassFolders(folder, {name: name for name in _folders(folder)})
-    listed = {name: source.members("train", name) for name in source.classes("train")}
+    members = {name: source.members("train", name).names for name in source.classes("train")}
+    listed = {folder: sorted(f"{folder}/{name}" for name in names) for folder, names in members.items()}
     if not any(listed.values()):
         raise InputError(f"{folder}: no images in its folders; expected FOLDER/CLASS/IMAGE ({', '.join(EXTENSIONS)})")
     return listed

@@ -1,19 +1,20 @@
 """Packed images: decoded once, kept as uint8 in shards of whole classes, read by memory map and staged on a node.
 
-A folder of shards holds ``index.json`` (the settings, all classes, the shards with their SHA-256) and one safetensors
-file for each shard: the tensors ``train`` and ``test``, uint8 [N, channels, H, W], and for every image its name, what
-the first look told of its file, and the CRC-32 of its pixels.  What is read from it is what was packed, byte for byte.
+A folder of shards holds ``index.json`` (the settings, all classes, and for each shard its SHA-256 and for each of its
+classes count, digest and faults) and one safetensors file for each shard: the pixels ``train.pixels`` and
+``test.pixels`` (uint8 [N, channels, H, W]), their CRC-32 (int64 [N]) and the listing of the shard's classes.  A process
+opens the index and the shards of its own classes.  What is read is what was packed, byte for byte.
 """
 
-import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from PIL import Image
@@ -22,25 +23,38 @@ from wmdd.config import Data
 from wmdd.console import progress
 from wmdd.errors import InputError, WmddError
 from wmdd.files import digest, locked, read_json, sha256
-from wmdd.sources import SPLITS, Look, Source, Split
+from wmdd.listing import Catalogue, Fault, Listing, Rows
+from wmdd.sources import SPLITS, Split
 
 INDEX = "index.json"
-VERSION = 1
+VERSION = 2
 SETTINGS = ("source", "resolution", "channels", "crop_ratio")
 """Fields of ``data`` that the pixels and names of shards depend on."""
 
 
 @dataclass(frozen=True)
-class Packed:
-    """What is known of one packed image."""
+class Shard:
+    """One shard as the index tells of it."""
 
-    name: str
-    identity: int
-    """As its source told (``Look.identity``)"""
-    crc: int
-    """CRC-32 of its pixels; 0 where it has none"""
-    fault: str | None = None
-    """Why it was left out, if it was"""
+    file: str
+    bytes: int
+    sha256: str
+    classes: tuple[str, ...]
+    counts: Mapping[Split, tuple[int, ...]]
+    """Rows of each class, those without pixels included"""
+    digests: Mapping[Split, tuple[str, ...]]
+    """Digest of each class, in hexadecimal"""
+    left_out: Mapping[Split, Mapping[str, Mapping[str, str]]]
+    """Reasons, by class and row, of the images that have no pixels"""
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A shard that is open."""
+
+    listing: Listing
+    pixels: Mapping[Split, torch.Tensor]
+    crcs: Mapping[Split, torch.Tensor]
 
 
 def settings_of(config: Data) -> dict[str, Any]:
@@ -48,7 +62,7 @@ def settings_of(config: Data) -> dict[str, Any]:
     return config.model_dump(mode="json", include=set(SETTINGS))
 
 
-class Shards(Source):
+class Shards(Catalogue):
     """The images of a packed folder, under the names that they had."""
 
     def __init__(self, root: Path, config: Data) -> None:
@@ -63,9 +77,9 @@ class Shards(Source):
         try:
             index = read_json(root / INDEX)
             version, made = index["version"], index["data"]
-            self._all: list[str] = index["classes"]
-            self._shards: list[dict[str, Any]] = index["shards"]
-            self._shard_of = {name: number for number, one in enumerate(self._shards) for name in one["classes"]}
+            if version == VERSION:
+                self.classes = tuple(index["classes"])
+                self.shards = [Shard(**entry) for entry in index["shards"]]
         except (WmddError, KeyError, TypeError) as error:
             raise InputError(f"{root / INDEX}: is damaged ({error}); {remedy}") from None
         if version != VERSION:
@@ -78,128 +92,137 @@ class Shards(Source):
                 )
         self.root = root
         self.stage = None if config.stage is None else _stage_folder(Path(config.stage).expanduser(), index)
-        self._looks: dict[str, Packed] = {}
-        self._places: dict[str, tuple[int, Split, int]] = {}
-        self._members: dict[tuple[str, Split], list[str]] = {}
-        self._maps: dict[int, Any] = {}
+        known = {name: place for place, name in enumerate(self.classes)}
+        self._places = {
+            known[name]: (number, position)
+            for number, shard in enumerate(self.shards)
+            for position, name in enumerate(shard.classes)
+        }
+        self._counts = {split: np.zeros(len(self.classes), np.int64) for split in SPLITS}
+        self._digests = {split: np.zeros((len(self.classes), 32), np.uint8) for split in SPLITS}
+        self._faults: dict[Split, dict[int, dict[int, Fault]]] = {split: {} for split in SPLITS}
+        for shard in self.shards:
+            places = [known[name] for name in shard.classes]
+            for split in SPLITS:
+                self._counts[split][places] = shard.counts[split]
+                self._digests[split][places] = [list(bytes.fromhex(each)) for each in shard.digests[split]]
+                for name, rows in shard.left_out[split].items():
+                    self._faults[split][known[name]] = {int(row): Fault(reason) for row, reason in rows.items()}
+        self._maps: dict[int, _Mapped] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_maps": {}}  # a mapping is of one process
 
-    def classes(self, split: Split) -> list[str]:
-        """Return the classes of the data set that was packed, also those that were not."""
-        return self._all
+    def counts(self, split: Split) -> np.ndarray:
+        """Return the number of rows of each class, 0 for one that was not packed."""
+        return self._counts[split]
 
-    def members(self, split: Split, label: str) -> list[str]:
-        """Return the names of the images of one class, those that were left out included.
+    def digests(self, split: Split) -> np.ndarray:
+        """Return the digest of each class."""
+        return self._digests[split]
 
-        Raises:
-            InputError: the class was not packed, or its shard is missing or damaged.
-        """
-        number = self._shard_of.get(label)
-        if number is None:
-            raise InputError(
-                f"data.packed={self.root}: holds {len(self._shard_of)} of {len(self._all)} classes, and {label!r} is "
-                "none of them; choose others by data.classes, or pack more"
-            )
-        if (label, split) not in self._members:
-            self._read(number)
-        return self._members[label, split]
+    def faults(self, split: Split) -> Mapping[int, Mapping[int, Fault]]:
+        """Return why images were left out, by class and row."""
+        return self._faults[split]
 
-    def look(self, name: str) -> Look:
-        """Return what was told when the image was packed."""
-        found = self._looks[name]
-        return Look(found.identity, 0, found.fault)
+    def rows(self, split: Split, index: int) -> Rows:
+        """Return the rows of one class, from its shard."""
+        number, position = self._places[index]
+        return self._mapped(number).listing.parts[split].rows(position)
 
-    def read(self, name: str) -> Image.Image:
+    def name(self, split: Split, index: int, row: int) -> str:
+        """Return the name of an image in the data set that was packed."""
+        number, position = self._places[index]
+        return self._mapped(number).listing.parts[split].name(position, row)
+
+    def read(self, split: Split, index: int, row: int) -> Image.Image:
         """Return the image as it was packed: resized and cropped."""
-        pixels = self.images([name])[0]
+        pixels = self.pixels(split, index, [row])[0]
         return Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
 
-    def where(self, name: str) -> str:
+    def where(self, split: Split, index: int, row: int) -> str:
         """Return the shard and the image."""
-        place = self._places.get(name)
-        return f"{self.root / self._shards[place[0]]['file'] if place else self.root} ({name})"
+        number, _ = self._places[index]
+        return f"{self.root / self.shards[number].file} ({self.name(split, index, row)})"
 
-    def images(self, names: Sequence[str]) -> torch.Tensor:
-        """Return images: uint8 [n, channels, resolution, resolution].
+    def pixels(self, split: Split, index: int, rows: Sequence[int]) -> torch.Tensor:
+        """Return images of one class: uint8 [n, channels, resolution, resolution].
 
         Raises:
-            InputError: a shard is missing, or the pixels are not those that were packed.
+            InputError: the shard is missing, or the pixels are not those that were packed.
         """
-        rows = []
-        for name in names:
-            number, split, position = self._places[name]
-            if number not in self._maps:
-                self._maps[number] = _open(self.path(number))
-            pixels = self._maps[number].get_slice(split)[position]
-            if zlib.crc32(pixels.numpy().data) != self._looks[name].crc:
-                raise InputError(f"{self.where(name)}: is damaged; delete {self.path(number)} and make it again")
-            rows.append(pixels)
-        return torch.stack(rows)
+        number, position = self._places[index]
+        shard, mapped = self.shards[number], self._mapped(number)
+        left_out = self._faults[split].get(index, {})
+        missing = sum(len(shard.left_out[split].get(name, {})) for name in shard.classes[:position])
+        first = sum(shard.counts[split][:position]) - missing
+        found = []
+        for row in rows:
+            place = first + row - sum(fault < row for fault in left_out)
+            pixels = mapped.pixels[split][place]
+            if zlib.crc32(pixels.numpy().data) != int(mapped.crcs[split][place]):
+                where = self.where(split, index, row)
+                raise InputError(f"{where}: is damaged; delete {self.path(number)} and make it again")
+            found.append(pixels)
+        return torch.stack(found)
 
     def path(self, number: int) -> Path:
         """Return the place of a shard: where it was packed, or its copy on this node, which is made if need be."""
-        entry = self._shards[number]
-        origin: Path = self.root / entry["file"]
+        shard = self.shards[number]
+        origin = self.root / shard.file
         if self.stage is None:
             return origin
-        copy = self.stage / entry["file"]
+        copy = self.stage / shard.file
         if not copy.is_file():
-            with locked(self.stage / f"{entry['file']}.lock"):
+            with locked(self.stage / f"{shard.file}.lock"):
                 if not copy.is_file():
-                    _copy(origin, copy, entry["bytes"], entry["sha256"])
+                    _copy(origin, copy, shard.bytes, shard.sha256)
         return copy
+
+    def check(self, classes: Iterable[str]) -> None:
+        """Refuse classes that were not packed, and shards that are not as long as the index says.
+
+        Raises:
+            InputError: there is one; the message names it.
+        """
+        packed = {name: number for number, shard in enumerate(self.shards) for name in shard.classes}
+        for name in classes:
+            if name not in packed:
+                raise InputError(
+                    f"data.packed={self.root}: holds {len(packed)} of {len(self.classes)} classes, and {name!r} is none"
+                    " of them; choose others by data.classes, or pack more"
+                )
+        for number in sorted({packed[name] for name in classes}):
+            path = self.root / self.shards[number].file
+            if not path.is_file() or path.stat().st_size != self.shards[number].bytes:
+                state = "is cut short or has grown" if path.is_file() else "is missing"
+                raise InputError(f"{path}: {state}; run `wmdd data pack` again, which makes only what is not whole")
 
     def damaged(self, classes: Iterable[str]) -> list[tuple[str, str]]:
         """Hash the shards of these classes; return (shard, reason) of those that are not what was packed."""
-        found = []
-        numbers = sorted({self._shard_of[name] for name in classes})
-        with progress("hashing the packed images", len(numbers), "shards") as advance:
-            for entry in (self._shards[number] for number in numbers):
-                if sha256(self.root / entry["file"]) != entry["sha256"]:
-                    found.append((str(self.root / entry["file"]), "is damaged: its SHA-256 is not that of the index"))
+        chosen, found = set(classes), []
+        shards = [shard for shard in self.shards if chosen & set(shard.classes)]
+        with progress("hashing the packed images", len(shards), "shards") as advance:
+            for shard in shards:
+                if sha256(self.root / shard.file) != shard.sha256:
+                    found.append((str(self.root / shard.file), "is damaged: its SHA-256 is not that of the index"))
                 advance(1)
         return found
 
-    def _read(self, number: int) -> None:
-        """Note what a shard holds: once, for it tells of all its classes."""
-        entry = self._shards[number]
-        path = self.root / entry["file"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            state = "is cut short or has grown" if path.is_file() else "is missing"
-            raise InputError(f"{path}: {state}; run `wmdd data pack` again, which makes only what is not whole")
-        contents = contents_of(path)
-        for split in SPLITS:
-            kept = [image for images in contents.values() for image in images[split]]
-            self._members |= {(name, split): [image.name for image in contents[name][split]] for name in contents}
-            self._looks |= {image.name: image for image in kept}
-            whole = [image.name for image in kept if image.fault is None]
-            self._places |= {name: (number, split, position) for position, name in enumerate(whole)}
-
-
-def contents_of(path: Path) -> dict[str, dict[str, list[Packed]]]:
-    """Return what a shard holds, by class and split, in the order of its rows.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    try:
-        told = json.loads(_open(path).metadata()["classes"])
-        return {
-            name: {split: [Packed(*row) for row in rows] for split, rows in splits.items()}
-            for name, splits in told.items()
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: is no shard of packed images ({error}); pack it again") from None
-
-
-def _open(path: Path) -> Any:
-    """Map a shard into memory; nothing is read until it is asked for."""
-    try:
-        return safetensors.safe_open(path, "pt")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: is not a whole shard ({error}); pack or stage it again") from None
+    def _mapped(self, number: int) -> _Mapped:
+        """Map a shard, once: nothing of it is read until it is asked for."""
+        if number not in self._maps:
+            path = self.path(number)
+            try:
+                file = safetensors.safe_open(path, "pt")
+                self._maps[number] = _Mapped(
+                    Listing.read(file),
+                    {split: file.get_tensor(f"{split}.pixels") for split in SPLITS},
+                    {split: file.get_tensor(f"{split}.crcs") for split in SPLITS},
+                )
+            except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+                raise InputError(f"{path}: is not a whole shard ({error}); pack or stage it again") from None
+        return self._maps[number]
 
 
 def _stage_folder(stage: Path, index: dict[str, Any]) -> Path:

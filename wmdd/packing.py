@@ -1,12 +1,13 @@
 """Packing a data set into shards (``wmdd data pack``); ``packed.py`` reads them."""
 
-import json
+import hashlib
 import shutil
 import zlib
-from collections.abc import Iterator
-from dataclasses import astuple, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from wmdd.config import Data
@@ -14,15 +15,13 @@ from wmdd.console import progress
 from wmdd.data import Dataset, ImageSet, load_dataset
 from wmdd.errors import InputError, WmddError
 from wmdd.files import digest, locked, read_json, sha256, write_json, write_tensors
-from wmdd.packed import INDEX, VERSION, Packed, settings_of
+from wmdd.listing import DECODED, Fault, Listing, Part
+from wmdd.packed import INDEX, VERSION, Shard, settings_of
 from wmdd.sources import SPLITS, Split
 
 SHARD_BYTES = 256 * 2**20
 """A shard takes as many whole classes as fit this; a larger class has one of its own."""
 _BATCH = 64
-
-Shard = dict[str, dict[Split, list[Packed]]]
-"""Of each class and split the images, without their CRCs."""
 
 
 def pack(config: Data, out: Path, workers: int, shard_bytes: int = SHARD_BYTES) -> tuple[int, int]:
@@ -51,69 +50,91 @@ def pack(config: Data, out: Path, workers: int, shard_bytes: int = SHARD_BYTES) 
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock"):
         shards = _shards(dataset, config, out, max(1, shard_bytes // each))
+        counts = {path: sum(_count(dataset, index) for index in classes) for path, classes in shards.items()}
         stale = sorted(set(out.glob("*.safetensors")) - set(shards))
         if stale:
             raise InputError(f"{stale[0]}: is a shard of other images; use another --out, or delete that folder")
         hashes = _hashes(out)
         todo = [path for path in shards if not path.is_file() or sha256(path) != hashes.get(path.name, sha256(path))]
-        images = sum(_count(shards[path]) for path in todo)
+        images = sum(counts[path] for path in todo)
         free = shutil.disk_usage(out).free
         if free < images * each:
             raise InputError(f"{out}: {images * each / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
         with progress(f"packing to {out}", images, "images") as advance:
             decoded = {split: _decoded(dataset, split, [shards[path] for path in todo], workers) for split in SPLITS}
             for path in todo:
-                _write(path, shards[path], {split: next(decoded[split]) for split in SPLITS})
-                advance(_count(shards[path]))
-        entries = [
-            {"file": path.name, "classes": list(shard), "bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path, shard in shards.items()
-        ]
+                _write(path, _listing(dataset, shards[path]), {split: next(decoded[split]) for split in SPLITS})
+                advance(counts[path])
+        entries = [asdict(_entry(path, _listing(dataset, classes))) for path, classes in shards.items()]
         index = {"version": VERSION, "data": settings_of(config), "fingerprint": dataset.fingerprint}
         write_json(out / INDEX, index | {"classes": list(dataset.all_classes), "shards": entries})
-    return sum(_count(shard) for shard in shards.values()), sum(path.stat().st_size for path in shards)
+    return sum(counts.values()), sum(path.stat().st_size for path in shards)
 
 
-def _shards(dataset: Dataset, config: Data, out: Path, most: int) -> dict[Path, Shard]:
+def _shards(dataset: Dataset, config: Data, out: Path, most: int) -> dict[Path, list[int]]:
     """Deal the classes to shards of at most so many images; the name of a shard tells what it is made from."""
-    listed = {name: _listing(dataset, index) for index, name in enumerate(dataset.classes)}
-    parts: list[Shard] = []
-    for name, images in listed.items():
-        if not parts or _count(parts[-1]) + _count({name: images}) > most:
-            parts.append({})
-        parts[-1][name] = images
+    parts: list[list[int]] = []
+    held = 0
+    for index in range(len(dataset.classes)):
+        count = _count(dataset, index)
+        if not parts or held + count > most:
+            parts.append([])
+            held = 0
+        parts[-1].append(index)
+        held += count
     shards = {}
     for number, part in enumerate(parts):
-        rows = [
-            [name, split, astuple(image)]
-            for name, splits in part.items()
-            for split in SPLITS
-            for image in splits[split]
-        ]
-        key = digest([VERSION, settings_of(config), rows])
+        listing = _listing(dataset, part)
+        key = digest([VERSION, settings_of(config), listing.metadata(), _content(listing)])
         shards[out / f"{number:05d}-{key[:12]}.safetensors"] = part
     return shards
 
 
-def _listing(dataset: Dataset, index: int) -> dict[Split, list[Packed]]:
-    source, label = dataset.train.source, dataset.classes[index]
-    found: dict[Split, list[Packed]] = {}
+def _content(listing: Listing) -> list[str]:
+    """Return the SHA-256 of each array of a listing."""
+    return [hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in listing.tensors().values()]
+
+
+def _listing(dataset: Dataset, classes: Sequence[int]) -> Listing:
+    """Return the listing of some classes, as a shard holds it: it knows of no time and no place."""
+    parts = {}
     for split in SPLITS:
         images = _of(dataset, split)
-        kept = {images.names[position] for position in images.of_class(index)}
-        found[split] = [
-            Packed(name, source.look(name).identity, 0, None if name in kept else "was left out when it was packed")
-            for name in source.members(split, label)
-        ]
-    return found
+        every = []
+        for index in classes:
+            rows = images.catalogue.rows(split, int(images.places[index]))
+            faults = {int(row): Fault("was left out when it was packed") for row in images.left_out.get(index, ())}
+            folder, _ = rows.folders[0]
+            every.append(replace(rows, folders=((folder, 0),), faults=faults, state=DECODED))
+        parts[split] = Part.of(every)
+    return Listing(tuple(dataset.classes[index] for index in classes), parts)
+
+
+def _entry(path: Path, listing: Listing) -> Shard:
+    """Return what the index tells of a shard."""
+    return Shard(
+        path.name,
+        path.stat().st_size,
+        sha256(path),
+        listing.classes,
+        {split: tuple(np.diff(part.starts).tolist()) for split, part in listing.parts.items()},
+        {split: tuple(row.tobytes().hex() for row in part.digests) for split, part in listing.parts.items()},
+        {
+            split: {
+                listing.classes[index]: {str(row): fault.reason for row, fault in rows.items()}
+                for index, rows in part.faults.items()
+            }
+            for split, part in listing.parts.items()
+        },
+    )
 
 
 def _of(dataset: Dataset, split: Split) -> ImageSet:
     return dataset.train if split == "train" else dataset.test
 
 
-def _count(shard: Shard) -> int:
-    return sum(image.fault is None for splits in shard.values() for images in splits.values() for image in images)
+def _count(dataset: Dataset, index: int) -> int:
+    return sum(len(_of(dataset, split).of_class(index)) for split in SPLITS)
 
 
 def _hashes(out: Path) -> dict[str, str]:
@@ -126,15 +147,15 @@ def _hashes(out: Path) -> dict[str, str]:
         return {}
 
 
-def _decoded(dataset: Dataset, split: Split, shards: list[Shard], workers: int) -> Iterator[torch.Tensor]:
+def _decoded(dataset: Dataset, split: Split, shards: list[list[int]], workers: int) -> Iterator[torch.Tensor]:
     """Yield the pixels of one split of each shard, from one stream of decoders."""
     images = _of(dataset, split)
     plan: list[range] = []
     lengths = []
     for shard in shards:
         before = len(plan)
-        for name in shard:
-            own = images.of_class(dataset.classes.index(name))
+        for index in shard:
+            own = images.of_class(index)
             plan += [range(start, min(start + _BATCH, own.stop)) for start in range(own.start, own.stop, _BATCH)]
         lengths.append(len(plan) - before)
     stream = images.batches(plan, workers)
@@ -142,14 +163,10 @@ def _decoded(dataset: Dataset, split: Split, shards: list[Shard], workers: int) 
         yield torch.cat([next(stream) for _ in range(length)])
 
 
-def _write(path: Path, shard: Shard, pixels: dict[Split, torch.Tensor]) -> None:
-    """Write a shard, with the CRC of each image."""
-    crcs = {split: iter([zlib.crc32(image.numpy().data) for image in pixels[split]]) for split in SPLITS}
-    told = {
-        name: {
-            split: [astuple(image if image.fault else replace(image, crc=next(crcs[split]))) for image in splits[split]]
-            for split in SPLITS
-        }
-        for name, splits in shard.items()
-    }
-    write_tensors(path, {split: pixels[split] for split in SPLITS}, {"classes": json.dumps(told)})
+def _write(path: Path, listing: Listing, pixels: dict[Split, torch.Tensor]) -> None:
+    """Write a shard: the listing, the pixels and the CRC of each image."""
+    tensors = listing.tensors()
+    for split, images in pixels.items():
+        tensors[f"{split}.pixels"] = images
+        tensors[f"{split}.crcs"] = torch.tensor([zlib.crc32(image.numpy().data) for image in images])
+    write_tensors(path, tensors, listing.metadata())

@@ -50,7 +50,11 @@ class Share:
 
 
 def run(
-    config: Config | str, out: str | Path | None = None, overrides: Sequence[str] = (), share: Share | None = None
+    config: Config | str,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    share: Share | None = None,
+    refresh: bool = False,
 ) -> Path:
     """Distil a data set, train students on it and on the baselines, and write the report.
 
@@ -61,6 +65,7 @@ def run(
         out: the run folder; ``runs/NAME`` by default.
         overrides: as in ``load_config``; only for a config given by name.
         share: the part to do; all by default.
+        refresh: list the data set again, whatever is known of it.
 
     Returns:
         the run folder.
@@ -90,7 +95,7 @@ def run(
     ):
         _check_same(config, folder, share, job)
         with progress.reported(folder, share.name) if job.main else nullcontext():
-            _run(config, folder, job, stop, share)
+            _run(config, folder, job, stop, share, refresh)
     return folder.path
 
 
@@ -120,11 +125,11 @@ def _check_same(config: Config, folder: RunFolder, share: Share, job: Ranks) -> 
         )
 
 
-def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share: Share) -> None:
+def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share: Share, refresh: bool = False) -> None:
     runs = runs_of(config, folder)
     for one in runs.values():
         methods.create(one)
-    dataset = load_dataset(config.data, config.compute.workers)
+    dataset = load_dataset(config.data, config.compute.workers, job, refresh)
     check(config, dataset)
     blocks = _chosen(rundir.plan(config, len(dataset.classes)), share.blocks, "block")
     todo = _chosen(students_of(config, folder), share.students, "student")

@@ -8,11 +8,12 @@ import os
 import re
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,10 +30,14 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TINY_ARCHIVE = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 """Address and MD5 of the official archive of Tiny-ImageNet."""
 
+ANNOTATIONS = "val/val_annotations.txt"
+RELIST = "if it was changed on purpose, --refresh lists the data set again"
 _NESTED = {
     "imagenette": ("imagenette2", "imagenette2-320", "imagenette2-160"),
     "tiny-imagenet": ("tiny-imagenet-200",),
 }
+_RECENT = 2 * 10**9
+"""Nanoseconds for which a folder's time of change is not relied on: some file systems count whole seconds."""
 _END = 64
 """Bytes at the end of a file in which its end mark must lie; some writers pad after it."""
 
@@ -60,6 +65,16 @@ class Look(NamedTuple):
     """Why it cannot be an image, if so."""
 
 
+class Members(NamedTuple):
+    """The images of one class in one split, by name."""
+
+    names: list[str]
+    """Names relative to the first folder, in the order of rows"""
+    folders: tuple[tuple[str, int], ...]
+    """Every folder or index file that was read to find the names, relative to the root, each with the time of its last
+    change before that (nanoseconds since 1970; 0: not to be relied on)"""
+
+
 class Source(ABC):
     """The images of one data set, by split and class."""
 
@@ -68,8 +83,8 @@ class Source(ABC):
         """Return the names of the classes of a split, in order."""
 
     @abstractmethod
-    def members(self, split: Split, label: str) -> list[str]:
-        """Return the names of the images of one class, sorted.
+    def members(self, split: Split, label: str) -> Members:
+        """Return the images of one class, in the order of their base names (arrays: of their positions).
 
         Raises:
             InputError: there are none.
@@ -80,11 +95,16 @@ class Source(ABC):
         """Return what can be told of an image without decoding it."""
 
     @abstractmethod
-    def read(self, name: str) -> Image.Image:
+    def read(self, name: str, identity: int | None = None) -> Image.Image:
         """Return an image, wholly decoded.
+
+        Args:
+            name: of the image, relative to the root.
+            identity: what ``look`` told when the image was listed; None checks nothing.
 
         Raises:
             BrokenImage: its content cannot be decoded.
+            InputError: the file is of another size than was listed.
             WmddError: the machine failed to deliver the file, whatever it contains.
         """
 
@@ -96,32 +116,53 @@ class Source(ABC):
 class Tree(Source):
     """Files below ``root/train/CLASS`` and ``root/val/CLASS`` (``root/test/CLASS`` where there is no ``val``)."""
 
+    format = "folder"
+
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.folders: dict[Split, str] = {"train": "train", "test": "val" if (root / "val").is_dir() else "test"}
-        for folder in self.folders.values():
-            if not (root / folder).is_dir():
-                raise InputError(f"{root}: has no folder {folder!r}; expected train/CLASS/ and val/CLASS/ (or test/)")
+
+    @cached_property
+    def folders(self) -> dict[Split, str]:
+        """The folder of each split.
+
+        Raises:
+            InputError: one is missing.
+        """
+        folders: dict[Split, str] = {"train": "train", "test": "val" if (self.root / "val").is_dir() else "test"}
+        for folder in folders.values():
+            if not (self.root / folder).is_dir():
+                raise InputError(
+                    f"{self.root}: has no folder {folder!r}; expected train/CLASS/ and val/CLASS/ (or test/)"
+                )
+        return folders
 
     def classes(self, split: Split) -> list[str]:
         """Return the names of the class folders, sorted."""
         return [entry.name for entry in _entries(self.root / self.folders[split]) if entry.is_dir()]
 
-    def members(self, split: Split, label: str) -> list[str]:
-        """Return the images below a class folder, at any depth, sorted."""
-        folder = f"{self.folders[split]}/{label}"
-        names = sorted(self._walk(folder))
-        if not names:
-            raise InputError(f"{self.root / folder}: no images in this class folder ({', '.join(EXTENSIONS)})")
-        return names
+    def members(self, split: Split, label: str) -> Members:
+        """Return the images below a class folder, at any depth."""
+        found = self.below(f"{self.folders[split]}/{label}")
+        if not found.names:
+            folder = self.root / found.folders[0][0]
+            raise InputError(f"{folder}: no images in this class folder ({', '.join(EXTENSIONS)})")
+        return found
 
-    def _walk(self, folder: str) -> Iterator[str]:
+    def below(self, folder: str) -> Members:
+        """Return the images below a folder, at any depth; there may be none."""
+        names: list[str] = []
+        folders: list[tuple[str, int]] = []
+        self._walk(folder, "", names, folders)
+        return Members(sorted(names, key=_order), tuple(folders))
+
+    def _walk(self, top: str, inner: str, names: list[str], folders: list[tuple[str, int]]) -> None:
+        folder = f"{top}/{inner}".rstrip("/")
+        folders.append((folder, changed(self.root / folder)))
         for entry in _entries(self.root / folder):
-            name = f"{folder}/{entry.name}"
             if entry.is_dir():
-                yield from self._walk(name)
+                self._walk(top, f"{inner}{entry.name}/", names, folders)
             elif entry.name.lower().endswith(EXTENSIONS):
-                yield name
+                names.append(f"{inner}{entry.name}")
 
     def look(self, name: str) -> Look:
         """Read the first and last bytes; a file that does not end as its format asks is decoded to be sure."""
@@ -145,20 +186,27 @@ class Tree(Source):
                 fault = error.reason
         return Look(stat.st_size, stat.st_mtime_ns, fault)
 
-    def read(self, name: str) -> Image.Image:
+    def read(self, name: str, identity: int | None = None) -> Image.Image:
         """Decode a file; its extension, its profile and its EXIF orientation play no part."""
         path = self.where(name)
         try:
-            with Image.open(path) as image:
-                image.load()
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if identity is not None and size != identity:
+                    raise InputError(f"{path}: has {size:,} bytes, {identity:,} when it was listed; {RELIST}")
+                with Image.open(file) as image:
+                    image.load()
         except MemoryError:
+            raise
+        except InputError:
             raise
         except UnidentifiedImageError:
             raise BrokenImage(path, "is not an image that can be decoded") from None
         except Exception as error:
             # The decoders raise errors of many types; only those of the operating system carry a number.
             if isinstance(error, OSError) and error.errno is not None:
-                raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+                gone = f"; {RELIST}" if isinstance(error, FileNotFoundError) else ""
+                raise WmddError(f"{path}: cannot be read: {error.strerror}{gone}") from error
             raise BrokenImage(path, str(error) or type(error).__name__) from error
         if image.mode == "F" or image.mode.startswith("I"):
             # Pillow would clip such pixels to 255 and leave a white image.
@@ -173,23 +221,31 @@ class Tree(Source):
 class TinyImageNet(Tree):
     """Tiny-ImageNet as published: the classes of ``val/images`` stand in ``val/val_annotations.txt``."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self._test: dict[str, list[str]] = {}
-        path = root / "val" / "val_annotations.txt"
+    format = "tiny-imagenet"
+
+    @cached_property
+    def _test(self) -> tuple[dict[str, list[str]], tuple[tuple[str, int], ...]]:
+        """The names in ``val/images`` by class, and what they were read from."""
+        path = self.root / ANNOTATIONS
+        read_from = tuple((name, changed(self.root / name)) for name in ("val/images", ANNOTATIONS))
+        found: dict[str, list[str]] = {}
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             fields = line.split("\t")
             if len(fields) < 2:
                 raise InputError(f"{path}:{number}: expected a file and a class, separated by a tab; found {line!r}")
-            self._test.setdefault(fields[1], []).append(f"val/images/{fields[0]}")
+            found.setdefault(fields[1], []).append(fields[0])
+        return found, read_from
 
     def classes(self, split: Split) -> list[str]:
         """Return the WordNet ids, sorted."""
-        return super().classes(split) if split == "train" else sorted(self._test)
+        return super().classes(split) if split == "train" else sorted(self._test[0])
 
-    def members(self, split: Split, label: str) -> list[str]:
+    def members(self, split: Split, label: str) -> Members:
         """Return the images of a class: of its folder in ``train``, of the annotations in ``val``."""
-        return super().members(split, label) if split == "train" else sorted(self._test[label])
+        if split == "train":
+            return super().members(split, label)
+        names, read_from = self._test
+        return Members(sorted(names[label], key=_order), read_from)
 
 
 class Arrays(Source):
@@ -205,17 +261,17 @@ class Arrays(Source):
         """Return the names of the classes; every split has all of them."""
         return self._classes
 
-    def members(self, split: Split, label: str) -> list[str]:
-        """Return names such as ``train/17``, in the order of the array."""
+    def members(self, split: Split, label: str) -> Members:
+        """Return positions in the array as names, in order."""
         positions = np.flatnonzero(self._splits[split][1] == self._classes.index(label))
-        return [f"{split}/{position}" for position in positions]
+        return Members([str(position) for position in positions], ((split, 0),))
 
     def look(self, name: str) -> Look:
         """Return the checksum of the pixels; an array has no faults."""
         return Look(zlib.crc32(self._pixels(name).tobytes()), 0, None)
 
-    def read(self, name: str) -> Image.Image:
-        """Return one image of the array."""
+    def read(self, name: str, identity: int | None = None) -> Image.Image:
+        """Return one image of the array, which cannot have changed."""
         return Image.fromarray(self._pixels(name))
 
     def where(self, name: str) -> str:
@@ -227,29 +283,63 @@ class Arrays(Source):
         return self._splits["train" if split == "train" else "test"][0][int(position)]
 
 
+def in_memory(config: Data) -> bool:
+    """Return whether the data set is read as a whole, and so is listed by every process for itself."""
+    return config.source in ("digits", "cifar10") and config.format == "auto"
+
+
 def open_source(config: Data) -> Source:
     """Find the data set of a config.
 
     Raises:
         InputError: it is not there, or not laid out as expected; the message says what would help.
     """
-    if config.source == "digits":
+    if config.source == "digits" and in_memory(config):
         return _digits()
     root = _place(config.source, config.root)
     remedy = "give its place with data.root=..."
-    if config.source != "folder":
+    if config.source not in ("folder", "digits"):
         remedy = f"run `wmdd data fetch {config.source}`, or {remedy}"
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; {remedy}")
-    if config.source == "cifar10":
+    if in_memory(config):
         return _cifar10(root, remedy)
     root = _unnested(config.source, root)
     if not (root / "train").is_dir():
         raise InputError(f"{root}: has no folder 'train'; {remedy}")
-    annotated = config.source == "tiny-imagenet" and (root / "val" / "val_annotations.txt").is_file()
-    # Some scripts move the images of val into class folders and leave the annotations behind.
-    rearranged = annotated and any(entry.is_dir() and entry.name != "images" for entry in _entries(root / "val"))
-    return TinyImageNet(root) if annotated and not rearranged else Tree(root)
+    if config.format == "folder" or (config.format == "auto" and config.source != "tiny-imagenet"):
+        return Tree(root)
+    if (root / ANNOTATIONS).is_file():
+        # Some scripts move the images of val into class folders and leave the annotations behind.
+        rearranged = any(entry.is_dir() and entry.name != "images" for entry in _entries(root / "val"))
+        return Tree(root) if rearranged and config.format == "auto" else TinyImageNet(root)
+    if config.format == "tiny-imagenet":
+        raise InputError(f"data.format='tiny-imagenet': {root} has no {ANNOTATIONS}; use data.format=auto")
+    return Tree(root)
+
+
+def tree_of(format: str, root: Path) -> Tree:
+    """Return the tree that another process has found; nothing is looked at."""
+    return {kind.format: kind for kind in (Tree, TinyImageNet)}[format](root)
+
+
+def base_name(name: str) -> str:
+    """Return what an image is called in any archive: its name without folders and extension."""
+    return os.path.splitext(os.path.basename(name))[0]
+
+
+def _order(name: str) -> tuple[str, str]:
+    return base_name(name), name
+
+
+def changed(path: Path | str) -> int:
+    """Return the time of a folder's last change in nanoseconds since 1970; 0 if it is so recent that a further change
+    could have the same, or if there is no such folder."""
+    try:
+        found = os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+    return 0 if abs(time.time_ns() - found) < _RECENT else found
 
 
 def fetch(name: str, root: Path | None = None) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wmdd.errors import InputError
 
-KINDS = ("teachers", "statistics", "checks")
+KINDS = ("teachers", "statistics", "listings")
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _closest(dataset: Any, index: int, made: Sequence[Any]) -> list[list[tuple[s
     strips = []
     for image, position, distance in zip(images, best.tolist(), least.tolist(), strict=True):
         rms = distance / wanted.shape[1] ** 0.5
-        strips.append((_png(image), f"{train.names[position]}, at {rms:.2f} standard deviations a pixel"))
+        strips.append((_png(image), f"{train.name(position)}, at {rms:.2f} standard deviations a pixel"))
     bounds = torch.tensor([0, *map(len, made)]).cumsum(0).tolist()
     return [strips[low:high] for low, high in pairwise(bounds)]
 
