@@ -96,6 +96,7 @@ OTHER: dict[str, Any] = {
     "compute.precision": "bf16",
     "data.source": "cifar10",
     "data.root": "elsewhere",
+    "data.format": "folder",
     "data.packed": "shards",
     "data.stage": "scratch",
     "data.classes": 3,

@@ -476,19 +476,24 @@ def _chunks(catalogue: Catalogue, split: Split, places: Sequence[int]) -> list[C
 def _verdicts(workers: int, catalogue: Catalogue, split: Split, places: Sequence[int]) -> dict[int, dict[int, str]]:
     """Return why images of these classes cannot be decoded, by class and row."""
     found: dict[int, dict[int, str]] = {}
-    for (_, place, row), reason in _decode_all(catalogue, _chunks(catalogue, split, places), workers).items():
+    for (_, place, row), reason in _decode_all(catalogue, _chunks(catalogue, split, places), workers, False).items():
         found.setdefault(place, {})[row] = reason
     return found
 
 
-def _decode_all(catalogue: Catalogue, chunks: Sequence[Chunk], workers: int) -> dict[tuple[Split, int, int], str]:
+def _decode_all(
+    catalogue: Catalogue, chunks: Sequence[Chunk], workers: int, observed: bool = True
+) -> dict[tuple[Split, int, int], str]:
     """Decode images that have no fault yet; return by split, class and row why some cannot be."""
     faults: dict[tuple[Split, int, int], str] = {}
-    total = sum(stop - start for _, _, start, stop in chunks)
-    with progress("decoding every image once", total, "images", observed=False) as advance:
-        for chunk, found in zip(chunks, _in_order(partial(_faults, catalogue), chunks, workers), strict=True):
+    counts = [
+        stop - start - sum(start <= row < stop for row in _known(catalogue, split, place))
+        for split, place, start, stop in chunks
+    ]
+    with progress("decoding every image once", sum(counts), "images", observed) as advance:
+        for count, found in zip(counts, _in_order(partial(_faults, catalogue), chunks, workers), strict=True):
             faults |= found
-            advance(chunk[3] - chunk[2])
+            advance(count)
     return faults
 
 
