@@ -138,11 +138,11 @@ def test_the_reference_descends(config: Config) -> None:
 
 
 def test_statistics_are_decoded_anew_in_every_repeat(config: Config) -> None:
-    reads: list[str] = []
+    reads: list[tuple[str, int, int]] = []
     with open_bench(config) as bench:
-        read = bench.dataset.train.source.read
-        source = bench.dataset.train.source
-        object.__setattr__(source, "read", lambda name: (reads.append(name), read(name))[1])
+        catalogue = bench.dataset.train.catalogue
+        read = catalogue.read
+        object.__setattr__(catalogue, "read", lambda *place: (reads.append(place), read(*place))[1])
         workload = statistics_of(bench, with_reference=False)
         watch = timing.Stopwatch(CPU)
         for _ in range(2):
