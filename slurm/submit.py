@@ -115,6 +115,8 @@ def submit(request: Request) -> list[Launched]:
             # Each task looks at the records of its own students alone: here go those of students that nobody trains.
             images = len(request.dataset.classes) * one.ipc
             evaluation.set_aside(place, partial(evaluation.is_of_recipe, config=one, images=images))
+    for one in pipeline.runs_of(request.config, request.folder).values():
+        store.pin(pipeline.entries_of(one, request.dataset))
     launched: list[Launched] = []
     jobs: list[str] = []
     try:

@@ -263,23 +263,24 @@ def data_synthesize(
 
 @cache_app.command("list")
 def cache_list() -> None:
-    """List the store's entries, oldest first."""
+    """List the store's entries, the longest unused first."""
     import time
 
     from wmdd import store
 
     found = store.entries()
     for entry in found:
-        age = (time.time() - entry.changed) / 86400
-        typer.echo(f"{entry.kind:11} {entry.key[:16]}  {entry.size / 1e6:10,.1f} MB  {age:6.1f} days old")
+        age = (time.time() - entry.used) / 86400
+        pinned = "  named by a submission" if entry.pinned else ""
+        typer.echo(f"{entry.kind:11} {entry.key[:16]}  {entry.size / 1e6:10,.1f} MB  unused {age:6.1f} days{pinned}")
     typer.echo(f"{store.cache_root()}: {len(found)} entries, {sum(entry.size for entry in found) / 1e6:,.1f} MB")
 
 
 @cache_app.command("prune", epilog="Example:  wmdd cache prune --older-than 30")
 def cache_prune(
-    older_than: Annotated[float, typer.Option(help="Delete entries not changed for so many days.", min=0)],
+    older_than: Annotated[float, typer.Option(help="Delete entries not used for so many days.", min=0)],
 ) -> None:
-    """Delete old teachers and statistics; runs make anew what they need again."""
+    """Delete what no run has used for long and no submission of the last 30 days names; it can be made again."""
     from wmdd import store
 
     gone = store.prune(older_than)

@@ -21,7 +21,7 @@ from wmdd.cost import Meter
 from wmdd.data import Dataset, pixel_range, quantise
 from wmdd.distributed import ALONE, Ranks, Team, seed_of, within_memory
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.files import digest, read_metadata, read_tensors, write_json, write_tensors
+from wmdd.files import digest, expect, read_metadata, read_tensors, write_json, write_tensors
 from wmdd.records import provenance
 from wmdd.rundir import Block, Group, RunFolder
 from wmdd.synthesis import State, Target, synthesise
@@ -325,6 +325,7 @@ def _assemble(job: Job, block: Block) -> None:
     """Write the block and then its sidecar, and delete its group files."""
     groups = []
     parts = []
+    expect([job.folder.group_file(group.index) for group in block.groups], job.stop)
     for group in block.groups:
         meta = _finished(job, group)
         if meta is None:

@@ -7,8 +7,8 @@ import os
 import secrets
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,6 +145,31 @@ def sha256(path: Path) -> str:
         return _patiently(hashed)
     except OSError as error:
         raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+PATIENCE_SECONDS = 90.0
+"""How long a finished file may be invisible: a client of NFS remembers up to 60 seconds that a name was not there."""
+
+
+def expect(paths: Iterable[Path], stop: Callable[[], bool] = lambda: False, seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait until this machine sees files that another one has finished; after some time go on without.
+
+    A listing of their folders makes a client of NFS ask the server again.
+
+    Raises:
+        Interrupted: a stop was requested.
+    """
+    deadline = time.monotonic() + seconds
+    missing = [path for path in paths if not path.exists()]
+    while missing and time.monotonic() < deadline:
+        for folder in {path.parent for path in missing}:
+            with suppress(OSError):
+                os.listdir(folder)
+        missing = [path for path in missing if not path.exists()]
+        if missing and stop():
+            raise Interrupted(f"stopped while waiting for {missing[0]}")
+        if missing:
+            time.sleep(max(0.0, min(0.5, deadline - time.monotonic())))
 
 
 @contextmanager

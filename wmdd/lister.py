@@ -54,9 +54,11 @@ def obtain(tree: Tree, classes: Sequence[str], verdicts: Verdicts | None = None,
     """
     key = digest([VERSION, os.path.realpath(tree.root), tree.format])
     known = tree.classes("train")
-    if not refresh and (found := _current(key, tree, known, classes, verdicts is not None)):
-        return found
     folder = store.folder("listings", key)
+    if not refresh and (found := _current(key, tree, known, classes, verdicts is not None)):
+        store.note_use(folder)
+        return found
+    store.prepare(folder)
     with locked(folder / ".lock", signals.requested):
         if not refresh and (found := _current(key, tree, known, classes, verdicts is not None)):
             return found  # another process made it meanwhile

@@ -3,21 +3,21 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from wmdd import console, distill, evaluation, methods, progress, rundir, student
+from wmdd import console, distill, evaluation, methods, progress, rundir, statistics, store, student
+from wmdd import teacher as teachers
 from wmdd.config import Config, External, load_config
 from wmdd.data import Dataset, load_dataset
 from wmdd.distributed import Ranks, ranks, within_memory
 from wmdd.errors import InputError
-from wmdd.files import digest, write_json
+from wmdd.files import digest, expect, write_json
 from wmdd.rundir import RunFolder
 from wmdd.signals import StopRequest, stop_on
-from wmdd.teacher import obtain
 from wmdd.validation import Validation
 
 T = TypeVar("T")
@@ -141,12 +141,14 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
         console.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
     validation = Validation(config, dataset, job)
     with within_memory(job.device, "lower teacher.batch_size"):
-        teacher = obtain(config, dataset, validation, job, stop)
+        teacher = teachers.obtain(config, dataset, validation, job, stop)
     for place, one in runs.items():
         if job.main:
             write_json(place.path / "teacher.json", teacher.facts)
         if "distill" in share.stages:
             distill.distill(distill.Job(one, dataset, teacher, job, place, stop), blocks)
+    if not {"distill", "students"} <= set(share.stages):
+        _expect_others(runs, todo, share, stop)
     if "students" in share.stages:
         for place, one in runs.items():
             tasks = [task for owner, task in todo if owner == place]
@@ -163,6 +165,19 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
         console.say(f"report: {folder.path / 'report.html'}")
 
 
+def _expect_others(
+    runs: Mapping[RunFolder, Config], students: list[tuple[RunFolder, student.Task]], share: Share, stop: StopRequest
+) -> None:
+    """Wait until this machine sees what other processes have finished for it, perhaps a moment ago and elsewhere."""
+    files: list[Path] = []
+    if "students" in share.stages:
+        blocks = [(place, block) for place, one in runs.items() for block in range(one.blocks)]
+        files += [file for place, block in blocks for file in (place.sidecar_file(block), place.block_file(block))]
+    elif "report" in share.stages:
+        files += [evaluation.record_file(place, task) for place, task in students]
+    expect(files, stop)
+
+
 def runs_of(config: Config, folder: RunFolder) -> dict[RunFolder, Config]:
     """Return the run and its baselines, each with its folder."""
     baselines = {
@@ -175,6 +190,14 @@ def students_of(config: Config, folder: RunFolder) -> list[tuple[RunFolder, stud
     """Return all students of a run and of its baselines, in an order that the config alone decides."""
     tasks = student.tasks(config.student, config.labels.regimes)
     return [(place, task) for place in runs_of(config, folder) for task in tasks]
+
+
+def entries_of(config: Config, dataset: Dataset) -> list[Path]:
+    """Return the entries of the store that a run reads, as far as they are known before it begins."""
+    folder, teacher = teachers.name_of_stored(config, dataset)
+    if teacher is None:
+        return [folder]  # statistics are named by the teacher's weights
+    return [folder, store.folder("statistics", statistics.key(config, dataset, teacher))]
 
 
 def _chosen(items: list[T], positions: Sequence[int] | None, kind: str) -> list[T]:

@@ -99,11 +99,11 @@ def summarise(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor
     return ClassStatistics(torch.cat(list(features)).float(), total.mean.float(), inside.float(), across.float())
 
 
-def key(config: Config, dataset: Dataset, teacher: "Teacher") -> str:
-    """Return the store's key for the statistics of a data set under a teacher."""
+def key(config: Config, dataset: Dataset, teacher: str) -> str:
+    """Return the store's key for the statistics of a data set under a teacher, named by its SHA-256."""
     synthesis = config.synthesis
     parts = {
-        "teacher": teacher.sha256,
+        "teacher": teacher,
         "data": dataset.fingerprint,
         "settings": config.fingerprint("statistics"),
         "augment": [config.seed, synthesis.crop_scale, synthesis.flip] if config.statistics.augment else None,
@@ -124,12 +124,15 @@ def measure(
     Every batch holds images of one class and its size is the config's, so that neither ranks nor blocks change a bit.
     ``advance`` is called with the number of images done.
     """
-    folder = store.folder("statistics", key(config, dataset, teacher))
+    folder = store.folder("statistics", key(config, dataset, teacher.sha256))
     paths = {index: folder / f"{index:05d}.safetensors" for index in classes}
     # What is damaged has no metadata, and is measured anew.  The rest is read when its turn comes: all of ImageNet's
     # would take gigabytes.
     known = {index: read_metadata(path).get("seconds") for index, path in paths.items()}
     missing = [index for index, seconds in known.items() if seconds is None]
+    if missing:
+        store.prepare(folder)
+    store.note_use(folder)
     fresh = _compute(config, dataset, teacher, ranks, missing, advance)
     for index in classes:
         seconds = known[index]

@@ -1,14 +1,20 @@
-"""The content-addressed store: teachers and statistics that runs, sweeps and protocols share.
+"""The content-addressed store: teachers, statistics and listings of data sets that runs, sweeps and protocols share.
 
-An entry is a folder ``KIND/KEY``; KEY is the digest of everything its content depends on, so an entry is never stale.
-It lies below ``WMDD_CACHE``, by default in the user's cache folder.
+An entry is a folder ``KIND/KEY``; KEY is the digest of everything its content depends on,
+so an entry is never stale. It lies below ``WMDD_CACHE``, by default in the user's cache folder.
+
+A finished entry is read without a lock and without write access. That it is in use is noted by its modification time.
+``pins/KIND-KEY`` is an empty file: a submission that waits in a queue will need that entry.
 """
 
 import os
 import shutil
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from wmdd.errors import InputError
 
@@ -17,13 +23,17 @@ KINDS = ("teachers", "statistics", "listings")
 
 @dataclass(frozen=True)
 class Entry:
-    """One folder of the store: its kind, key, size in bytes and the time it was last changed (seconds since 1970)."""
+    """One folder of the store."""
 
     kind: str
     key: str
     path: Path
     size: int
-    changed: float
+    """Bytes"""
+    used: float
+    """When it was last written, or its use last noted: seconds since 1970"""
+    pinned: bool
+    """Whether a queued submission names it"""
 
 
 def cache_root() -> Path:
@@ -35,33 +45,80 @@ def cache_root() -> Path:
 
 
 def folder(kind: str, key: str) -> Path:
-    """Return the folder of an entry, made if absent.
+    """Return the folder of an entry, which need not exist."""
+    return cache_root() / kind / key
+
+
+def prepare(path: Path) -> None:
+    """Make a folder of the store if it is absent: something is to be written there.
 
     Raises:
         InputError: the store cannot be written; the message names ``WMDD_CACHE`` as the remedy.
     """
-    path = cache_root() / kind / key
+    reason = None
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            reason = "cannot be written"
     except OSError as error:
-        raise InputError(f"{path}: cannot be made: {error.strerror}; set WMDD_CACHE to a folder of yours") from None
-    return path
+        reason = f"cannot be made: {error.strerror}"
+    if reason:
+        raise InputError(f"{path}: {reason}; set WMDD_CACHE to a folder of yours")
+
+
+def note_use(path: Path) -> None:
+    """Note that an entry is in use: at most once a day, and never in a store that cannot be written."""
+    with suppress(OSError):
+        if time.time() - path.stat().st_mtime > _DAY and os.access(path, os.W_OK):
+            os.utime(path)
+
+
+def pin(paths: Iterable[Path]) -> None:
+    """Keep ``prune`` away from entries, which need not exist yet, for 30 days; a store that cannot be written has none
+    pinned."""
+    for path in paths:
+        with suppress(OSError):
+            mark = _mark(path)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
 
 
 def entries() -> list[Entry]:
-    """List the store, oldest first."""
+    """List the store, the longest unused first."""
     found = []
     for kind in KINDS:
-        for path in sorted((cache_root() / kind).glob("*")):
-            files = [file.stat() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
-            changed = max((stat.st_mtime for stat in files), default=path.stat().st_mtime)
-            found.append(Entry(kind, path.stem, path, sum(stat.st_size for stat in files), changed))
-    return sorted(found, key=lambda entry: entry.changed)
+        for path in sorted((cache_root() / kind).glob("[!.]*")):
+            stats = []
+            for file in (path, *path.rglob("*")):
+                with suppress(FileNotFoundError):  # a temporary file of a process at work
+                    stats.append(file.stat())
+            size = sum(stat.st_size for stat in stats if S_ISREG(stat.st_mode))
+            used = max((stat.st_mtime for stat in stats), default=0.0)
+            found.append(Entry(kind, path.name, path, size, used, _is_pinned(_mark(path))))
+    return sorted(found, key=lambda entry: entry.used)
 
 
 def prune(older_than_days: float) -> list[Entry]:
-    """Delete the entries that were not changed for so many days; return them."""
-    old = [entry for entry in entries() if time.time() - entry.changed > older_than_days * 86400]
+    """Delete the entries that were not used for so many days and are not pinned; return them."""
+    old = [entry for entry in entries() if time.time() - entry.used > older_than_days * _DAY and not entry.pinned]
     for entry in old:
-        shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
+        shutil.rmtree(entry.path)
+    for mark in (cache_root() / "pins").glob("*"):
+        if not _is_pinned(mark):
+            mark.unlink(missing_ok=True)
     return old
+
+
+_DAY = 86400.0
+_PINNED_DAYS = 30
+
+
+def _mark(path: Path) -> Path:
+    return cache_root() / "pins" / f"{path.parent.name}-{path.name}"
+
+
+def _is_pinned(mark: Path) -> bool:
+    try:
+        return time.time() - mark.stat().st_mtime < _PINNED_DAYS * _DAY
+    except OSError:
+        return False

@@ -18,7 +18,7 @@ from wmdd.cost import Meter
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, Team, generator, seed_of
 from wmdd.errors import Interrupted, WmddError
-from wmdd.files import digest, locked, read_json, read_tensors, sha256, write_json, write_tensors
+from wmdd.files import digest, expect, locked, read_json, read_tensors, sha256, write_json, write_tensors
 from wmdd.networks import FrozenNetwork, Observation
 from wmdd.validation import Validation, decode_all
 
@@ -52,11 +52,19 @@ def obtain(config: Config, dataset: Dataset, validation: Validation, ranks: Rank
         Interrupted: a stop was requested; training goes on from its checkpoint next time.
     """
     folder, origin = _entry(config, dataset)
-    file, facts = folder / "teacher.safetensors", folder / "teacher.json"
-    with locked(folder / ".lock", stop) if ranks.main else nullcontext():
-        if ranks.agree(not _whole(file, facts)):
-            _make(config, dataset, validation, ranks, folder, origin, stop)
-        ranks.barrier()
+    if not ranks.agree(ranks.main and _whole(folder)):
+        if ranks.main:
+            store.prepare(folder)
+        with locked(folder / ".lock", stop) if ranks.main else nullcontext():
+            if ranks.main:
+                expect([folder / _FACTS], stop, seconds=0.1)
+            if ranks.agree(ranks.main and not _whole(folder)):  # another process may have been faster
+                _make(config, dataset, validation, ranks, folder, origin, stop)
+            ranks.barrier()
+    if ranks.main:
+        store.note_use(folder)
+    file, facts = folder / _FILE, folder / _FACTS
+    expect([file, facts], stop)
     known = read_json(facts)
     network = _create(config, known["all_outputs"])
     weights.restore(network, read_tensors(file))
@@ -66,8 +74,13 @@ def obtain(config: Config, dataset: Dataset, validation: Validation, ranks: Rank
 
 def is_stored(config: Config, dataset: Dataset) -> bool:
     """Return whether the store holds this teacher, so that nobody has to train or import it."""
+    return _whole(_entry(config, dataset)[0])
+
+
+def name_of_stored(config: Config, dataset: Dataset) -> tuple[Path, str | None]:
+    """Return the teacher's folder in the store, and the SHA-256 of its weights if it is there."""
     folder, _ = _entry(config, dataset)
-    return _whole(folder / "teacher.safetensors", folder / "teacher.json")
+    return folder, read_json(folder / _FACTS)["sha256"] if _whole(folder) else None
 
 
 def _entry(config: Config, dataset: Dataset) -> tuple[Path, Path | None]:
@@ -83,9 +96,12 @@ def _create(config: Config, classes: int) -> nn.Module:
     return networks.create(settings.network, classes, data.channels, data.resolution, settings.stem)
 
 
-def _whole(file: Path, facts: Path) -> bool:
+_FILE, _FACTS = "teacher.safetensors", "teacher.json"
+
+
+def _whole(folder: Path) -> bool:
     try:
-        return bool(read_json(facts)["sha256"] == sha256(file))
+        return bool(read_json(folder / _FACTS)["sha256"] == sha256(folder / _FILE))
     except (WmddError, OSError, KeyError, TypeError):
         return False
 
@@ -123,7 +139,7 @@ def _make(
     seconds = meter.read()["seconds"]
     state = network.state_dict()
     accuracy = validation(FrozenNetwork(network, outputs).to(ranks.device).predict)
-    file = folder / "teacher.safetensors"
+    file = folder / _FILE
     name = config.teacher.network
     facts: dict[str, Any] = {
         "sha256": write_tensors(file, state, {"classes": "\n".join(dataset.classes)} if origin is None else None),
@@ -136,7 +152,7 @@ def _make(
         "all_outputs": weights.output_count(state, file),
         "outputs": outputs,
     }
-    write_json(folder / "teacher.json", facts)  # last: it is what makes the entry count
+    write_json(folder / _FACTS, facts)  # last: it is what makes the entry count
     checkpoint.remove()
     say(f"teacher {name}: top-1 {accuracy['top1']:.1%} ({validation.on}), SHA-256 {facts['sha256'][:12]}")
 
