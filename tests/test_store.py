@@ -135,6 +135,7 @@ def test_of_many_processes_one_decodes_to_find_what_cannot_be_read(own: Path, tm
         for number in range(3):
             Image.new("RGB", (9, 9)).save(tmp_path / "data" / split / "ant" / f"{number}.png")
     config = Data(source="folder", root=str(tmp_path / "data"), on_error="skip", resolution=8)
+    age((tmp_path / "data").rglob("*"), days=1)  # the listing of a folder that has just been changed is made again
     together, decode, decoded = fork.Barrier(4), data._decode_all, fork.SimpleQueue()
 
     def counted(*arguments: object) -> dict[str, str]:
