@@ -21,6 +21,7 @@ from wmdd import cli, records
 from wmdd.barycenter import barycenters, starts
 from wmdd.config import Barycenter, Compute
 from wmdd.console import progress, results
+from wmdd.cpus import processes
 from wmdd.errors import InputError
 from wmdd.records import Speed
 
@@ -183,7 +184,7 @@ def main(
                 "starts": 1,
             }
             setup |= {"weights": "uniform", "spectrum": spectrum, "seed": seed, "threads": 1}
-            setup |= {"workers": workers if engine == "wmdd" else 1}
+            setup |= {"workers": processes(workers) if engine == "wmdd" else 1}
             speed = Speed(
                 kind="throughput",
                 stage="barycenters",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from wmdd.cli import ConfigArgument, SetOption
+from wmdd.signals import STOPS, stop_on
 
 app = typer.Typer(
     help="Compare methods under one protocol, and measure speeds.", no_args_is_help=True, rich_markup_mode=None
@@ -23,6 +24,7 @@ def bench() -> None:
     "wmdd bench protocol tiny-imagenet tiny-imagenet-ablation --minutes 9   |   "
     "wmdd bench protocol tiny-10 --set data.root=/data/tiny-imagenet-200 --slurm a100"
 )
+@stop_on(*STOPS)  # before torch is imported, which takes seconds
 def protocol(
     files: Annotated[
         list[str],
@@ -35,7 +37,7 @@ def protocol(
         Path | None,
         typer.Option(help="Folder of the runs; with several, of one folder for each. runs/NAME by default."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at a time here, each on its own GPU.")] = 1,
     minutes: Annotated[
         float | None,
         typer.Option(min=0, help="Stop after so many minutes as SIGTERM does; the same command goes on."),
@@ -132,6 +134,7 @@ def groups(
     epilog="Examples:  wmdd bench evaluate sre2l_in1k_rn18_4k_ipc50 --config imagenet-1k   |   "
     "wmdd bench evaluate theirs --config digits --set student.epochs=50 --baselines random"
 )
+@stop_on(*STOPS)
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Distilled images, one sub-folder a class.")],
     config: Annotated[

@@ -11,6 +11,7 @@ from bench import reference_student
 from bench.timing import Stopwatch, flops
 from bench.workloads import OWN, Bench, Checks, Workload
 from wmdd import labels, networks, student
+from wmdd.cpus import processes
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Team, seed_of
 from wmdd.errors import InputError
@@ -81,7 +82,7 @@ def students_of(bench: Bench, with_reference: bool) -> Workload:
     def plainly(steps: int, watch: Stopwatch) -> None:
         network = fresh().to(memory_format=torch.contiguous_format)
         pictures = reference_student.Pictures(images, owners, recipe)
-        workers = config.compute.workers
+        workers = processes(config.compute.workers)
         reference_student.train(network, bench.classifier, pictures, recipe, workers, job.device, steps, watch)
 
     def check() -> Checks:

@@ -11,6 +11,7 @@ from bench.stage_synthesis import synthesis_of
 from bench.timing import Run, Stopwatch, flops, fresh_store
 from bench.workloads import OWN, Bench, Checks, Workload, difference
 from wmdd import barycenter, distill, statistics
+from wmdd.cpus import processes
 from wmdd.data import Dataset
 from wmdd.errors import InputError
 
@@ -55,7 +56,7 @@ def statistics_of(bench: Bench, with_reference: bool) -> Workload:
             found = []
             for index in sorted(set(dataset.train.labels.tolist())):
                 files = reference_statistics.Files(dataset.train.read, dataset.train.of_class(index), transform)
-                workers = config.compute.workers
+                workers = processes(config.compute.workers)
                 found.append(reference_statistics.class_statistics(probe, files, size, workers, job.device, advance))
             return found
 
@@ -85,7 +86,7 @@ def statistics_of(bench: Bench, with_reference: bool) -> Workload:
         warm=0,
         device=job.device,
         check=check,
-        setup={"batch": size, "workers": config.compute.workers},
+        setup={"batch": size, "workers": processes(config.compute.workers)},
         network=config.teacher.network,
         step_flops=model_flops,
     )

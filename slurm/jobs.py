@@ -18,7 +18,7 @@ from wmdd.console import say
 from wmdd.errors import EXIT_RESUMABLE, Interrupted, WmddError
 from wmdd.placement import Placement, placement_of
 from wmdd.rundir import RunFolder
-from wmdd.signals import StopRequest, stop_on
+from wmdd.signals import stop_on
 
 if TYPE_CHECKING:
     from slurm.profile import Stage
@@ -81,7 +81,7 @@ class Task:
             WmddError: it failed, or came back too often.
         """
         # submitit's handlers would requeue at once, in mid-step; ours only set a flag, from here to the end.
-        with stop_on(signal.SIGTERM, signal.SIGUSR2) as stop:
+        with stop_on(signal.SIGTERM, signal.SIGUSR2):
             if (here := versions()) != self.versions:
                 wanted, found = " ".join(self.versions), " ".join(here)
                 raise WmddError(f"submitted by Python and wmdd {wanted}, started by {found} ({sys.executable})")
@@ -92,16 +92,16 @@ class Task:
             outcome = "failed"
             try:
                 # Of several ranks one decides, in the run: they may see the folder at different times.
-                outcome = "done" if place.size == 1 and self.is_whole() else self._outcome(stop, main)
+                outcome = "done" if place.size == 1 and self.is_whole() else self._outcome(main)
             finally:
                 if attempt:
                     attempt.end(outcome)
             if outcome != "done" and main:
                 sys.exit(EXIT_RESUMABLE)
 
-    def _outcome(self, stop: StopRequest, main: bool) -> str:
+    def _outcome(self, main: bool) -> str:
         try:
-            self._work(stop)
+            self._work()
             return "done"
         except Interrupted as reason:
             # Only one rank may requeue, and it takes the others with it.
@@ -116,12 +116,10 @@ class Task:
         runs = [RunFolder(place) for place in places]
         return all(run.sidecar(block) and not run.damaged(block) for run in runs for block in self.items)
 
-    def _work(self, stop: StopRequest) -> None:
+    def _work(self) -> None:
         from wmdd import pipeline
         from wmdd.config import Config
 
-        if stop():  # while torch was imported
-            raise Interrupted("stopped before it began")
         blocks = self.items if self.stage == "distill" else None
         students = self.items if self.stage == "students" else None
         # A rank that was given a GPU and sees none must fail: on the CPU it would hold the GPU until its time limit.

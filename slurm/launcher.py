@@ -10,8 +10,9 @@ from slurm.profile import STAGES, load_profile
 from wmdd import store
 from wmdd.config import Config
 from wmdd.console import progress, say
-from wmdd.errors import InputError, WmddError
+from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.launchers import Launcher, last_words
+from wmdd.signals import requested
 
 _LOOK = 2.0
 """Seconds between two looks at the queue."""
@@ -37,6 +38,8 @@ class Slurm(Launcher):
         submitted = jobs = 0
         with progress(f"submitting {title}", len(runs), "runs") as advance:
             for config, folder in runs:
+                if requested():
+                    raise Interrupted(f"{submitted} runs are submitted; the same command submits the others")
                 request = submit.prepare(config, folder, self._profile, stages=stages)
                 if request.arrays:
                     jobs += len(submit.submit(request))

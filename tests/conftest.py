@@ -1,13 +1,18 @@
 """Shared by all tests: a store of their own, a small trained teacher, a run of seconds."""
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 
 from wmdd import networks
 from wmdd.config import Config, load_config
+
+T = TypeVar("T")
 
 TINY = [
     "ipc=2",
@@ -108,3 +113,29 @@ def blocks_of(run: Path) -> dict[str, bytes]:
 
     found = DistilledSet.load(run)
     return {name: found.images[found.labels == index].numpy().tobytes() for index, name in enumerate(found.classes)}
+
+
+def members(session: int) -> list[int]:
+    """Return the living processes of a session, such as those of a program begun with ``start_new_session``."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, own = place.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        if int(own) == session and state != "Z":
+            found.append(int(place.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], T], seconds: float = 120) -> T:
+    """Return the first true value of a condition.
+
+    Raises:
+        AssertionError: it was false for so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found

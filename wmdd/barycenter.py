@@ -30,6 +30,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from wmdd.balanced import PIVOTS, REACH, descend, optimal
 from wmdd.config import Barycenter
+from wmdd.cpus import processes
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.signals import leave_to_the_run
 
@@ -117,7 +118,7 @@ def solvers(workers: int, stop: Callable[[], bool] = lambda: False) -> Iterator[
 
     # Forked, as DataLoader's workers are: they start at once.  Nothing but numpy is used in them, neither torch's
     # threads nor a GPU, so that they may be forked after both have been in use.
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _begin)
+    pool = ProcessPoolExecutor(processes(workers), get_context("fork"), _begin)
 
     def submit(features: torch.Tensor, count: int, settings: Barycenter, seed: int) -> Pending:
         solved = pool.submit(_checked, features.detach().numpy(), count, settings, seed)

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from wmdd.errors import InputError, WmddError, tell
+from wmdd.signals import STOPS, stop_on
 
 
 class _Commands(TyperGroup):
@@ -63,6 +64,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a ru
     epilog="Examples:  wmdd run digits   |   wmdd run digits+paper --set ipc=1 --out runs/paper-1   |   "
     "torchrun --nproc-per-node 4 -m wmdd run imagenet-1k"
 )
+@stop_on(*STOPS)  # before torch is imported, which takes seconds
 def run(
     config: ConfigArgument,
     override: SetOption = None,

@@ -72,7 +72,8 @@ class Compute(Section, decides=Decides("arithmetic")):
     threads: Positive = 1
     """CPU threads of each rank; fixed here because launchers would otherwise choose."""
     workers: Annotated[Count, Decides("nothing")] = 2
-    """Processes that decode images, and as many that compute barycenters; 0 does both in the main process."""
+    """Number of processes that decode images, and of those that compute barycenters; 0 does both in the main process.
+    At most one of each starts for every CPU that a rank may use."""
     precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
     """``fp32``: IEEE single precision on every device. ``tf32``: convolutions and matrix products of NVIDIA GPUs from
     Ampere on, with 10 bits of mantissa. ``bf16``: the networks run under autocast; moments, losses and images stay

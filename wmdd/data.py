@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from wmdd import lister, signals
+from wmdd import cpus, lister, signals
 from wmdd.config import DECIDES, Data
 from wmdd.console import progress
 from wmdd.distributed import Ranks
@@ -566,7 +566,7 @@ def _loaded(function: Callable[[Batch], Result], batches: Sequence[Batch], worke
         _Guarded(function),
         batch_size=None,
         sampler=batches,
-        num_workers=min(workers, len(batches)),
+        num_workers=min(cpus.processes(workers), len(batches)),
         collate_fn=_unchanged,
         generator=torch.Generator(),  # else it would draw its seed from the global one
         worker_init_fn=_outlast_signals,

@@ -4,25 +4,30 @@ A launcher registers a function ``target -> Launcher`` in the entry-point group 
 name of a profile.
 """
 
-import multiprocessing
 import os
-import queue
 import signal
 import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points
+from multiprocessing.connection import Pipe, wait
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
 
-from wmdd import console, pipeline
+import torch
+
+from wmdd import console, worker
 from wmdd.config import Config
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
-from wmdd.signals import StopRequest, stop_after, stop_on
+from wmdd.signals import STOPS, StopRequest, stop_after, stop_on
 
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_LOOK_SECONDS = 0.2
+"""Seconds between two looks at a stop request and at the processes at work."""
+_TORCHRUN_SECONDS = 45.0
+"""Seconds that torchrun has to end; it kills ranks that take more than 30."""
 
 
 class Launcher(ABC):
@@ -49,6 +54,7 @@ class Launcher(ABC):
 
         Raises:
             WmddError: it failed; the message has its last words.
+            Interrupted: a stop was requested; every rank has ended.
         """
 
 
@@ -56,9 +62,9 @@ class Local(Launcher):
     """This machine.
 
     Args:
-        jobs: runs at a time; each has ``compute.threads`` threads.
-        deadline: from when on, by ``time.monotonic``, no run is begun and those at work are asked to stop, as SIGTERM
-            asks them; None: never.
+        jobs: number of runs at a time; each has ``compute.threads`` threads, and a GPU of its own where there are as
+            many.
+        deadline: time, by ``time.monotonic``, at which the runs are asked to stop as by SIGTERM; None: never.
     """
 
     def __init__(self, jobs: int = 1, deadline: float | None = None) -> None:
@@ -68,17 +74,18 @@ class Local(Launcher):
     def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
         """Do the runs in order, ``jobs`` at a time; the first that fails stops the others at their next safe point.
 
-        What is stopped goes on where it was: a group at its iteration, a teacher or student at its epoch.
+        What is stopped resumes where it was: a group at its iteration, a teacher or student at its epoch.  What has not
+        stopped ``worker.GRACE_SECONDS`` later is killed.
         """
         seconds = None if self._deadline is None else self._deadline - time.monotonic()
         left = len(runs)
         with (
             console.progress(title, left, "runs") as advance,
-            stop_on(*_STOPS) as stop,
-            stop_after(seconds),
+            stop_on(*STOPS) as stop,
+            stop_after(seconds, stop),
         ):
             try:
-                for _ in _one_by_one(runs, stop) if self._jobs == 1 else _share(runs, self._jobs, stop):
+                for _ in _one_by_one(runs) if self._jobs == 1 else _share(runs, self._jobs, stop):
                     left -= 1
                     advance(1)
             except Interrupted as reason:
@@ -90,11 +97,30 @@ class Local(Launcher):
         """Start the ranks under torchrun."""
         # The ranks of this very process, if it is one of several, would confuse torchrun.
         clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*torchrun, "-m", module, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=clean, check=False)  # noqa: S603
-        if done.returncode:
-            raise WmddError(f"a job of {ranks} ranks failed: {last_words(done.stderr)}")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*launcher, "-m", module, *arguments]
+        with stop_on(*STOPS) as stop, TemporaryFile("w+") as said:
+            torchrun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=clean)  # noqa: S603
+            try:
+                while not stop() and torchrun.poll() is None:
+                    time.sleep(_LOOK_SECONDS)
+            finally:
+                _terminate(torchrun)
+            if torchrun.returncode and stop():
+                raise Interrupted(f"stopped during a job of {ranks} ranks")
+            if torchrun.returncode:
+                said.seek(0)
+                raise WmddError(f"a job of {ranks} ranks failed: {last_words(said.read())}")
+
+
+def _terminate(torchrun: "subprocess.Popen[bytes]") -> None:
+    """End a job with its ranks, which torchrun does when it is terminated, and could not do once it is killed."""
+    torchrun.terminate()
+    try:
+        torchrun.wait(_TORCHRUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        torchrun.kill()
+        torchrun.wait()
 
 
 def last_words(said: str) -> str:
@@ -103,62 +129,125 @@ def last_words(said: str) -> str:
     return next((line for line in lines if line.startswith("wmdd: ")), lines[-1]).removeprefix("wmdd: ").strip()
 
 
-def _one_by_one(runs: Iterable[tuple[Config, Path]], stop: StopRequest) -> Iterator[None]:
+def _one_by_one(runs: Iterable[tuple[Config, Path]]) -> Iterator[None]:
     """Do runs in this process; yields after each."""
     for config, folder in runs:
-        if stop():
-            raise Interrupted("stopped between two runs")
-        _run(config, folder)
+        worker.do(config, folder)
         yield
 
 
 def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest) -> Iterator[None]:
-    """Do runs in so many processes; yields after each."""
-    # Each process imports torch anew: a forked one may hang in its thread pools.
-    fresh = multiprocessing.get_context("spawn")
-    todo, done = fresh.Queue(), fresh.Queue()
-    todo.cancel_join_thread()  # else what nobody takes any more would keep this process from ending
-    for run in runs:
-        todo.put(run)
-    workers = [fresh.Process(target=_work, args=(todo, done)) for _ in range(min(jobs, len(runs)))]
-    for worker in workers:
-        todo.put(None)
-        worker.start()
-    finished = 0
+    """Do runs in several processes; yields after each."""
+    todo = iter(runs)
+    named = any(config.compute.device.startswith("cuda:") for config, _ in runs)
+    gpus = 0 if named else torch.cuda.device_count()  # this makes no CUDA context
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    workers = [Worker(gpu_of(visible, gpus, index)) for index in range(min(jobs, len(runs)))]
+    busy = list(workers)
     try:
-        while finished < len(runs):
+        for one in workers:
+            one.give(next(todo))
+        while busy:
             if stop():
                 raise Interrupted("stopped while processes were at work")
-            try:
-                failure = done.get(timeout=0.2)
-            except queue.Empty:
-                if any(worker.exitcode for worker in workers) and not stop():
-                    raise WmddError(
-                        "a process that did runs was killed; memory may be short: try fewer --jobs"
-                    ) from None
-                continue
-            if failure:
-                raise failure
-            finished += 1
-            yield
+            ready = wait([one.pipe for one in busy], timeout=_LOOK_SECONDS)
+            for one in list(busy):
+                if one.pipe in ready:
+                    one.take()
+                    following = next(todo, None)
+                    one.give(following)
+                    if following is None:
+                        busy.remove(one)
+                    yield
+                elif one.process.poll() is not None:
+                    raise one.obituary()
     finally:
-        # Its run checkpoints and leaves.  It may have got the signal that came here, and a second of a kind kills.
-        number = signal.SIGTERM if stop.signal == signal.SIGUSR2 else signal.SIGUSR2
-        for worker in workers:
-            if worker.pid and worker.is_alive():
-                os.kill(worker.pid, number)
-        for worker in workers:
-            worker.join()
+        _end(workers)
 
 
-def _work(todo: Any, done: Any) -> None:
-    console.quiet = True
-    with stop_on(*_STOPS) as stop:
+class Worker:
+    """A process that does runs for this one.
+
+    Args:
+        gpu: the only GPU that it sees, as CUDA_VISIBLE_DEVICES names it; None: those that this process sees.
+    """
+
+    def __init__(self, gpu: str | None = None) -> None:
+        self.pipe, theirs = Pipe()
+        pinned = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        # The worker inherits what is blocked here: a stop signal waits until the worker can heed it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
-            for _ in _one_by_one(iter(todo.get, None), stop):
-                done.put(None)
-        except WmddError as error:
-            done.put(error)
+            self.process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", worker.__name__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=os.environ | pinned,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+
+    def give(self, run: tuple[Config, Path] | None) -> None:
+        """Send a run; None: no other comes, and the one at work is to stop."""
+        with suppress(OSError):  # it is dead, as the next look will find
+            self.pipe.send(run)
+
+    def take(self) -> None:
+        """Take the answer to a run; it is short, so it arrives whole or not at all.
+
+        Raises:
+            WmddError: the run failed, or the process died.
+        """
+        try:
+            failure = self.pipe.recv()
+        except (EOFError, OSError):
+            raise self.obituary() from None
+        if failure:
+            raise worker.unpacked(failure)
+
+    def obituary(self) -> WmddError:
+        """Return why a process that has ended did so in the middle of a run."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_LOOK_SECONDS)
+        code = self.process.returncode or -signal.SIGKILL
+        if -code in STOPS:
+            return Interrupted("a process that did runs was stopped")
+        if code > 0:
+            return WmddError(f"a process that did runs failed with exit code {code}; its message is above")
+        return WmddError("a process that did runs was killed; memory may be short: try fewer --jobs")
+
+
+def _end(workers: Sequence[Worker]) -> None:
+    """Let the processes checkpoint and end, and kill those that do not in time."""
+    for one in workers:
+        one.give(None)
+    deadline = time.monotonic() + worker.GRACE_SECONDS
+    late = 0
+    for one in workers:
+        try:
+            one.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            late += 1
+            one.process.kill()
+        one.pipe.close()
+    if late:
+        console.say(
+            f"{late} of {len(workers)} processes did not stop within {worker.GRACE_SECONDS:.0f} s and were killed;"
+            " they resume from their last checkpoints"
+        )
+
+
+def gpu_of(visible: str | None, count: int, index: int) -> str | None:
+    """Return the GPU of a process among several that do runs, as CUDA_VISIBLE_DEVICES names it; None: no choice.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES of the parent; None: unset.
+        count: number of GPUs that the parent sees.
+        index: position of the process.
+    """
+    names = list(map(str, range(count))) if visible is None else visible.split(",")[:count]
+    return names[index % len(names)].strip() if names else None
 
 
 def find(name: str, target: str) -> Launcher:
@@ -172,8 +261,3 @@ def find(name: str, target: str) -> Launcher:
         raise InputError(f"no launcher {name!r} is installed; {nearest(name, sorted(known))}")
     launcher: Launcher = known[name].load()(target)
     return launcher
-
-
-def _run(config: Config, folder: Path) -> None:
-    # Whoever launched several runs reports them together.
-    pipeline.run(config, folder, share=pipeline.Share(("teacher", "distill", "students")))

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -14,10 +13,10 @@ from wmdd import teacher as teachers
 from wmdd.config import Config, External, load_config
 from wmdd.data import Dataset, load_dataset
 from wmdd.distributed import Ranks, ranks, within_memory
-from wmdd.errors import InputError
+from wmdd.errors import InputError, Interrupted
 from wmdd.files import digest, expect, write_json
 from wmdd.rundir import RunFolder
-from wmdd.signals import StopRequest, stop_on
+from wmdd.signals import STOPS, StopRequest, stop_on
 from wmdd.validation import Validation
 
 T = TypeVar("T")
@@ -89,10 +88,12 @@ def run(
     device = share.device or config.compute.device
     with (
         _environment_kept(),
-        stop_on(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) as stop,
+        stop_on(*STOPS) as stop,
         ranks(config.compute.model_copy(update={"device": device}), stop) as job,
         console.quietly(not job.main),
     ):
+        if stop():  # while torch was imported, or between two runs
+            raise Interrupted("stopped before it began")
         _check_same(config, folder, share, job)
         with progress.reported(folder, share.name) if job.main else nullcontext():
             _run(config, folder, job, stop, share, refresh)

@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib import resources
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, members, wait_until
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -68,15 +67,6 @@ def measured(out: Path) -> dict[tuple[object, ...], object]:
         (r.run, r.ipc, r.regime, r.distillation_seed, r.student_seed): (r.metrics, r.artefact)
         for r in read_records(out)[0]
     }
-
-
-def alive(group: int) -> bool:
-    """Return whether a process group has members."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -209,20 +199,26 @@ def test_the_plan_lists_every_cell(tmp_path: Path) -> None:
 def test_a_stop_reaches_every_process_and_the_same_protocol_goes_on(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "go.py").write_text(SCRIPT)
-    # So many runs do not fit the pipe to the processes at once: those left over must not keep the first one waiting.
-    longer = json.dumps(BASE | {"overrides": [*TINY, "student.epochs=2000"], "distillation_seeds": 30})
-    command = [sys.executable, str(tmp_path / "go.py"), longer, str(out)]
-    process = subprocess.Popen(command, start_new_session=True, env=os.environ)
-    deadline = time.monotonic() + 120
-    while not list(out.rglob("manifest.json")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGTERM)  # to all at once, as schedulers and terminals do
-    assert process.wait(timeout=120) == 75
-    assert any(out.rglob("*checkpoint*")), "what was at work did not checkpoint"
-    deadline = time.monotonic() + 30
-    while alive(process.pid):
-        assert time.monotonic() < deadline, "processes are left"
-        time.sleep(0.1)
+    longer = ["student.epochs=100000", "compute.checkpoint_seconds=0"]
+    command = [sys.executable, str(tmp_path / "go.py"), json.dumps(BASE | {"overrides": [*TINY, *longer]}), str(out)]
+
+    def checkpoints() -> set[tuple[Path, int]]:
+        return {(path, path.stat().st_mtime_ns) for path in out.rglob("student-*.checkpoint.safetensors")}
+
+    # To all processes, as schedulers and terminals do; and more than once, as several of them do.
+    for number, times in ((signal.SIGTERM, 3), (signal.SIGINT, 1)):
+        before = checkpoints()
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            wait_until(lambda known=before: len(checkpoints() - known) == 2)
+            for _ in range(times):
+                os.killpg(process.pid, number)
+            assert process.wait(timeout=60) == 75
+            wait_until(lambda group=process.pid: not members(group))
+        finally:
+            for pid in members(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
     do(table(out))
     assert measured(out) == measured(finished)
 
