@@ -49,6 +49,7 @@ def protocol(
     plan: Annotated[bool, typer.Option("--plan", help="Only list what is done and what is left.")] = False,
 ) -> None:
     """Run what is missing of protocols, and report them together: paired by seed, with intervals."""
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes  # imports count
     from bench import outlook
     from bench import protocol as protocols
     from wmdd import launchers, reporting
@@ -56,7 +57,6 @@ def protocol(
     from wmdd.errors import InputError
     from wmdd.reporting import page
 
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     if slurm and minutes is not None:
         raise InputError("--minutes is for this machine; the times of jobs are set in the profile of --slurm")
     chosen = [protocols.load_protocol(file) for file in files]

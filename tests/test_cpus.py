@@ -43,6 +43,7 @@ def test_none_is_started_unasked_and_one_for_each_cpu_at_most(one_cpu: None) -> 
     assert [cpus.processes(wanted) for wanted in (0, 1, 16)] == [0, 1, 1]
 
 
+@pytest.mark.slow
 def test_presets_for_large_machines_decode_on_one_cpu_without_a_warning_and_in_the_same_order() -> None:
     code = """
 import os, multiprocessing

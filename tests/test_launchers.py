@@ -64,6 +64,7 @@ def launched(out: Path, grace: float = 20) -> Iterator[tuple["subprocess.Popen[s
         parent.communicate()
 
 
+@pytest.mark.slow
 def test_a_stop_to_the_parent_alone_checkpoints_every_run(tmp_path: Path) -> None:
     with launched(tmp_path) as (parent, _):
         parent.terminate()
@@ -73,6 +74,7 @@ def test_a_stop_to_the_parent_alone_checkpoints_every_run(tmp_path: Path) -> Non
     assert sum("student checkpointed" in said for said in last_words(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_stop_is_killed_and_the_parent_says_so(tmp_path: Path) -> None:
     with launched(tmp_path, grace=3) as (parent, workers):
         os.kill(workers[0], signal.SIGSTOP)
@@ -82,6 +84,7 @@ def test_a_process_that_does_not_stop_is_killed_and_the_parent_says_so(tmp_path:
         wait_until(lambda: not members(parent.pid), seconds=30)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_reported_and_the_other_is_stopped(tmp_path: Path) -> None:
     with launched(tmp_path) as (parent, workers):
         os.kill(workers[1], signal.SIGKILL)
@@ -90,6 +93,7 @@ def test_a_killed_process_is_reported_and_the_other_is_stopped(tmp_path: Path) -
         wait_until(lambda: not members(parent.pid), seconds=30)
 
 
+@pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     with launched(tmp_path) as (parent, _):
         parent.kill()
@@ -106,6 +110,7 @@ def worker() -> Iterator[Worker]:
     one.pipe.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_a_process_that_still_starts_is_a_stop(
     worker: Worker, tiny: Config, tmp_path: Path, number: int
@@ -118,6 +123,7 @@ def test_a_signal_to_a_process_that_still_starts_is_a_stop(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_no_signal_kills_a_process_that_has_done_its_runs(worker: Worker, tmp_path: Path) -> None:
     worker.give((load_config("digits", [*TINY, "ipc=1000"]), tmp_path / "run"))
     assert worker.pipe.recv()
@@ -128,6 +134,7 @@ def test_no_signal_kills_a_process_that_has_done_its_runs(worker: Worker, tmp_pa
     assert worker.process.returncode == 0
 
 
+@pytest.mark.slow
 def test_an_error_of_a_run_is_the_parents_error(worker: Worker, tmp_path: Path) -> None:
     worker.give((load_config("digits", [*TINY, "ipc=1000"]), tmp_path / "run"))
     with pytest.raises(WmddError, match="ipc = 1000: class") as caught:
@@ -141,6 +148,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "number"), [("run", signal.SIGTERM), ("run", signal.SIGUSR2), ("protocol", signal.SIGINT)]
 )
@@ -211,6 +219,7 @@ def test_processes_take_gpus_in_turn(visible: str | None, count: int, given: lis
     assert [gpu_of(visible, count, index) for index in range(3)] == given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "given"), [("cpu", ["5", "7"]), ("cuda:1", ["5,7", "5,7"])])
 def test_each_process_sees_its_own_gpu_unless_the_config_names_one(
     device: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +242,7 @@ def test_each_process_sees_its_own_gpu_unless_the_config_names_one(
     assert found == given
 
 
+@pytest.mark.slow
 def test_a_stop_ends_a_job_and_its_ranks() -> None:
     code = """
 from pathlib import Path
