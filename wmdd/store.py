@@ -1,7 +1,8 @@
 """The content-addressed store: teachers, statistics and listings of data sets that runs, sweeps and protocols share.
 
-An entry is a folder ``KIND/KEY``; KEY is the digest of everything its content depends on,
-so an entry is never stale. It lies below ``WMDD_CACHE``, by default in the user's cache folder.
+An entry is a folder ``KIND/KEY``; KEY is the digest of everything its content depends on, so an entry is never stale.
+(The key of a listing is a place: it is compared with the folders there.)  The store lies below ``WMDD_CACHE``, by
+default in the user's cache folder.
 
 A finished entry is read without a lock and without write access. That it is in use is noted by its modification time.
 ``pins/KIND-KEY`` is an empty file: a submission that waits in a queue will need that entry.
