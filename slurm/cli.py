@@ -62,12 +62,12 @@ def submit(
     if dry_run:
         typer.echo(present.dry_run(request))
         return
-    if not request.arrays:
-        typer.echo(
-            f"{request.folder.path}: nothing is missing" + (", or it is in the queue" if request.waiting else "")
-        )
-        return
-    typer.echo(present.submitted(request, submission.submit(request)))
+    launched = submission.submit(request) if request.arrays else []
+    if launched:
+        typer.echo(present.submitted(request, launched))
+    else:
+        queued = ", or it is in the queue" if request.arrays or request.waiting else ""
+        typer.echo(f"{request.folder.path}: nothing is missing{queued}")
 
 
 @app.command()

@@ -4,6 +4,7 @@ Only ``submit`` writes them, one each time.  They say which task does which item
 done, so that ``status`` needs no torch, opens no file per task, and works where the cluster keeps no accounts.
 """
 
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterable
@@ -62,13 +63,23 @@ class Marks:
 
 
 def write(run: Path, profile: str, launched: Iterable[Launched]) -> Path:
-    """Write down a submission."""
-    number = len(_files(run)) + 1
-    path = run / "slurm" / f"submission-{number:04d}.json"
+    """Write down a submission, in a file that no other one has."""
     jobs = [asdict(one) for one in launched]
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(path, {"version": VERSION, "time": now, "profile": profile, "jobs": jobs})
-    return path
+    content = {"version": VERSION, "time": now, "profile": profile, "jobs": jobs}
+    for number in itertools.count(len(_files(run)) + 1):
+        path = run / "slurm" / f"submission-{number:04d}.json"
+        try:
+            write_json(path, content, new=True)
+        except FileExistsError:  # another command has just submitted, and there are no locks
+            continue
+        return path
+    raise AssertionError
+
+
+def exists(run: Path) -> bool:
+    """Return whether anything was submitted for a run."""
+    return bool(_files(run))
 
 
 def read(run: Path) -> list[Launched]:

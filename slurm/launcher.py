@@ -59,6 +59,7 @@ class Slurm(Launcher):
                 f"{ranks} ranks do not fill nodes of {per_node}; take a multiple, or change ranks_per_node"
             )
         wanted = wanted.model_copy(update={"nodes": ranks // per_node, "ranks_per_node": per_node})
+        submit.private(folder / "job")
         executor = submitit.SlurmExecutor(folder / "job", max_num_timeout=1, python=submit.python(wanted))
         executor.update_parameters(**submit.parameters(f"wmdd-{ranks}-ranks", wanted, {"no-requeue": True}))
         environment = {"WMDD_CACHE": str(store.cache_root().absolute())}

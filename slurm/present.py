@@ -33,7 +33,10 @@ def dry_run(request: Request) -> str:
 
 def submitted(request: Request, launched: Sequence[Launched]) -> str:
     """Return what was handed in, and what to do next."""
-    lines = [f"{_line(array)}: job {one.job}" for array, one in zip(request.arrays, launched, strict=True)]
+    lines = []
+    for one in launched:
+        tasks = tuple(tuple(item.index for item in task) for task in one.tasks)
+        lines.append(f"{_line(Array(one.stage, tasks, request.profile.stages[one.stage]))}: job {one.job}")
     return "\n".join([*lines, f"wmdd slurm status {request.folder.path}"])
 
 

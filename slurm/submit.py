@@ -3,9 +3,10 @@
 import contextlib
 import os
 import shlex
+import stat
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,11 @@ class Request:
     dataset: Dataset
     profile: Profile
     speed: Speed
-    arrays: list[Array]
-    waiting: dict[Stage, set[str]]
+    minutes: float
+    """Target length of a task"""
+    stages: tuple[Stage, ...]
+    arrays: list[Array] = field(default_factory=list)
+    waiting: dict[Stage, set[str]] = field(default_factory=dict)
     """Jobs of earlier submissions that are still in the queue"""
 
 
@@ -88,35 +92,54 @@ def prepare(
     config = config.model_copy(update={"blocks": blocks})
     rundir.plan(config, classes)  # refuses more blocks than groups
     pipeline.check(config, dataset)
+    return _planned(Request(config, folder, dataset, profile, speed, minutes, tuple(stages)), waiting, queued)
+
+
+def _planned(request: Request, waiting: dict[Stage, set[str]], queued: dict[Stage, set[int]]) -> Request:
+    """Return a request for what is missing and is not in the queue."""
+    config, folder = request.config, request.folder
     if waiting and read_json(folder.path / "config.json")["config"] != config.model_dump(mode="json"):
         raise InputError(
             f"{folder.path}: tasks with another config are in the queue; use another --out, or cancel them"
         )
     limit = scheduler.largest_array()
-    arrays = plan.arrays(config, folder, dataset, profile, speed, minutes, limit, stages, queued)
-    return Request(config, folder, dataset, profile, speed, arrays, waiting)
+    arrays = plan.arrays(
+        config, folder, request.dataset, request.profile, request.speed, request.minutes, limit, request.stages, queued
+    )
+    return replace(request, arrays=arrays, waiting=waiting)
 
 
 def submit(request: Request) -> list[Launched]:
     """Hand the graph to SLURM; all of it or nothing.
 
     Every job is submitted held, since its pickles are put in place after sbatch has answered, and the graph is released
-    once it is complete and written down.
+    once it is complete and written down.  Of several commands that submit one run one works at a time, and what another
+    one has submitted meanwhile is left out.
 
     Raises:
-        InputError: SLURM is missing or refuses a job; nothing is left in the queue.
+        InputError: SLURM is missing or refuses a job, or others can write to the folder of the pickles; nothing is left
+            in the queue.
     """
     scheduler.require("sbatch", "srun", "squeue", "scontrol", "scancel")
+    runs = pipeline.runs_of(request.config, request.folder)
+    for place, one in runs.items():
+        place.check(one, request.dataset.fingerprint)
     for array in request.arrays:
         _rehearse(request, array)
-    for place, one in pipeline.runs_of(request.config, request.folder).items():
-        place.bind(one, request.dataset.fingerprint)
-        if any(array.stage == "students" for array in request.arrays):
-            # Each task looks at the records of its own students alone: here go those of students that nobody trains.
-            images = len(request.dataset.classes) * one.ipc
-            evaluation.set_aside(place, partial(evaluation.is_of_recipe, config=one, images=images))
-    for one in pipeline.runs_of(request.config, request.folder).values():
-        store.pin(pipeline.entries_of(one, request.dataset))
+    with request.folder.locked("submit"):
+        request = _planned(request, *_in_queue(request.folder))
+        for place, one in runs.items():
+            place.bind(one, request.dataset.fingerprint)
+            if any(array.stage == "students" for array in request.arrays):
+                # A task looks at the records of its own students alone: here go those of students that nobody trains.
+                images = len(request.dataset.classes) * one.ipc
+                evaluation.set_aside(place, partial(evaluation.is_of_recipe, config=one, images=images))
+            store.pin(pipeline.entries_of(one, request.dataset))
+        private(_jobs_folder(request))
+        return _submitted(request) if request.arrays else []
+
+
+def _submitted(request: Request) -> list[Launched]:
     launched: list[Launched] = []
     jobs: list[str] = []
     try:
@@ -255,7 +278,7 @@ def _in_queue(folder: RunFolder) -> tuple[dict[Stage, set[str]], dict[Stage, set
     """Return the jobs and the items of earlier submissions that may still do something, by stage."""
     jobs: dict[Stage, set[str]] = {}
     items: dict[Stage, set[int]] = {}
-    launched = history.read(folder.path) if (folder.path / "slurm").exists() else []
+    launched = history.read(folder.path) if history.exists(folder.path) else []
     known = scheduler.queue(one.job for one in launched)
     for one in launched:
         for name, task in zip(one.names(), one.tasks, strict=True):
@@ -274,6 +297,24 @@ def _bound_blocks(folder: RunFolder, waiting: bool) -> int | None:
 
 def _jobs_folder(request: Request) -> Path:
     return request.folder.path / "slurm" / "jobs"
+
+
+def private(folder: Path) -> None:
+    """Make a folder for the pickles of jobs: they are code, so that nobody else may write there.
+
+    Raises:
+        InputError: others can write there, or could have.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InputError(
+            f"{folder}: others can write there, and jobs run what lies there; delete it while no job of the run is in"
+            " the queue, or use another --out"
+        )
+    folder.chmod(0o700)
 
 
 def python(wanted: Resources) -> str:

@@ -25,13 +25,21 @@ another version of the package: it is recognised and never used."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
+_NO_LINKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up"}
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, new: bool = False) -> None:
     """Write ``content`` so that a reader sees the old file or the new one, never a part.
 
+    Args:
+        path: of the file; its folder is made if it is absent.
+        content: of the file.
+        new: never replace a file.
+
     Raises:
+        FileExistsError: there is such a file, and it was to be ``new``.
         WmddError: the disk is full, the quota is used up, or the folder cannot be written; nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -41,16 +49,33 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _put(temporary, path, new)
     except OSError as error:
         temporary.unlink(missing_ok=True)
+        if new and isinstance(error, FileExistsError):
+            raise
         reason = _NO_ROOM.get(error.errno or 0, error.strerror or str(error))
         raise WmddError(f"{path}: cannot be written: {reason}; what was finished before is kept") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+def _put(temporary: Path, path: Path, new: bool) -> None:
+    """Give a finished file its name; ``new``: unless there is such a file."""
+    if new:
+        try:
+            os.link(temporary, path)
+            temporary.unlink()
+            return
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                raise FileExistsError(f"{path}: exists") from None
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any, new: bool = False) -> None:
+    """Write ``value`` as indented JSON, whole or not at all (``write_bytes``)."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), new)
 
 
 def read_json(path: Path) -> Any:

@@ -95,17 +95,27 @@ class RunFolder:
     def bind(self, config: Config, data: str) -> None:
         """Bind the folder to a config and a data set, or check that it is bound to these.
 
+        Raises:
+            InputError: the folder belongs to another config, or to something else.
+        """
+        self.check(config, data)
+        path, wanted = self.path / "config.json", _binding(config, data)
+        try:
+            if path.exists() and read_json(path) == wanted:
+                return
+        except WmddError:
+            pass  # damaged, and nothing was distilled yet
+        write_json(path, wanted)
+
+    def check(self, config: Config, data: str) -> None:
+        """Refuse a folder that cannot be bound to a config and a data set.
+
         A folder in which nothing was distilled yet may be bound anew: its first config was perhaps a wrong one.
 
         Raises:
             InputError: the folder belongs to another config; the message names the keys that differ.
         """
-        path = self.path / "config.json"
-        wanted: dict[str, Any] = {
-            "config": config.model_dump(mode="json"),
-            "fingerprint": config.fingerprint("images"),
-            "data": data,
-        }
+        path, wanted = self.path / "config.json", _binding(config, data)
         if path.exists() and any(self.path.rglob("*.safetensors")):
             found = read_json(path)
             if found.get("data") != data and found.get("fingerprint") == wanted["fingerprint"]:
@@ -113,11 +123,8 @@ class RunFolder:
             if found.get("fingerprint") != wanted["fingerprint"] or found["config"]["blocks"] != config.blocks:
                 keys = ", ".join(_differences(found.get("config", {}), wanted["config"])) or "version"
                 raise InputError(f"{self.path}: belongs to another config (differs in {keys}); use another --out")
-            if found == wanted:
-                return
-        elif self.path.exists() and any(self.path.iterdir()) and not path.exists():
+        elif self.path.exists() and not path.exists() and {entry.name for entry in self.path.iterdir()} - {"locks"}:
             raise InputError(f"{self.path}: is not empty and holds no run (no config.json); use another --out")
-        write_json(path, wanted)
 
     def sidecar(self, block: int) -> dict[str, Any] | None:
         """Return the sidecar of a finished block, or None when the block is missing or its sidecar is damaged."""
@@ -164,6 +171,11 @@ class RunFolder:
             "missing": [index for index, sidecar in sidecars.items() if sidecar is None],
             "sha256": digest(list(contents.items())) if len(present) == expected else None,
         }
+
+
+def _binding(config: Config, data: str) -> dict[str, Any]:
+    """Return what ``config.json`` holds."""
+    return {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint("images"), "data": data}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -1,9 +1,12 @@
 """What SLURM refuses is said in one line, and nothing is left behind."""
 
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
+from slurm import history
 from slurm.local_cluster import LocalCluster
 from slurm.profile import STAGES, Profile
 from slurm.status import status
@@ -12,7 +15,9 @@ from slurm.submit import submit as hand_in
 from wmdd.config import Config
 from wmdd.errors import InputError
 
-from .conftest import ask, finish, log, profile, submit
+from .conftest import ask, finish, log, profile, submit, wait
+
+fork = multiprocessing.get_context("fork")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +77,63 @@ def test_what_is_in_the_queue_is_not_submitted_twice(cluster: LocalCluster, digi
     finally:
         ask("scontrol", "update", "partitionname=main", "state=up")
     assert [array.stage for array in prepare(digits, run, profile(), blocks=1).arrays][-3:] == list(STAGES[1:])
+
+
+def test_two_commands_that_submit_one_run_at_once_submit_each_task_once(
+    cluster: LocalCluster, digits: Config, tmp_path: Path
+) -> None:
+    run, together, found = tmp_path / "run", fork.Barrier(2), fork.SimpleQueue()
+
+    def work() -> None:
+        try:
+            request = prepare(digits, run, profile(), 2)
+            together.wait(120)
+            found.put([(one.stage, one.job) for one in hand_in(request)])
+        except BaseException as error:
+            found.put(repr(error))
+
+    ask("scontrol", "update", "partitionname=main", "state=down")  # jobs may come, and wait
+    processes = [fork.Process(target=work) for _ in range(2)]
+    try:
+        for process in processes:
+            process.start()
+        submitted = sorted((found.get() for _ in processes), key=len)
+        assert submitted[0] == [], submitted
+        written = history.read(run)
+        assert [(one.stage, one.job) for one in written] == submitted[1]
+        assert {name for one in written for name in one.names()} == set(ask("squeue", "-hr", "-o", "%i").split())
+    finally:
+        for process in processes:
+            process.kill()
+        ask("scontrol", "update", "partitionname=main", "state=up")
+
+
+def test_a_submission_never_replaces_the_file_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "_files", lambda run: [])  # as two commands see it that begin at once
+    written = {history.write(tmp_path, "test", []).name for _ in range(3)}
+    assert written == {"submission-0001.json", "submission-0002.json", "submission-0003.json"}
+
+
+def test_the_folder_of_pickles_is_private_and_refused_if_others_can_write_there(
+    cluster: LocalCluster, digits: Config, tmp_path: Path
+) -> None:
+    before = os.umask(0o002)  # as in a folder of a project
+    try:
+        ask("scontrol", "update", "partitionname=main", "state=down")
+        launched = submit(digits, tmp_path / "run", blocks=2)
+        jobs = tmp_path / "run" / "slurm" / "jobs"
+        assert jobs.stat().st_mode & 0o7777 == 0o700 and list(jobs.glob("*.pkl"))
+        ask("scancel", *[one.job for one in launched.values()])
+        wait(lambda: not ask("squeue", "-h"), 30, "the queue is empty")
+        jobs.chmod(0o770)
+        with pytest.raises(
+            InputError, match="slurm/jobs: others can write there, and jobs run what lies there; delete"
+        ):
+            submit(digits, tmp_path / "run", blocks=2)
+        assert ask("squeue", "-h") == ""
+    finally:
+        os.umask(before)
+        ask("scontrol", "update", "partitionname=main", "state=up")
 
 
 def test_a_task_that_fails_ends_the_graph_and_says_why(cluster: LocalCluster, digits: Config, tmp_path: Path) -> None:
