@@ -1,8 +1,10 @@
 """Many ranks: the same bytes, the same losses, and no rank left waiting for one that is gone."""
 
+import contextlib
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -38,9 +40,16 @@ fork = multiprocessing.get_context("fork")
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, for processes that will.
+
+    Each worker has its own ports, below those that the kernel hands out: no other test takes the port in between.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    while True:
+        port = 30000 + 300 * (worker % 9) + secrets.randbelow(300)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def in_ranks(size: int, work: Callable[[], Any]) -> list[Any]:
