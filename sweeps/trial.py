@@ -119,9 +119,8 @@ def prepare(plan: Plan, stop: Stop) -> Plan:
             indices = range(len(dataset.classes))
             images = len(dataset.train)
             with console.progress("statistics, for all trials", images, "images") as advance:
-                for _ in statistics.measure(config, dataset, bench.teacher, here, indices, advance):
-                    if stop():
-                        raise Interrupted("stopped before the first trial")
+                for _ in statistics.measure(config, dataset, bench.teacher, here, indices, advance, stop):
+                    pass
         if plan.objective.name == "lrs":
             plan = replace(plan, references=_references(bench, stop))
     return plan
@@ -161,7 +160,7 @@ def run(plan: Plan, values: Values, report: Callable[[Report], None], stop: Stop
 
 
 def _open(config: Config, dataset: Dataset, here: Ranks, stop: Stop) -> Bench:
-    validation = Validation(config, dataset, here)
+    validation = Validation(config, dataset, here, stop)
     if validation.on != "holdout":
         raise InputError("a trial is judged on images held out of the training set: set budget.holdout_per_class")
     return Bench(config, dataset, validation, obtain(config, dataset, validation, here, stop), here)

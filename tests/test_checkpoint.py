@@ -1,28 +1,42 @@
 """Training that is interrupted and goes on ends in the same weights, whatever the recipe draws or averages."""
 
+import hashlib
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import save
 from test_ranks import in_ranks
 from torch import Tensor, nn
 
-from wmdd import console, pipeline, student, teacher
+from wmdd import checkpoint, console, pipeline, student, teacher
 from wmdd.checkpoint import Checkpoint
 from wmdd.config import Compute, Config, load_config
 from wmdd.cost import Meter
 from wmdd.data import load_dataset
 from wmdd.distilled import DistilledSet
-from wmdd.distributed import ALONE, Ranks, ranks
+from wmdd.distributed import ALONE, Ranks, Team, ranks
 from wmdd.errors import Interrupted, WmddError
 from wmdd.networks import FrozenNetwork
 from wmdd.records import read_records
 from wmdd.rundir import RunFolder
 from wmdd.validation import Validation
 
+fork = multiprocessing.get_context("fork")
 EPOCHS = 6
+UPDATES = 3 * EPOCHS
+"""Of the students here: 20 images in batches of 7, 7 and 6"""
+OPTIONS = ["data.channels=3", "data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]", "student.ema=0.8"]
+OPTIONS += [f"student.epochs={EPOCHS}", "student.batch_size=7", "labels.mix=cutmix"]
+Stop = Callable[[], bool]
+
+
+def never() -> bool:
+    return False
 
 
 @pytest.fixture
@@ -31,80 +45,234 @@ def alone() -> Iterator[Ranks]:
         yield job
 
 
-def after(checks: int) -> Callable[[], bool]:
+def after(checks: int) -> Stop:
     """Return a request to stop that comes at the check after so many."""
     left = iter([False] * checks)
     return lambda: next(left, True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("regime", ["hard", "soft", "stored"])
-def test_a_student_that_is_stopped_goes_on_to_the_weights_of_one_that_is_not(
-    regime: str, classifier: nn.Module, alone: Ranks, tmp_path: Path
-) -> None:
-    options = ["data.channels=3", "data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]", "student.ema=0.8"]
-    config = load_config("digits", [*options, f"student.epochs={EPOCHS}", "student.batch_size=5"])
-    torch.manual_seed(5)
-    pixels = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8)
-    distilled = DistilledSet(pixels, torch.arange(10) % 5, torch.full((10,), 0.5), tuple("abcde"), config.data, "set")
-    labeller = teacher.Teacher(FrozenNetwork(classifier), "teacher", {})
-    task = student.Task("mnasnet0_5", regime, 0)  # it has dropout
-    updates = 0
+class Students:
+    """Trains one student, with dropout and an average, again and again."""
 
-    def train(where: Path, stop: Callable[[], bool], of: str = "this") -> tuple[dict[str, Tensor], student.Result]:
+    def __init__(self, regime: str, classifier: nn.Module, *options: str) -> None:
+        self.config = load_config("digits", [*OPTIONS, *options])
+        torch.manual_seed(5)
+        pixels = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
+        labels, names = torch.arange(20) % 5, tuple("abcde")
+        self._set = DistilledSet(pixels, labels, torch.full((20,), 0.5), names, self.config.data, "set")
+        self._teacher = teacher.Teacher(FrozenNetwork(classifier), "teacher", {})
+        self._task = student.Task("mnasnet0_5", regime, 0)
+        self.updates = 0
+        """Updates that the student has, those before a checkpoint included"""
+
+    def train(
+        self,
+        where: Path,
+        job: Ranks,
+        stop: Stop = never,
+        team: Team = ALONE,
+        of: str = "this",
+        seconds: float = 1e6,
+        advance: Callable[[int], None] = lambda count: None,
+        judging: Stop = never,
+    ) -> tuple[dict[str, Tensor], student.Result]:
+        """Return the state of the student that was judged, and its result."""
         judged: dict[str, Tensor] = {}
+        self.updates = 0
 
-        def judge(network: nn.Module, team: object) -> dict[str, float]:
+        def judge(network: nn.Module, team: Team) -> dict[str, float]:
+            if judging():
+                raise Interrupted
             judged.update(network.state_dict())
             return {}
 
-        def advance(count: int) -> None:
-            nonlocal updates
-            updates += count
+        def count(updates: int) -> None:
+            self.updates += updates
+            advance(self.updates)
 
-        saved = Checkpoint(where / "student.safetensors", of, 1e6)
+        saved = Checkpoint(where / "student.safetensors", of, seconds)
         result = student.train(
-            config, task, distilled, labeller, judge, alone, ALONE, where / "labels", advance, stop, saved
+            self.config,
+            self._task,
+            self._set,
+            self._teacher,
+            judge,  # type: ignore[arg-type]
+            job,
+            team,
+            where / "labels",
+            count,
+            stop,
+            saved,
         )
         return judged, result
 
-    whole, uncut = train(tmp_path / "whole", lambda: False)
-    assert not (tmp_path / "whole").joinpath("student.safetensors").exists(), "it was not due"
-    cut = tmp_path / "cut"
-    with pytest.raises(Interrupted, match=f"checkpointed after 2 of {EPOCHS} epochs"):
-        train(cut, after(2))
-    with pytest.raises(Interrupted, match=f"checkpointed after 3 of {EPOCHS} epochs"):
-        train(cut, after(1))
-    updates = 0
-    resumed, result = train(cut, lambda: False)
-    assert updates == uncut.updates == result.updates == 2 * EPOCHS
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-    assert result.cost.get("labelling_flops") == uncut.cost.get("labelling_flops")
 
-    with pytest.raises(Interrupted):
-        train(cut, after(0), "another recipe")
-    begun = Checkpoint(cut / "student.safetensors", "another recipe", 1e6).load({}, alone.device, ALONE)
-    assert begun["epoch"] == 0, "a student went on from one of another recipe"
+def reached(where: Path, of: str = "this") -> tuple[int, int]:
+    """Return epoch and position of a student's checkpoint."""
+    facts = Checkpoint(where / "student.safetensors", of, 1e6).load({}, torch.device("cpu"), ALONE)
+    return facts["epoch"], facts["position"]
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow
-def test_a_teacher_that_is_stopped_goes_on_to_the_weights_of_one_that_is_not(
-    alone: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("regime", ["hard", "soft", "stored", "budget"])
+def test_a_student_that_is_stopped_inside_an_epoch_ends_in_the_weights_of_one_that_is_not(
+    regime: str, classifier: nn.Module, alone: Ranks, tmp_path: Path
 ) -> None:
-    config = load_config("digits", [*TINY, "data.resolution=16", "teacher.network=mnasnet0_5", "teacher.epochs=4"])
+    students = Students(regime, classifier, "labels.budget=0.1")
+    whole, uncut = students.train(tmp_path / "whole", alone)
+    assert not (tmp_path / "whole").joinpath("student.safetensors").exists(), "it was not due"
+    cut = tmp_path / "cut"
+    for updates in (1, 2, 5, 9, 16):
+        with pytest.raises(Interrupted, match=f"checkpointed after {updates} of {UPDATES} updates"):
+            students.train(cut, alone, lambda updates=updates: students.updates >= updates)  # type: ignore[misc]
+        assert reached(cut) == divmod(updates, 3)
+    with pytest.raises(Interrupted, match=f"after {UPDATES} of {UPDATES} updates"):
+        students.train(cut, alone, judging=lambda: True)
+    resumed, result = students.train(cut, alone, after(1))
+    assert students.updates == uncut.updates == result.updates == UPDATES
+    assert same(resumed, whole)
+    assert result.cost.get("labelling_flops") == uncut.cost.get("labelling_flops")
+
+    with pytest.raises(Interrupted):
+        students.train(cut, alone, after(0), of="another recipe")
+    assert reached(cut, "another recipe") == (0, 0), "a student went on from one of another recipe"
+
+
+def test_a_stop_while_an_epoch_of_labels_is_stored_is_heeded_between_batches(
+    classifier: nn.Module, alone: Ranks, tmp_path: Path
+) -> None:
+    students = Students("stored", classifier)
+    # Each epoch asks thrice while it labels, and thrice while it trains.
+    with pytest.raises(Interrupted, match=f"checkpointed after 3 of {UPDATES} updates"):
+        students.train(tmp_path / "cut", alone, after(7))
+    assert [file.name for file in (tmp_path / "cut").rglob("epoch-*")] == ["epoch-00000.safetensors"]
+    resumed, _ = students.train(tmp_path / "cut", alone)
+    assert same(resumed, students.train(tmp_path / "whole", alone)[0])
+
+
+def test_a_student_that_is_killed_after_a_checkpoint_inside_an_epoch_ends_in_the_same_weights(
+    classifier: nn.Module, alone: Ranks, tmp_path: Path
+) -> None:
+    students = Students("soft", classifier)
+    here, there = multiprocessing.Pipe()
+
+    def pause(updates: int) -> None:
+        if updates == 8:
+            there.send(updates)
+            signal.pause()
+
+    process = fork.Process(target=lambda: students.train(tmp_path / "cut", alone, seconds=0, advance=pause))
+    process.start()
+    try:
+        assert here.poll(120) and here.recv() == 8
+    finally:
+        process.kill()
+        process.join()
+    assert reached(tmp_path / "cut") == divmod(7, 3), "the last checkpoint is from before the eighth update"
+    resumed, _ = students.train(tmp_path / "cut", alone)
+    assert same(resumed, students.train(tmp_path / "whole", alone)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_that_one_of_them_stops_end_in_the_weights_of_those_that_are_not(
+    size: int, classifier: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_LOOK_SECONDS", 0.0)  # before every update
+    students = Students("soft", classifier, "student.batch_size=10")
+
+    def train(folder: str, until: int) -> str:
+        def stop() -> bool:
+            return bool(job.rank) and students.updates >= until
+
+        with ranks(Compute(device="cpu")) as job:
+            try:
+                judged, _ = students.train(tmp_path / folder, job, stop, job.team(size, "student.ranks"))
+            except Interrupted as reason:
+                return str(reason)
+            return hashlib.sha256(save({name: values.contiguous() for name, values in judged.items()})).hexdigest()
+
+    whole = in_ranks(size, lambda: train("whole", 10**6))
+    assert len(set(whole)) == 1, "ranks judge different networks"
+    for until in (1, 6, 9):
+        said = in_ranks(size, lambda until=until: train("cut", until))  # type: ignore[misc]
+        assert said == [f"student checkpointed after {until} of 12 updates"] * size
+        assert reached(tmp_path / "cut") == divmod(until, 2)
+    assert in_ranks(size, lambda: train("cut", 10**6)) == whole
+
+
+def teach(store: Path, job: Ranks, stop: Stop, *options: str) -> str:
+    """Return the SHA-256 of a teacher with dropout, or why it was stopped.
+
+    A rank asks whether to stop 19 times while it decodes, before each of 20 updates, and 6 times while it judges.
+    """
+    words = ["data.resolution=16", "teacher.network=mnasnet0_5", "teacher.epochs=4", "teacher.batch_size=128"]
+    config = load_config("digits", [*TINY, *words, *options])
     dataset = load_dataset(config.data, 0)
-    validation = Validation(config, dataset, alone)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WMDD_CACHE", str(store))
+        try:
+            return teacher.obtain(config, dataset, Validation(config, dataset, job, stop), job, stop).sha256
+        except Interrupted as reason:
+            return str(reason)
 
-    def train(store: str, stop: Callable[[], bool]) -> teacher.Teacher:
-        monkeypatch.setenv("WMDD_CACHE", str(tmp_path / store))
-        return teacher.obtain(config, dataset, validation, alone, stop)
 
-    whole = train("whole", lambda: False)
-    with pytest.raises(Interrupted, match="checkpointed after 3 of 4 epochs"):
-        train("cut", after(3))
-    resumed = train("cut", lambda: False)
-    assert resumed.sha256 == whole.sha256
+@pytest.mark.slow
+def test_a_teacher_that_is_stopped_anywhere_ends_in_the_weights_of_one_that_is_not(
+    alone: Ranks, tmp_path: Path
+) -> None:
+    whole = teach(tmp_path / "whole", alone, never)
+    for checks, reason in (
+        (1, "stopped while decoding the training images"),
+        (19 + 7, "teacher checkpointed after 7 of 20 updates"),
+        (19, "teacher checkpointed after 7 of 20 updates"),
+        (19 + 6, "teacher checkpointed after 13 of 20 updates"),
+        (19 + 7 + 2, "stopped while decoding the test images"),
+        (5, "stopped while a network was judged on the test images"),
+        (6, whole),
+    ):
+        assert teach(tmp_path / "cut", alone, after(checks)) == reason
     assert not list((tmp_path / "cut").rglob("checkpoint*"))
+
+
+@pytest.mark.slow
+def test_ranks_that_train_a_teacher_stop_together_and_end_in_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_LOOK_SECONDS", 0.0)  # before every update
+
+    def train(folder: str, checks: int) -> str:
+        with ranks(Compute(device="cpu")) as job:
+            stop = after(checks) if job.rank else never
+            return teach(tmp_path / folder, job, stop, "teacher.ranks=2")
+
+    whole = in_ranks(2, lambda: train("whole", 1000))
+    assert len(set(whole)) == 1
+    first, second = in_ranks(2, lambda: train("cut", 3))
+    assert first == "stopped, as another rank was" and second == "stopped while decoding the training images"
+    assert in_ranks(2, lambda: train("cut", 19 + 7)) == ["teacher checkpointed after 7 of 20 updates"] * 2
+    assert in_ranks(2, lambda: train("cut", 1000)) == whole
+
+
+def test_a_team_looks_about_once_a_second_at_positions_that_its_first_rank_sets() -> None:
+    assert [checkpoint.until_next_look(*looked) for looked in ((1, 60.0), (1, 0.0), (8, 0.01))] == [1, 2, 16]
+    assert checkpoint.until_next_look(100, 2.0) == 50, "half a second at half the speed"
+    assert checkpoint.until_next_look(100, 1.0) == 100
+
+    def work() -> tuple[int, list[int]]:
+        looks: list[int] = []
+        with ranks(Compute(device="cpu")) as job:
+            check = checkpoint.StopCheck(job.team(2, "test"), lambda: bool(looks.append(position)), never)
+            for position in range(400):  # noqa: B007 - the look notes it
+                assert check() == (False, False)
+        return len(looks), looks
+
+    first, second = in_ranks(2, work)
+    assert first == second and first[0] < 40
 
 
 @pytest.mark.slow
@@ -131,7 +299,7 @@ def test_a_stopped_run_keeps_its_student_and_the_same_command_finishes_it(
         pipeline.run(config, run)
     assert list((run / "students").iterdir()) == [RunFolder(run).student_checkpoint("student-convnet2x8-hard-000")]
     pipeline.run(config, run)
-    assert epochs == [0, 1, 2, 3, 3, 4, 5]
+    assert epochs == [0, 1, 2, 3, 2, 3, 4, 5], "it resumes before the last update of the third epoch"
     assert not list((run / "students").iterdir())
     pipeline.run(config, tmp_path / "whole")
     (found,), (expected,) = (read_records(one / "records")[0] for one in (run, tmp_path / "whole"))
@@ -175,6 +343,7 @@ def test_ranks_go_on_together_or_not_at_all(tiny: Config, tmp_path: Path) -> Non
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Checkpoint, "due", lambda self: True)
+            patch.setattr(checkpoint, "_LOOK_SECONDS", 0.0)  # before every update
             patch.setattr(student, "_smoothed_cosine", counted)
             try:
                 pipeline.run(config, tmp_path / folder)
@@ -194,7 +363,7 @@ def test_ranks_go_on_together_or_not_at_all(tiny: Config, tmp_path: Path) -> Non
 
     assert in_ranks(2, lambda: train("whole", EPOCHS)) == [("whole", [0, 1, 2, 3, 4, 5])] * 2
     assert in_ranks(2, lambda: train("cut", 3)) == [("cut", [0, 1, 2])] * 2
-    assert in_ranks(2, lambda: train("cut", EPOCHS)) == [("whole", [3, 4, 5])] * 2
+    assert in_ranks(2, lambda: train("cut", EPOCHS)) == [("whole", [2, 3, 4, 5])] * 2
     (cut,), (whole,) = (read_records(tmp_path / name / "records")[0] for name in ("cut", "whole"))
     assert cut.metrics == whole.metrics
     assert all("not every rank sees the same checkpoint" in said for said in in_ranks(2, different))

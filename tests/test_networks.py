@@ -1,10 +1,14 @@
 """Networks by name, and what the frozen one reports."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torch.nn import functional
 
-from wmdd import networks
+from wmdd import networks, weights
 from wmdd.errors import InputError
 from wmdd.networks import FrozenNetwork
 
@@ -80,3 +84,27 @@ def test_wrong_names_are_refused(name: str, message: str) -> None:
 def test_a_teacher_without_batchnorm_is_refused() -> None:
     with pytest.raises(InputError, match="no BatchNorm2d"):
         FrozenNetwork(networks.create("alexnet", 4, 3, 64))
+
+
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), ("inception_v3", 75)])
+def test_networks_with_auxiliary_heads_train_like_the_others(
+    name: str, side: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    network = networks.create(name, 3, 1, side).train()
+    logits = network(torch.randn(2, 1, side, side))
+    functional.cross_entropy(logits.float(), torch.tensor([0, 1])).backward()
+    assert logits.shape == (2, 3) and all(weight.grad is not None for weight in network.parameters())
+    assert not [warning for warning in recwarn if "initialization" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), ("inception_v3", 75)])
+def test_weights_with_auxiliary_heads_fit_without_them(name: str, side: int, tmp_path: Path) -> None:
+    published = torchvision.models.get_model(name, weights=None, num_classes=3, aux_logits=True, init_weights=False)
+    network = networks.create(name, 3, 3, side)
+    weights.fit(network, published.state_dict(), tmp_path)
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), published.eval()(images))
+    broken = {key: value for key, value in published.state_dict().items() if not key.startswith("fc")}
+    with pytest.raises(InputError, match=r"missing fc\.bias, fc\.weight"):
+        weights.fit(network, broken, tmp_path)

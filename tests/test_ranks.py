@@ -186,7 +186,7 @@ def test_ddp_gradients_are_those_of_the_whole_batch() -> None:
     network = nn.Linear(4, 3)
 
     def gradient(team: Team) -> list[list[float]]:
-        parallel = team.wrap(network)
+        parallel = team.wrap(network, images)
         loss = nn.functional.cross_entropy(parallel(team.shard(images)), team.shard(classes), reduction="sum")
         network.zero_grad()
         (loss * (team.size / len(images))).backward()

@@ -9,6 +9,7 @@ from wmdd import networks, store
 from wmdd.config import Config
 from wmdd.data import load_dataset
 from wmdd.distributed import ranks
+from wmdd.errors import Interrupted
 from wmdd.networks import FrozenNetwork
 from wmdd.statistics import ClassStatistics, Moments, key, measure, summarise
 from wmdd.teacher import Teacher
@@ -97,3 +98,24 @@ def test_what_is_stored_is_measured_once_and_a_damaged_file_anew(tiny: Config) -
         torch.testing.assert_close(second[index].features, one.features, atol=0, rtol=0)
         torch.testing.assert_close(second[index].between, one.between, atol=0, rtol=0)
     assert measured()[1] == []
+
+
+def test_a_stop_is_heeded_between_batches_and_finished_classes_are_kept(tiny: Config) -> None:
+    config = tiny.model_copy(update={"statistics": tiny.statistics.model_copy(update={"batch_size": 50})})
+    dataset, network = load_dataset(config.data), FrozenNetwork(networks.create("convnet2x8", 4, 1, 8))
+    teacher, shown = Teacher(network, "of a stopped test", {}), 0
+
+    def advance(images: int) -> None:
+        nonlocal shown
+        shown += images
+
+    with ranks(config.compute) as job:
+        stream = measure(config, dataset, teacher, job, [0, 1, 2], advance, lambda: shown > 200)
+        with pytest.raises(Interrupted, match="stopped while class statistics were measured"):
+            dict(stream)
+        assert 200 < shown <= 250
+        folder = store.folder("statistics", key(config, dataset, teacher.sha256))
+        assert [file.name for file in folder.iterdir()] == ["00000.safetensors"]
+        before = (folder / "00000.safetensors").read_bytes()
+        assert len(dict(measure(config, dataset, teacher, job, [0, 1, 2]))) == 3
+        assert (folder / "00000.safetensors").read_bytes() == before

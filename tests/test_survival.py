@@ -1,6 +1,7 @@
 """Runs survive: races, damage, full disks, file systems that misbehave, signals and kills."""
 
 import errno
+import itertools
 import multiprocessing
 import os
 import resource
@@ -17,16 +18,18 @@ from typing import Any
 
 import kill_runs
 import pytest
+import torch
 from conftest import TINY, blocks_of
 from PIL import Image
 
 from wmdd import cli, console, data, files, pipeline
 from wmdd.config import Config, load_config
 from wmdd.distilled import DistilledSet
-from wmdd.errors import WmddError
+from wmdd.errors import Interrupted, WmddError
 from wmdd.records import read_records, write_records
 from wmdd.rundir import RunFolder
 from wmdd.signals import stop_on
+from wmdd.validation import decode_all
 
 fork = multiprocessing.get_context("fork")
 DISTIL = pipeline.Share(("teacher", "distill"))
@@ -274,6 +277,36 @@ def test_a_signal_to_all_processes_ends_no_decoder(number: signal.Signals) -> No
     process.start()
     process.join()
     assert process.exitcode == 0 and found.get()
+
+
+def test_decoders_are_forked_whatever_python_starts_by_default() -> None:
+    code = """
+import multiprocessing
+from wmdd import data
+multiprocessing.set_start_method("forkserver")
+factor = 2
+print(list(data._in_order(lambda number: factor * number, list(range(4)), workers=2)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout == "[0, 2, 4, 6]\n", done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decoding_looks_at_the_stop_request_between_few_images(tiny: Config, workers: int) -> None:
+    images = data.load_dataset(tiny.data).train
+    config = tiny.model_copy(update={"compute": tiny.compute.model_copy(update={"workers": workers})})
+    looks = itertools.count()
+    with pytest.raises(Interrupted, match="stopped while decoding"):
+        decode_all(images, config, "decoding", lambda: next(looks) == 2)
+    assert next(looks) == 3 and len(images) > 3 * 100
+    assert torch.equal(decode_all(images, config, "decoding"), images.decode(range(len(images))))
+
+
+def test_checking_files_looks_at_the_stop_request(tiny: Config) -> None:
+    with stop_on(signal.SIGUSR2):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(Interrupted, match="stopped while images were checked"):
+            data.check_files(tiny.data, 0)
 
 
 @pytest.mark.slow

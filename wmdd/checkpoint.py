@@ -4,7 +4,7 @@ import functools
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from wmdd.distributed import Team
 from wmdd.errors import WmddError
 from wmdd.files import read_metadata, read_tensors, write_tensors
 from wmdd.weights import restore
+
+_LOOK_SECONDS = 1.0
+"""Target time between two looks of a team: half of the two seconds within which a stop is noticed."""
 
 
 class Clock:
@@ -34,8 +37,51 @@ class Clock:
         return time.monotonic() >= self._next
 
 
+class StopCheck:
+    """Tells all ranks of a team, before the same update, whether to stop and whether to write a checkpoint.
+
+    A rank that works alone looks before every update.  Ranks of a team exchange their flags about once a second: the
+    first rank measures how long updates take, and says in the same exchange how many pass until the next one.
+
+    Args:
+        team: ranks that call this together, before every update.
+        stop: whether this rank was asked to stop.
+        due: whether this rank wants a checkpoint.
+    """
+
+    def __init__(self, team: Team, stop: Callable[[], bool], due: Callable[[], bool]) -> None:
+        self._team, self._stop, self._due = team, stop, due
+        self._every = self._left = 1
+        self._looked = time.monotonic()
+
+    def __call__(self) -> tuple[bool, bool]:
+        """Return whether to stop, and whether to write a checkpoint; the same on every rank."""
+        if self._team.size == 1:
+            return self._stop(), self._due()
+        self._left -= 1
+        if self._left:
+            return False, False
+        now = time.monotonic()
+        wanted = until_next_look(self._every, now - self._looked) if self._team.rank == 0 else 0
+        self._looked = now
+        flags = torch.tensor([self._stop(), self._due(), wanted], dtype=torch.float64)
+        stopping, saving, every = self._team.sum(flags).tolist()
+        self._every = self._left = int(every)
+        return stopping > 0, saving > 0
+
+
+def until_next_look(updates: int, seconds: float) -> int:
+    """Return after how many updates a team looks again, if its last ones took so many seconds; at most twice as many.
+
+    The first updates of a process are slow, and tell little of the next ones.
+    """
+    return max(1, min(2 * updates, int(updates * _LOOK_SECONDS / max(seconds, 1e-6))))
+
+
 class Checkpoint:
-    """The state of a training loop between two epochs, in one file.
+    """The state of a training loop before an update, in one file.
+
+    BatchNorm buffers are the first rank's: those of the others are overwritten before each forward pass.
 
     Args:
         path: of the file.
@@ -76,8 +122,8 @@ class Checkpoint:
             WmddError: the ranks of the team do not all see the same file.
         """
         found = self._read()
-        epoch = float(found["facts"]["epoch"]) if found else -1.0
-        if team.sum(torch.tensor(epoch)) != epoch * team.size:
+        facts: dict[str, Any] = found["facts"] if found else {}
+        if not all([team.alike(facts.get(key, -1)) for key in ("epoch", "position")]):
             raise WmddError(f"{self._path}: not every rank sees the same checkpoint; start the same command again")
         if not found:
             return {}
@@ -87,7 +133,6 @@ class Checkpoint:
         torch.set_rng_state(found["random"][0][team.rank])
         if device.type == "cuda" and len(found["random"]) > 1:
             torch.cuda.set_rng_state(found["random"][1][team.rank], device)
-        facts: dict[str, Any] = found["facts"]
         return facts
 
     def remove(self) -> None:

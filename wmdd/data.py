@@ -451,6 +451,8 @@ def _decode_all(
     ]
     with progress("decoding every image once", sum(counts), "images", observed) as advance:
         for count, found in zip(counts, _in_order(partial(_faults, catalogue), chunks, workers), strict=True):
+            if signals.requested():
+                raise Interrupted("stopped while images were checked")
             faults |= found
             advance(count)
     return faults
@@ -529,6 +531,8 @@ def _loaded(function: Callable[[Batch], Result], batches: Sequence[Batch], worke
         collate_fn=_unchanged,
         generator=torch.Generator(),  # else it would draw its seed from the global one
         worker_init_fn=_outlast_signals,
+        # Python 3.14 starts them otherwise: each would import torch and be sent all names.
+        multiprocessing_context="fork",
     )
     try:
         for result in loader:

@@ -109,11 +109,11 @@ def _distill_block(job: Job, method: methods.Method, block: Block) -> None:
         solvers(job.config.compute.workers, job.stop) as submit,
     ):
         # One stream over the whole block, read group by group; the decoders work ahead while a group is synthesised.
-        stream = statistics.measure(job.config, job.dataset, job.teacher, job.ranks, classes, measured)
+        stream = statistics.measure(job.config, job.dataset, job.teacher, job.ranks, classes, measured, job.stop)
 
         def look_at(group: Group) -> tuple[Group, Found, dict[int, Pending]]:
             with within_memory(job.ranks.device, "lower statistics.batch_size"):
-                found = dict(itertools.islice(stream, len(group.classes) if classes else 0))
+                found = team.together(lambda: dict(itertools.islice(stream, len(group.classes) if classes else 0)))
             return group, found, _submitted(job, method, group, found, submit)
 
         # ``ready`` is dropped before the group after ``following`` is measured: never are three held.

@@ -51,14 +51,28 @@ class Team:
         """Return this rank's rows."""
         return rows[self.own(0, len(rows))] if self.size > 1 else rows
 
-    def wrap(self, network: nn.Module) -> nn.Module:
+    def wrap(self, network: nn.Module, example: Tensor) -> nn.Module:
         """Return the network under DistributedDataParallel when the team has more than one rank.
 
         DDP averages over ranks: a loss summed over this rank's rows, times ``size / rows of the batch``, is the mean.
+
+        Args:
+            network: on its device, in training mode.
+            example: two or more inputs of it, on the same device; their values do not matter.
         """
         if self.size == 1:
             return network
-        return nn.parallel.DistributedDataParallel(network, process_group=self.group)
+        parallel = nn.parallel.DistributedDataParallel(network, process_group=self.group)
+        if self.size > 2:
+            # DDP lays gradients out anew after its first backward pass, and where they lie decides in which order more
+            # than two ranks add them.  A pass ahead of all updates makes a resumed training round like any other.
+            before = [buffer.clone() for buffer in network.buffers()]
+            with torch.random.fork_rng([example.device] if example.device.type == "cuda" else []):
+                parallel(example).sum().backward()
+            for buffer, value in zip(network.buffers(), before, strict=True):
+                buffer.copy_(value)
+            network.zero_grad(set_to_none=True)
+        return parallel
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over the team, the same on every rank.  Its gradient is the local one: all ranks hold the
@@ -72,6 +86,33 @@ class Team:
     def alike(self, value: float) -> bool:
         """Return whether all ranks of the team hold the same number, the same answer on every rank."""
         return len({float(one) for one in self.gather(torch.tensor(value, dtype=torch.float64))}) == 1
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns; if a rank was asked to stop in it, all ranks leave here.
+
+        For work that has no common positions at which ranks could agree, such as decoding.
+
+        Raises:
+            Interrupted: ``work`` raised it on a rank of the team.
+        """
+        try:
+            done = work()
+        except Interrupted:
+            self.anyone(True)
+            raise
+        if any(self.anyone(False)):
+            raise Interrupted("stopped, as another rank was")
+        return done
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give every rank the buffers of the team's first rank, so that all hold one network.
+
+        DistributedDataParallel does so before each forward pass; after the last one each rank has BatchNorm
+        statistics of its own images.
+        """
+        if self.size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, group=self.group, group_src=0)
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks of the team, which must be of one shape, in the order of the ranks."""

@@ -4,6 +4,7 @@ Every batch of every epoch follows from the student's seed, so its soft labels c
 bytes, or stored and replayed (Shen & Xing 2022, "A Fast Knowledge Distillation Framework for Visual Recognition").
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from wmdd.data import normalise
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, Team, generator
 from wmdd.encoding import decode, encode, row_bytes
-from wmdd.errors import InputError, WmddError
+from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.files import digest, read_tensors, write_tensors
 from wmdd.teacher import Teacher
 
@@ -157,11 +158,18 @@ class SoftLabels:
         """Return the epoch whose views and labels a student sees in this one."""
         return epoch % self._epochs if self.stored else epoch
 
-    def store(self, images: Tensor, epoch: int) -> None:
-        """Write one epoch's logits, in the order in which the epoch visits the images."""
-        plan = self._plan(epoch)
-        logits = torch.cat([self.online(view(images, batch, self._config)) for batch in plan])
-        write_tensors(self.file(epoch), encode(logits, self._config.labels), {"labels": self.identity})
+    def store(self, images: Tensor, epoch: int, stop: Callable[[], bool] = lambda: False) -> None:
+        """Write one epoch's logits, in the order in which the epoch visits the images.
+
+        Raises:
+            Interrupted: a stop was requested; nothing of this epoch is written.
+        """
+        logits = []
+        for batch in self._plan(epoch):
+            if stop():
+                raise Interrupted("stopped while soft labels were computed")
+            logits.append(self.online(view(images, batch, self._config)))
+        write_tensors(self.file(epoch), encode(torch.cat(logits), self._config.labels), {"labels": self.identity})
 
     def read(self, epoch: int) -> list[Tensor]:
         """Return one epoch's stored logits, float32, batch by batch.

@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from wmdd.errors import InputError, nearest
 
+AUXILIARY = ("aux1", "aux2", "AuxLogits")
+"""Heads of GoogLeNet and Inception that only their own training recipe uses; no network here has them."""
+
 _CONVNET = re.compile(r"convnet(\d+)(?:x(\d+))?")
 
 
@@ -67,7 +70,9 @@ def _create(name: str, classes: int, channels: int, resolution: int, stem: str) 
             nearest(name, [*known, "convnet3"]) if nearest(name, known).startswith("did") else "see torchvision.models"
         )
         raise InputError(f"no network {name!r}: {hint}; or convnetD, convnetDxW, timm:NAME")
-    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    # With auxiliary heads these two return a tuple in training; the initialisation is the default, which warns.
+    plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **plain)
     if isinstance(network, torchvision.models.ResNet):
         _set_stem(network, channels, _resolve_stem(stem, resolution))
     elif channels != 3:
@@ -209,7 +214,7 @@ class FrozenNetwork(nn.Module):
     def __init__(self, network: nn.Module, outputs: list[int] | None = None) -> None:
         super().__init__()
         network = copy.deepcopy(network)
-        for auxiliary in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet and Inception use these in training alone
+        for auxiliary in AUXILIARY:
             if hasattr(network, auxiliary):
                 setattr(network, auxiliary, None)
         linear = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]

@@ -140,7 +140,7 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
         _check_room(config, dataset, folder.path, job.size)
     if dataset.skipped:
         console.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
-    validation = Validation(config, dataset, job)
+    validation = Validation(config, dataset, job, stop)
     with within_memory(job.device, "lower teacher.batch_size"):
         teacher = teachers.obtain(config, dataset, validation, job, stop)
     for place, one in runs.items():

@@ -12,6 +12,7 @@ from wmdd import augment, store
 from wmdd.config import Config
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, generator
+from wmdd.errors import Interrupted
 from wmdd.files import digest, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -118,11 +119,15 @@ def measure(
     ranks: Ranks,
     classes: Sequence[int],
     advance: Callable[[int], None] = lambda images: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, ClassStatistics]]:
     """Yield (class index, statistics) in the order of ``classes``, from the store or in one decode of their images.
 
     Every batch holds images of one class and its size is the config's, so that neither ranks nor blocks change a bit.
     ``advance`` is called with the number of images done.
+
+    Raises:
+        Interrupted: ``stop`` asked for it, between two batches; what is stored of finished classes is kept.
     """
     folder = store.folder("statistics", key(config, dataset, teacher.sha256))
     paths = {index: folder / f"{index:05d}.safetensors" for index in classes}
@@ -133,7 +138,7 @@ def measure(
     if missing:
         store.prepare(folder)
     store.note_use(folder)
-    fresh = _compute(config, dataset, teacher, ranks, missing, advance)
+    fresh = _compute(config, dataset, teacher, ranks, missing, advance, stop)
     for index in classes:
         seconds = known[index]
         if seconds is None:
@@ -154,6 +159,7 @@ def _compute(
     ranks: Ranks,
     classes: Sequence[int],
     advance: Callable[[int], None],
+    stop: Callable[[], bool],
 ) -> Iterator[ClassStatistics]:
     size = config.statistics.batch_size
     plan: list[list[int]] = []
@@ -169,6 +175,8 @@ def _compute(
         features: list[Tensor] = []
         moments: list[tuple[Tensor, Tensor]] = []
         for _ in range(count):
+            if stop():
+                raise Interrupted("stopped while class statistics were measured")
             shown = normalise(next(decoded).to(ranks.device), config.data)
             if config.statistics.augment:
                 shown = augment.warp(shown, _draws(config, len(shown), source).to(ranks.device))

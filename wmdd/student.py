@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wmdd import labels, networks
-from wmdd.checkpoint import Checkpoint
+from wmdd.checkpoint import Checkpoint, StopCheck
 from wmdd.config import Config, Student
 from wmdd.cost import Meter
 from wmdd.distilled import DistilledSet
@@ -84,8 +84,8 @@ def train(
         team: the ranks that train it together; each takes its share of every batch.
         folder: where soft labels are stored if the config says so.
         advance: called with the number of updates done.
-        stop: whether to leave between two epochs.
-        checkpoint: where it is kept between two epochs, when it is due and at a stop, and where it goes on from.
+        stop: whether to leave; looked at before every update, by a team about once a second.
+        checkpoint: where it is kept when that is due and at a stop, and where it resumes.
 
     Raises:
         Interrupted: a stop was requested.
@@ -107,58 +107,73 @@ def train(
     average = [weight.detach().clone() for weight in weights] if settings.ema else []
     parts = {"network": network, "optimizer": optimizer}
     found = checkpoint.load(parts, ranks.device, team) if checkpoint else {}
-    begin, updates, labelled = (int(found.get(key, 0)) for key in ("epoch", "updates", "labelled"))
+    steps = _steps(config, len(distilled))
+    done = int(found.get("epoch", 0)) * steps + int(found.get("position", 0))
     for mean, kept in zip(average, found.get("average", average), strict=True):
         mean.copy_(kept)
     meter.include(found.get("spent", {}))
-    if updates:
-        advance(updates)
-    parallel = ranks.compiled(team.wrap(network.train()))
-    for epoch in range(begin, settings.epochs):
-        due = checkpoint is not None and checkpoint.due()
-        stopping, saving = team.anyone(stop(), due)
-        if checkpoint and (stopping or saving):
-            reached = {"epoch": epoch, "updates": updates, "labelled": labelled}
-            checkpoint.save(parts, ranks.device, team, **reached, average=average, spent=meter.read())
-        if stopping:
-            how = "checkpointed" if checkpoint else "stopped"
-            raise Interrupted(f"student {how} after {epoch} of {settings.epochs} epochs")
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
-        visit = soft.visited(epoch) if soft else epoch
-        plan = labels.batches(
-            task.seed, visit, len(images), data.resolution, settings.batch_size, config.labels, ranks.device
-        )
-        stored = _stored(soft, images, visit) if soft and soft.stored else None
-        for position, batch in enumerate(plan[: wanted_updates - updates]):
-            views = labels.view(images, batch, config)
-            with ranks.autocast():
-                logits = parallel(team.shard(views))
-            if soft is None:
-                loss = _hard_loss(logits.float(), classes, batch, team, importance)
-            else:
-                wanted = team.shard(stored[position]) if stored else soft.online(views, team)
-                shares = None if importance is None else team.shard(_mixed(importance, batch))
-                if config.labels.loss == "kl":
-                    loss = _soft_loss(logits.float(), wanted, config.labels.temperature, shares)
+    if done:
+        advance(done)
+    example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
+    parallel = ranks.compiled(team.wrap(network.train(), example))
+    check = StopCheck(team, stop, checkpoint.due if checkpoint else lambda: False)
+
+    def save() -> None:
+        if checkpoint:
+            epoch, position = divmod(done, steps)
+            checkpoint.save(
+                parts, ranks.device, team, epoch=epoch, position=position, average=average, spent=meter.read()
+            )
+
+    try:
+        for epoch in range(done // steps, settings.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
+            visit = soft.visited(epoch) if soft else epoch
+            plan = labels.batches(
+                task.seed, visit, len(images), data.resolution, settings.batch_size, config.labels, ranks.device
+            )
+            stored = _stored(soft, images, visit, team, stop) if soft and soft.stored else None
+            for position in range(done % steps, min(steps, wanted_updates - epoch * steps)):
+                stopping, saving = check()
+                if stopping:
+                    raise Interrupted
+                if saving:
+                    save()
+                batch = plan[position]
+                views = labels.view(images, batch, config)
+                with ranks.autocast():
+                    logits = parallel(team.shard(views))
+                if soft is None:
+                    loss = _hard_loss(logits.float(), classes, batch, team, importance)
                 else:
-                    entropy = _hard_loss(logits.float(), classes, batch, team, importance)
-                    loss = _squared_error(logits.float(), wanted, shares) + config.labels.ce_weight * entropy
-            optimizer.zero_grad(set_to_none=True)
-            (loss * (team.size / len(batch.images))).backward()
-            optimizer.step()
-            if average:
-                follow(average, weights, None)
-            updates += 1
-            labelled += len(batch.images)
-            advance(1)
-    if average:
-        for weight, mean in zip(weights, average, strict=True):
-            weight.data.copy_(mean)
-    network.eval()
-    metrics = validation(network, team)
+                    wanted = team.shard(stored[position]) if stored else soft.online(views, team)
+                    shares = None if importance is None else team.shard(_mixed(importance, batch))
+                    if config.labels.loss == "kl":
+                        loss = _soft_loss(logits.float(), wanted, config.labels.temperature, shares)
+                    else:
+                        entropy = _hard_loss(logits.float(), classes, batch, team, importance)
+                        loss = _squared_error(logits.float(), wanted, shares) + config.labels.ce_weight * entropy
+                optimizer.zero_grad(set_to_none=True)
+                (loss * (team.size / len(batch.images))).backward()
+                optimizer.step()
+                if average:
+                    follow(average, weights, None)
+                done += 1
+                advance(1)
+        if average:
+            for weight, mean in zip(weights, average, strict=True):
+                weight.data.copy_(mean)
+        team.share_buffers(network)
+        network.eval()
+        metrics = validation(network, team)
+    except Interrupted:
+        save()
+        how = "checkpointed" if checkpoint else "stopped"
+        raise Interrupted(f"student {how} after {done} of {wanted_updates} updates") from None
+    labelled = done // steps * len(distilled) + done % steps * settings.batch_size
     cost = {"image_bytes": float(distilled.bytes), "label_bytes": 0.0, **(soft.cost(labelled, team) if soft else {})}
-    return Result(metrics, updates, meter.read() | {"updates": float(updates)} | cost)
+    return Result(metrics, done, meter.read() | {"updates": float(done)} | cost)
 
 
 def seen(config: Config, view: str, images: int) -> Config:
@@ -196,10 +211,13 @@ def _steps(config: Config, images: int) -> int:
     return len(range(size, images - 1, size)) + 1
 
 
-def _stored(soft: labels.SoftLabels, images: Tensor, epoch: int) -> list[Tensor]:
+def _stored(soft: labels.SoftLabels, images: Tensor, epoch: int, team: Team, stop: Callable[[], bool]) -> list[Tensor]:
     # In a team each rank may write the file: they write the same bytes, each under a name of its own first.
-    if not soft.file(epoch).exists():
-        soft.store(images, epoch)
+    def write() -> None:
+        if not soft.file(epoch).exists():
+            soft.store(images, epoch, stop)
+
+    team.together(write)
     return soft.read(epoch)
 
 

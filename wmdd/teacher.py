@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wmdd import augment, networks, store, weights
-from wmdd.checkpoint import Checkpoint
+from wmdd.checkpoint import Checkpoint, StopCheck
 from wmdd.config import Config
 from wmdd.console import progress, say
 from wmdd.cost import Meter
@@ -166,7 +166,11 @@ def _train(
     meter: Meter,
     stop: Callable[[], bool],
 ) -> nn.Module:
-    """Train on the decoded images with crops and flips, cosine to zero; checkpoints between epochs when it is due."""
+    """Train on the decoded images with crops and flips, cosine to zero.
+
+    Checkpoints are written when they are due, at a stop, and after the last update: a stop while the teacher is judged
+    costs no training.
+    """
     settings, data = config.teacher, config.data
     torch.manual_seed(seed_of(settings.seed, "teacher"))
     network = _create(config, len(dataset.classes)).to(ranks.device)
@@ -176,25 +180,39 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
     found = checkpoint.load(parts, ranks.device, team)
-    begin = int(found.get("epoch", 0))
+    done = int(found.get("epoch", 0)) * batches + int(found.get("position", 0))
     meter.include(found.get("spent", {}))
-    images = _near(decode_all(dataset.train, config, "decoding the training images"), ranks.device)
+    if done == settings.epochs * batches:
+        return network.cpu()
+
+    def decoded() -> Tensor:
+        return decode_all(dataset.train, config, "decoding the training images", stop)
+
+    def save() -> None:
+        epoch, position = divmod(done, batches)
+        checkpoint.save(parts, ranks.device, team, epoch=epoch, position=position, spent=meter.read())
+
+    images = _near(team.together(decoded), ranks.device)
     labels = dataset.train.labels.to(ranks.device)
-    parallel = ranks.compiled(team.wrap(network.train()))
+    example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
+    parallel = ranks.compiled(team.wrap(network.train(), example))
+    check = StopCheck(team, stop, checkpoint.due)
     with progress("teacher: training", settings.epochs * batches, "updates") as advance:
-        advance(begin * batches)
-        for epoch in range(begin, settings.epochs):
-            stopping, saving = team.anyone(stop(), checkpoint.due())
-            if stopping or saving:
-                checkpoint.save(parts, ranks.device, team, epoch=epoch, spent=meter.read())
-            if stopping:
-                raise Interrupted(f"teacher checkpointed after {epoch} of {settings.epochs} epochs")
+        advance(done)
+        for epoch in range(done // batches, settings.epochs):
             source = generator(settings.seed, "teacher", epoch)
             order = torch.randperm(len(images), generator=source)
             size, scale = data.resolution, (settings.crop_scale, 1.0)
             draws = augment.draw((len(images),), size, scale, settings.flip, 0, source).to(ranks.device)
             places, classes = order.to(images.device), labels[order.to(ranks.device)]
-            for start in range(0, len(images), settings.batch_size):
+            for position in range(done % batches, batches):
+                stopping, saving = check()
+                if stopping or saving:
+                    save()
+                if stopping:
+                    raise Interrupted(f"teacher checkpointed after {done} of {settings.epochs * batches} updates")
+                done += 1
+                start = position * settings.batch_size
                 end = min(start + settings.batch_size, len(images))
                 if end - start < 2 * team.size:
                     continue  # BatchNorm cannot train on one image
@@ -210,6 +228,7 @@ def _train(
                 optimizer.step()
                 schedule.step()
                 advance(1)
+    save()
     return network.cpu()
 
 

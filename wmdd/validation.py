@@ -9,9 +9,12 @@ from torch.nn import functional
 from wmdd.config import Config
 from wmdd.console import progress
 from wmdd.data import Dataset, ImageSet, normalise
-from wmdd.distributed import Ranks, Team
+from wmdd.distributed import ALONE, Ranks, Team
+from wmdd.errors import Interrupted
 
 _BATCH = 256
+_DECODED = 32
+"""Images decoded between two looks at the stop request: few, as photographs may take a tenth of a second each."""
 
 
 class Validation:
@@ -21,42 +24,62 @@ class Validation:
         config: normalisation and decoding workers.
         dataset: the images; they are decoded to uint8 and kept when first needed.
         ranks: device and precision.
+        stop: whether to leave; looked at between batches.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, ranks: Ranks) -> None:
-        self._config, self._ranks = config, ranks
+    def __init__(
+        self, config: Config, dataset: Dataset, ranks: Ranks, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._config, self._ranks, self._stop = config, ranks, stop
         self._source = dataset.validation
         self._images: Tensor | None = None
         self.on = "test" if dataset.holdout is None else "holdout"
         """``test`` or ``holdout``"""
 
-    def __call__(self, predict: Callable[[Tensor], Tensor], team: Team | None = None) -> dict[str, float]:
+    def __call__(self, predict: Callable[[Tensor], Tensor], team: Team = ALONE) -> dict[str, float]:
         """Return top-1 and top-5 accuracy (fractions) and mean cross-entropy of ``predict`` (images -> logits).
 
         The ranks of a team, which must all call it, share the batches.
+
+        Raises:
+            Interrupted: a stop was requested, on any rank of the team.
         """
+        totals = team.together(lambda: self._totals(predict, team))
+        means = (team.sum(totals) / len(self._source)).tolist()
+        return dict(zip(("top1", "top5", "loss"), means, strict=True))
+
+    def _totals(self, predict: Callable[[Tensor], Tensor], team: Team) -> Tensor:
+        """Return the sums over this rank's batches: images right at once and in five tries, and cross-entropy."""
         if self._images is None:
-            self._images = decode_all(self._source, self._config, f"decoding the {self.on} images")
+            title = f"decoding the {self.on} images"
+            self._images = decode_all(self._source, self._config, title, self._stop)
         totals = torch.zeros(3, dtype=torch.float64)
         batches = list(zip(self._images.split(_BATCH), self._source.labels.split(_BATCH), strict=True))
-        for raw, labels in batches[team.rank :: team.size] if team else batches:
+        for raw, labels in batches[team.rank :: team.size]:
+            if self._stop():
+                raise Interrupted(f"stopped while a network was judged on the {self.on} images")
             with torch.inference_mode(), self._ranks.autocast():
                 shown = normalise(raw.to(self._ranks.device), self._config.data)
                 logits = predict(shown.contiguous(memory_format=torch.channels_last)).float().cpu()
             ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = functional.cross_entropy(logits, labels, reduction="sum")
             totals += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss])
-        means = ((team.sum(totals) if team else totals) / len(self._source)).tolist()
-        return dict(zip(("top1", "top5", "loss"), means, strict=True))
+        return totals
 
 
-def decode_all(images: ImageSet, config: Config, title: str) -> Tensor:
-    """Return all images of a split, uint8 [N, channels, H, W], decoded in workers."""
-    plan = [list(range(start, min(start + _BATCH, len(images)))) for start in range(0, len(images), _BATCH)]
+def decode_all(images: ImageSet, config: Config, title: str, stop: Callable[[], bool] = lambda: False) -> Tensor:
+    """Return all images of a split, uint8 [N, channels, H, W], decoded in workers.
+
+    Raises:
+        Interrupted: a stop was requested; it is looked at between batches.
+    """
+    plan = [range(start, min(start + _DECODED, len(images))) for start in range(0, len(images), _DECODED)]
     side = config.data.resolution
     out = torch.empty(len(images), config.data.channels, side, side, dtype=torch.uint8)
     with progress(title, len(images), "images") as advance:
         for chosen, batch in zip(plan, images.batches(plan, config.compute.workers), strict=True):
-            out[chosen[0] : chosen[-1] + 1] = batch
+            if stop():
+                raise Interrupted(f"stopped while {title}")
+            out[chosen.start : chosen.stop] = batch
             advance(len(chosen))
     return out

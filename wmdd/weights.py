@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wmdd.data import Dataset
 from wmdd.errors import InputError, WmddError
 from wmdd.files import read_tensors
+from wmdd.networks import AUXILIARY
 
 
 def locate(source: str | None, network: str) -> Path | None:
@@ -74,14 +75,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def fit(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict strictly.
+    """Load a state dict strictly, but for auxiliary heads (``networks.AUXILIARY``), which are left out.
 
     Raises:
         InputError: keys are missing or unexpected, or shapes differ; the message names them.
     """
     wanted = network.state_dict()
     # Old files lack the counters of BatchNorm, which evaluation never reads.
-    given = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")} | state
+    given = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    given |= _without_auxiliary(state)
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     shapes = [
         f"{name} is {list(given[name].shape)}, not {list(value.shape)}"
@@ -100,9 +102,13 @@ def fit(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 def restore(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Give a network its state back, strictly; files keep no versions of modules, which some networks ask for."""
-    versioned = OrderedDict(state)
+    versioned = OrderedDict(_without_auxiliary(state))
     versioned._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     network.load_state_dict(versioned)
+
+
+def _without_auxiliary(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name.partition(".")[0] not in AUXILIARY}
 
 
 def output_count(state: dict[str, Tensor], path: Path) -> int:
