@@ -14,7 +14,6 @@ from wmdd import pipeline
 from wmdd.config import Config
 from wmdd.errors import Interrupted, WmddError
 from wmdd.placement import choose_device
-from wmdd.signals import StopRequest
 
 
 def task(config: Config, folder: Path, **changes: object) -> Task:
@@ -105,7 +104,7 @@ def test_a_task_that_was_given_a_gpu_never_works_on_the_cpu(
     asked = task(config, tmp_path, gpu=gpu)
     shares: list[pipeline.Share | None] = []
     monkeypatch.setattr(pipeline, "run", lambda config, folder, share: shares.append(share))
-    asked._work(StopRequest())
+    asked._work()
     assert shares == [pipeline.Share(("distill",), (0,), None, wanted)]
 
 
