@@ -269,9 +269,7 @@ class Labels(Section, decides=Decides("labels")):
     """Images count by their barycenter weights in the student's loss, or all alike."""
     teacher_mode: Literal["eval", "batch"] = "eval"
     """BatchNorm statistics under which the teacher labels: its running ones (``eval``), or those of each mixed
-    batch, all its images together on however many ranks (``batch``: the batch-specific labels of CV-DD and FADRM).
-    ``batch`` gave WMDD +5.2 [3.9, 6.5] points on ten classes of Tiny-ImageNet (protocol tiny-10 at IPC 10, online
-    labels, 5 pairs), and real images less."""
+    batch, all its images together on however many ranks (``batch``: the batch-specific labels of CV-DD and FADRM)."""
     loss: Annotated[Literal["kl", "mse-ce"], Decides("students")] = "kl"
     """Loss of soft labels. ``kl``: KL divergence at ``temperature``, times T². ``mse-ce``: squared error of the logits,
     mean over classes, plus ``ce_weight`` times the cross-entropy with both classes of a mix (EDC, whose code takes the
