@@ -205,37 +205,54 @@ def test_ranks_that_one_of_them_stops_end_in_the_weights_of_those_that_are_not(
     assert in_ranks(size, lambda: train("cut", 10**6)) == whole
 
 
-def teach(store: Path, job: Ranks, stop: Stop, *options: str) -> str:
+def teach(store: Path, job: Ranks, until: tuple[str, int] | None, *options: str) -> str:
     """Return the SHA-256 of a teacher with dropout, or why it was stopped.
 
-    A rank asks whether to stop 19 times while it decodes, before each of 20 updates, and 6 times while it judges.
+    Args:
+        store: the cache.
+        job: this rank.
+        until: title and position of the progress at which this rank is asked to stop; None: never.
+        options: of the config.
     """
     words = ["data.resolution=16", "teacher.network=mnasnet0_5", "teacher.epochs=4", "teacher.batch_size=128"]
     config = load_config("digits", [*TINY, *words, *options])
     dataset = load_dataset(config.data, 0)
+    progress: dict[str, int] = {}
+
+    def observe(title: str, done: int, total: int, unit: str) -> None:
+        progress[title] = done
+
+    def stop() -> bool:
+        return until is not None and progress.get(until[0], -1) >= until[1]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WMDD_CACHE", str(store))
+        patch.setattr(console, "observers", [observe])
+        patch.setattr(console, "quiet", False)
         try:
             return teacher.obtain(config, dataset, Validation(config, dataset, job, stop), job, stop).sha256
         except Interrupted as reason:
             return str(reason)
 
 
+DECODING, TRAINING, JUDGING = "decoding the training images", "teacher: training", "decoding the test images"
+
+
 @pytest.mark.slow
 def test_a_teacher_that_is_stopped_anywhere_ends_in_the_weights_of_one_that_is_not(
     alone: Ranks, tmp_path: Path
 ) -> None:
-    whole = teach(tmp_path / "whole", alone, never)
-    for checks, reason in (
-        (1, "stopped while decoding the training images"),
-        (19 + 7, "teacher checkpointed after 7 of 20 updates"),
-        (19, "teacher checkpointed after 7 of 20 updates"),
-        (19 + 6, "teacher checkpointed after 13 of 20 updates"),
-        (19 + 7 + 2, "stopped while decoding the test images"),
-        (5, "stopped while a network was judged on the test images"),
-        (6, whole),
+    whole = teach(tmp_path / "whole", alone, None)
+    for until, reason in (
+        ((DECODING, 32), "stopped while decoding the training images"),
+        ((TRAINING, 7), "teacher checkpointed after 7 of 20 updates"),
+        ((TRAINING, 7), "teacher checkpointed after 7 of 20 updates"),
+        ((TRAINING, 13), "teacher checkpointed after 13 of 20 updates"),
+        ((JUDGING, 32), "stopped while decoding the test images"),
+        ((JUDGING, 142), "stopped while a network was judged on the test images"),
+        (None, whole),
     ):
-        assert teach(tmp_path / "cut", alone, after(checks)) == reason
+        assert teach(tmp_path / "cut", alone, until) == reason
     assert not list((tmp_path / "cut").rglob("checkpoint*"))
 
 
@@ -245,17 +262,16 @@ def test_ranks_that_train_a_teacher_stop_together_and_end_in_the_same_weights(
 ) -> None:
     monkeypatch.setattr(checkpoint, "_LOOK_SECONDS", 0.0)  # before every update
 
-    def train(folder: str, checks: int) -> str:
+    def train(folder: str, until: tuple[str, int] | None) -> str:
         with ranks(Compute(device="cpu")) as job:
-            stop = after(checks) if job.rank else never
-            return teach(tmp_path / folder, job, stop, "teacher.ranks=2")
+            return teach(tmp_path / folder, job, until if job.rank else None, "teacher.ranks=2")
 
-    whole = in_ranks(2, lambda: train("whole", 1000))
+    whole = in_ranks(2, lambda: train("whole", None))
     assert len(set(whole)) == 1
-    first, second = in_ranks(2, lambda: train("cut", 3))
+    first, second = in_ranks(2, lambda: train("cut", (DECODING, 32)))
     assert first == "stopped, as another rank was" and second == "stopped while decoding the training images"
-    assert in_ranks(2, lambda: train("cut", 19 + 7)) == ["teacher checkpointed after 7 of 20 updates"] * 2
-    assert in_ranks(2, lambda: train("cut", 1000)) == whole
+    assert in_ranks(2, lambda: train("cut", (TRAINING, 7))) == ["teacher checkpointed after 7 of 20 updates"] * 2
+    assert in_ranks(2, lambda: train("cut", None)) == whole
 
 
 def test_a_team_looks_about_once_a_second_at_positions_that_its_first_rank_sets() -> None:
