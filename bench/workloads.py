@@ -114,7 +114,7 @@ def open_bench(config: Config) -> Iterator[Bench]:
 
 def teacher_of(config: Config, dataset: Dataset, job: Ranks) -> tuple[Teacher, bool]:
     """Return the stored teacher and True, or an untrained one, always the same, and False."""
-    if is_stored(config, dataset):
+    if is_stored(config, dataset, [job.arithmetic]):
         return obtain(config, dataset, Validation(config, dataset, job), job, lambda: False), True
     data, settings = config.data, config.teacher
     say("the store holds no teacher for this config: an untrained one takes its place, which changes no speed")

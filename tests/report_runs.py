@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from wmdd.config import Config
-from wmdd.files import digest, write_json, write_tensors
+from wmdd.files import FORMAT, digest, write_json, write_tensors
 from wmdd.records import Record, Speed, protocol_of, write_records
 
 RECIPE = {"epochs": 150, "updates": 300, "batch_size": 50, "checkpoint": "last", "lr": 0.001, "teacher": "7" * 64}
@@ -36,7 +36,7 @@ def make_run(
     """Write a run folder: a block for every two classes, and a student for each accuracy."""
     config = Config.model_validate({**SETTINGS, "blocks": len(classes) // 2, **changes})
     teacher = {"sha256": "7" * 64, "network": "convnet3x32", "top1": 0.985, "seconds": 30.0, "evaluated_on": "test"}
-    bound = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint("images")}
+    bound = {"format": FORMAT, "config": config.model_dump(mode="json"), "fingerprint": config.fingerprint("images")}
     write_json(folder / "config.json", bound)
     write_json(folder / "teacher.json", teacher)
     for block in range(config.blocks):

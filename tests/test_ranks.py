@@ -25,6 +25,7 @@ from test_synthesis import targets
 from torch import Tensor, nn
 
 from wmdd import console, distributed, pipeline, synthesis
+from wmdd.arithmetic import Hardware, resolve
 from wmdd.config import Compute, Config, Synthesis, load_config
 from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, Team, ranks
@@ -536,4 +537,5 @@ def test_torchrun_writes_what_one_process_writes_and_is_resumed_after_a_signal(t
 
 def test_ranks_take_their_own_share() -> None:
     assert [Team(index, 3, 0, 1).deal(list(range(7))) for index in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
-    assert isinstance(Ranks(0, 1, torch.device("cpu"), "fp32").agree([1]), list)
+    arithmetic = resolve(Compute(), Hardware("cpu", bf16=False))
+    assert isinstance(Ranks(0, 1, torch.device("cpu"), arithmetic).agree([1]), list)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bench.reference import Probe, class_moments
 from wmdd import networks, store
+from wmdd.arithmetic import Hardware, resolve
 from wmdd.config import Config
 from wmdd.data import load_dataset
 from wmdd.distributed import ranks
@@ -90,7 +91,8 @@ def test_what_is_stored_is_measured_once_and_a_damaged_file_anew(tiny: Config) -
 
     first, shown = measured()
     assert sum(shown) == sum(len(dataset.train.of_class(index)) for index in range(3))
-    file = store.folder("statistics", key(tiny, dataset, teacher.sha256)) / "00001.safetensors"
+    arithmetic = resolve(tiny.compute, Hardware("cpu", bf16=False))
+    file = store.folder("statistics", key(tiny, dataset, teacher.sha256, arithmetic)) / "00001.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     second, shown = measured()
     assert sum(shown) == len(dataset.train.of_class(1))
@@ -114,7 +116,7 @@ def test_a_stop_is_heeded_between_batches_and_finished_classes_are_kept(tiny: Co
         with pytest.raises(Interrupted, match="stopped while class statistics were measured"):
             dict(stream)
         assert 200 < shown <= 250
-        folder = store.folder("statistics", key(config, dataset, teacher.sha256))
+        folder = store.folder("statistics", key(config, dataset, teacher.sha256, job.arithmetic))
         assert [file.name for file in folder.iterdir()] == ["00000.safetensors"]
         before = (folder / "00000.safetensors").read_bytes()
         assert len(dict(measure(config, dataset, teacher, job, [0, 1, 2]))) == 3

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wmdd.arithmetic import Arithmetic
 from wmdd.console import say
 from wmdd.distributed import Team
 from wmdd.errors import WmddError
@@ -87,10 +88,11 @@ class Checkpoint:
         path: of the file.
         of: names what is trained; a file of anything else is not gone on from.
         seconds: between two checkpoints.
+        arithmetic: that it is trained in; a file of another one is not gone on from either.
     """
 
-    def __init__(self, path: Path, of: str, seconds: float) -> None:
-        self._path, self._of, self._clock = path, of, Clock(seconds)
+    def __init__(self, path: Path, of: str, seconds: float, arithmetic: Arithmetic | None = None) -> None:
+        self._path, self._of, self._clock, self._arithmetic = path, of, Clock(seconds), arithmetic
 
     def due(self) -> bool:
         """Return whether it is time for one, by this rank's clock."""
@@ -113,7 +115,8 @@ class Checkpoint:
         states = {name: part.state_dict() for name, part in parts.items()}
         tensors: dict[str, Tensor] = {}
         content = _pack({"states": states, "random": numbers, "facts": facts}, tensors)
-        write_tensors(self._path, tensors, {"of": self._of, "content": json.dumps(content)})
+        meta = {"of": self._of, "arithmetic": marked(self._arithmetic), "content": json.dumps(content)}
+        write_tensors(self._path, tensors, meta)
 
     def load(self, parts: Mapping[str, Any], device: torch.device, team: Team) -> dict[str, Any]:
         """Give the parts their states back and return what was saved beside them; nothing when there is no checkpoint.
@@ -141,12 +144,26 @@ class Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         meta = read_metadata(self._path)
-        if meta.get("of") == self._of:
+        if meta.get("of") == self._of and is_of(self._arithmetic, meta, f"{self._path}: training begins anew"):
             found: dict[str, Any] = _unpack(json.loads(meta["content"]), read_tensors(self._path))
             return found
         if not meta and self._path.exists():
             say(f"{self._path}: is damaged: training begins anew")
         return {}
+
+
+def marked(arithmetic: Arithmetic | None) -> str:
+    """Return an arithmetic as the metadata of a file hold it."""
+    return json.dumps(arithmetic and arithmetic.facts, sort_keys=True)
+
+
+def is_of(arithmetic: Arithmetic | None, meta: Mapping[str, str], otherwise: str) -> bool:
+    """Return whether a checkpoint was computed in an arithmetic; if not, say so, after ``otherwise``: what happens."""
+    if meta.get("arithmetic") == marked(arithmetic):
+        return True
+    other = Arithmetic.of(json.loads(meta.get("arithmetic", "null")))
+    say(f"{otherwise}: its checkpoint was computed in {other or 'an unknown arithmetic'}, this is {arithmetic}")
+    return False
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

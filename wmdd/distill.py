@@ -14,14 +14,14 @@ from torch import Tensor
 
 from wmdd import methods, statistics
 from wmdd.barycenter import Pending, Submit, later, solvers
-from wmdd.checkpoint import Clock
+from wmdd.checkpoint import Clock, is_of, marked
 from wmdd.config import Config
 from wmdd.console import progress, say
 from wmdd.cost import Meter
 from wmdd.data import Dataset, pixel_range, quantise
 from wmdd.distributed import ALONE, Ranks, Team, seed_of, within_memory
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.files import digest, expect, read_metadata, read_tensors, write_json, write_tensors
+from wmdd.files import FORMAT, digest, expect, read_metadata, read_tensors, write_json, write_tensors
 from wmdd.records import provenance
 from wmdd.rundir import Block, Group, RunFolder
 from wmdd.synthesis import State, Target, synthesise
@@ -87,6 +87,7 @@ def _wanted(job: Job, block: Block) -> bool:
     if reason:
         say(f"{reason}: the block is made anew")
     if reason or sidecar is None:
+        job.folder.check_arithmetic(job.ranks.arithmetic)
         return True
     if sidecar["teacher"] != job.teacher.sha256:
         raise InputError(
@@ -286,13 +287,15 @@ def _distill_group(
         "labels": prepared.labels,
         "weights": prepared.weights.flatten(),
     }
-    write_tensors(job.folder.group_file(group.index), tensors, {"group": json.dumps(meta), "run": _identity(job)})
+    job.folder.bind_arithmetic(job.ranks.arithmetic)
+    write_tensors(job.folder.group_file(group.index), tensors, {"group": json.dumps(meta)} | _identity(job))
     job.folder.checkpoint_file(group.index).unlink(missing_ok=True)
 
 
-def _identity(job: Job) -> str:
-    """Return what a checkpoint must belong to: this config, these images, this teacher."""
-    return digest([job.config.fingerprint("images"), job.dataset.fingerprint, job.teacher.sha256])
+def _identity(job: Job) -> dict[str, str]:
+    """Return what a group and its checkpoint must belong to: config, images and teacher as ``run``; the arithmetic."""
+    run = digest([job.config.fingerprint("images"), job.dataset.fingerprint, job.teacher.sha256])
+    return {"run": run, "arithmetic": marked(job.ranks.arithmetic)}
 
 
 def _write_checkpoint(job: Job, group: Group, state: State, spent: Mapping[str, float]) -> None:
@@ -300,7 +303,7 @@ def _write_checkpoint(job: Job, group: Group, state: State, spent: Mapping[str, 
     if state.first is not None and state.second is not None:
         tensors |= {"first": state.first, "second": state.second}
     reached = {"iteration": str(state.iteration), "curve": json.dumps(state.curve), "spent": json.dumps(spent)}
-    meta = reached | {"run": _identity(job)}
+    meta = reached | _identity(job)
     write_tensors(job.folder.checkpoint_file(group.index), tensors, meta)
 
 
@@ -308,7 +311,9 @@ def _read_checkpoint(job: Job, group: Group) -> tuple[State | None, dict[str, fl
     """Return where the synthesis of a group stands and what it took so far; None and nothing when it begins."""
     path = job.folder.checkpoint_file(group.index)
     meta = read_metadata(path)
-    if meta.get("run") != _identity(job):
+    if "run" not in meta or not is_of(job.ranks.arithmetic, meta, f"group {group.index} begins anew"):
+        return None, {}
+    if meta["run"] != _identity(job)["run"]:
         return None, {}
     tensors, curve = read_tensors(path), json.loads(meta["curve"])
     moments = tensors.get("first"), tensors.get("second")
@@ -318,7 +323,7 @@ def _read_checkpoint(job: Job, group: Group) -> tuple[State | None, dict[str, fl
 def _finished(job: Job, group: Group) -> dict[str, Any] | None:
     """Return what is known of a finished group whose block is not yet whole."""
     meta = read_metadata(job.folder.group_file(group.index))
-    return json.loads(meta["group"]) if meta.get("run") == _identity(job) else None
+    return json.loads(meta["group"]) if "group" in meta and _identity(job).items() <= meta.items() else None
 
 
 def _assemble(job: Job, block: Block) -> None:
@@ -336,6 +341,7 @@ def _assemble(job: Job, block: Block) -> None:
     names = [job.dataset.classes[index] for index in block.classes]
     sha = write_tensors(job.folder.block_file(block.index), tensors)
     sidecar = {
+        "format": FORMAT,
         "block": block.index,
         "method": job.config.method,
         "classes": names,
@@ -347,7 +353,8 @@ def _assemble(job: Job, block: Block) -> None:
         "teacher": job.teacher.sha256,
         "data": job.dataset.fingerprint,
         "fingerprint": job.config.fingerprint("images"),
-        "provenance": provenance(job.config.compute),
+        "arithmetic": job.ranks.arithmetic.facts,
+        "provenance": provenance(job.config.compute, job.ranks.arithmetic),
     }
     write_json(job.folder.sidecar_file(block.index), sidecar)
     for group in block.groups:

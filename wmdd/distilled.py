@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from wmdd.arithmetic import Arithmetic
 from wmdd.config import Config, Data
 from wmdd.data import normalise
 from wmdd.errors import InputError, WmddError
-from wmdd.files import read_json, read_tensors, write_bytes
+from wmdd.files import read_tensors, write_bytes
 from wmdd.rundir import RunFolder
 
 
@@ -51,9 +52,7 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
             WmddError: blocks are missing or damaged; the message names them.
         """
         folder = RunFolder(Path(run))
-        if not (folder.path / "config.json").exists():
-            raise InputError(f"{folder.path}: holds no run (no config.json)")
-        config = Config.model_validate(read_json(folder.path / "config.json")["config"])
+        config = Config.model_validate(folder.bound()["config"])
         manifest = folder.manifest()
         if manifest["missing"]:
             missing = ", ".join(map(str, manifest["missing"]))
@@ -76,9 +75,18 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
 
 
 def verify(folder: RunFolder) -> list[str]:
-    """Hash every block that has a sidecar; return what is wrong, one line each."""
-    blocks = read_json(folder.path / "config.json")["config"]["blocks"]
-    return [reason for block in range(blocks) if (reason := folder.damaged(block))]
+    """Hash every block that has a sidecar and compare their arithmetics; return what is wrong, one line each."""
+    blocks = range(folder.bound()["config"]["blocks"])
+    problems = [reason for block in blocks if (reason := folder.damaged(block))]
+    used: dict[str, list[int]] = {}
+    for block in blocks:
+        if sidecar := folder.sidecar(block):
+            found = Arithmetic.of(sidecar.get("arithmetic"))
+            used.setdefault(str(found or "an unknown arithmetic"), []).append(block)
+    if len(used) > 1:
+        parts = "; ".join(f"{', '.join(map(str, own))} in {name}" for name, own in used.items())
+        problems.append(f"{folder.path}: its blocks were computed differently ({parts}); delete those of one kind")
+    return problems
 
 
 def export(

@@ -1,6 +1,7 @@
 """Ranks, devices and random numbers that do not depend on how the work is spread."""
 
 import hashlib
+import json
 import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wmdd.arithmetic import Arithmetic, applied, hardware_of, resolve
 from wmdd.config import Compute
 from wmdd.console import say
 from wmdd.errors import InputError, Interrupted, WmddError, tell
@@ -147,13 +149,16 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-    precision: str
-    """``fp32`` or ``bf16``, resolved for this device."""
-    compiles: bool = False
-    """Whether ``compiled`` goes through torch.compile"""
+    arithmetic: Arithmetic
+    """The same on all ranks of the job"""
     roll: Roll | None = None
     """Of the job's ranks; None when there is one"""
     _groups: dict[int, list[Any]] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``tf32`` or ``bf16``."""
+        return self.arithmetic.precision
 
     @property
     def main(self) -> bool:
@@ -201,7 +206,7 @@ class Ranks:
         return Team(index, self.size // size, rank, size, self._groups[size][index] if size > 1 else None)
 
     def autocast(self) -> torch.autocast:
-        """Return the context under which networks run: bf16 autocast, or nothing at fp32."""
+        """Return the context under which networks run: bf16 autocast, or nothing at other precisions."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compiled(self, function: F) -> F:
@@ -209,15 +214,15 @@ class Ranks:
 
         Each shape is compiled for itself: with sizes as variables it would be slower for all.
         """
-        return torch.compile(function, dynamic=False) if self.compiles else function  # type: ignore[return-value]
+        return torch.compile(function, dynamic=False) if self.arithmetic.compile else function  # type: ignore[return-value]
 
 
 @contextmanager
 def ranks(compute: Compute, stop: Callable[[], bool] = lambda: False, here: Placement | None = None) -> Iterator[Ranks]:
-    """Join the job that torchrun or srun started (or stand alone), with threads and precision from the config.
+    """Join the job that torchrun or srun started (or stand alone), with threads and arithmetic from the config.
 
-    Torch's threads, current device and random numbers are afterwards as they were.  In a job of several ranks an error
-    is printed before the job is left, which may take seconds.
+    Torch's threads, switches, current device and random numbers are afterwards as they were.  In a job of several
+    ranks an error is printed before the job is left, which may take seconds.
 
     Args:
         compute: device, threads, precision.
@@ -225,19 +230,23 @@ def ranks(compute: Compute, stop: Callable[[], bool] = lambda: False, here: Plac
         here: where this process stands; by default what its environment says.
 
     Raises:
-        InputError: the device does not exist here.
+        InputError: the device does not exist here, lacks a precision, or computes otherwise than that of another rank.
         PeerLost: another rank is gone.
         WmddError: the other ranks do not come, or memory is short.
     """
     here = here or placement_of(os.environ)
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device(choose_device(compute.device, here, visible))
-    with (
-        _settings(compute, device),
-        _joined(here, device, stop) if here.size > 1 else nullcontext() as roll,
-        within_memory(device),
-    ):
-        yield Ranks(here.rank, here.size, device, _precision(compute.precision, device), compute.compile, roll)
+    with _settings(compute, device):
+        arithmetic = resolve(compute, hardware_of(device))
+        with (
+            applied(arithmetic),
+            _joined(here, device, stop) if here.size > 1 else nullcontext() as roll,
+            within_memory(device),
+        ):
+            job = Ranks(here.rank, here.size, device, arithmetic, roll)
+            _refuse_unlike(job)
+            yield job
 
 
 @contextmanager
@@ -377,18 +386,25 @@ def _peak(device: torch.device) -> str:
     return f"{peak / 1e9:.1f} GB of {whole / 1e9:.1f} GB"
 
 
-def native_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions; without them bf16 is 2 to 4 times slower than fp32."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("avx512_bf16", False)
+def _refuse_unlike(job: Ranks) -> None:
+    """Refuse ranks of two arithmetics, on every rank.
 
-
-def _precision(name: str, device: torch.device) -> str:
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if native_bf16() else "fp32"
+    Raises:
+        InputError: ``compute`` means different things to two ranks.
+    """
+    if job.size == 1:
+        return
+    own = json.dumps(job.arithmetic.facts).encode()
+    sent = torch.zeros(256, dtype=torch.uint8)
+    sent[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    everyone = Team(0, 1, job.rank, job.size)
+    found = [Arithmetic(**json.loads(bytes(one.tolist()).rstrip(b"\0"))) for one in everyone.gather(sent)]
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise InputError(
+                f"the ranks compute differently: rank 0 in {found[0]}, rank {rank} in {other}; use nodes of one kind,"
+                f" or set {found[0].keys_unlike(other)}"
+            )
 
 
 def seed_of(*parts: object) -> int:

@@ -44,7 +44,7 @@ def _packages() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
-    from wmdd.distributed import native_bf16
+    from wmdd.arithmetic import native_bf16
 
     cores = len(os.sched_getaffinity(0))
     found = [

@@ -6,6 +6,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from wmdd import student
+from wmdd.arithmetic import Arithmetic, permits
 from wmdd.checkpoint import Checkpoint
 from wmdd.config import Config, decides
 from wmdd.console import progress, say
@@ -70,13 +71,15 @@ def evaluate(
                     advance(updates[task])  # another process was faster
                     continue
                 own, labels = recipe(task.regime, task.view), folder.path / "labels"
-                of = digest([protocol_of(own), distilled.sha256])
-                saved = Checkpoint(folder.student_checkpoint(_name(task)), of, config.compute.checkpoint_seconds)
+                unrounded = {key: value for key, value in own.items() if key != "arithmetic"}
+                of = digest([protocol_of(unrounded), distilled.sha256])
+                file, seconds = folder.student_checkpoint(_name(task)), config.compute.checkpoint_seconds
+                saved = Checkpoint(file, of, seconds, job.arithmetic)
                 result = student.train(
                     config, task, distilled, teacher, validation, job, team, labels, advance, stop, saved
                 )
                 if team.rank == 0:
-                    record = _record(config, task, result, validation, distilled, own)
+                    record = _record(config, task, result, validation, distilled, own, job)
                     with folder.locked(_RECORDS):
                         write_records(record_file(folder, task), [record])
                     saved.remove()
@@ -140,6 +143,7 @@ def _record(
     validation: Validation,
     distilled: DistilledSet,
     recipe: dict[str, object],
+    job: Ranks,
 ) -> Record:
     return Record(
         kind="student",
@@ -161,14 +165,14 @@ def _record(
         config=config.fingerprint("images"),
         artefact=distilled.sha256,
         cost=result.cost,
-        provenance=provenance(config.compute),
+        provenance=provenance(config.compute, job.arithmetic),
     )
 
 
 def _recipe(config: Config, teacher: Teacher, job: Ranks, regime: str, view: str, images: int) -> dict[str, object]:
     """Return all that two students must have in common to be compared."""
-    arithmetic = {"threads": config.compute.threads, "precision": job.precision}
-    return recipe_settings(config, regime, view, images) | {"teacher": teacher.sha256} | arithmetic
+    beside = {"teacher": teacher.sha256, "arithmetic": job.arithmetic.facts}
+    return recipe_settings(config, regime, view, images) | beside
 
 
 def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict[str, object]:
@@ -194,8 +198,12 @@ def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict
 def is_of_recipe(record: Record, config: Config, images: int) -> bool:
     """Return whether a student was trained as the config says, on a distilled set of so many images.
 
-    Its teacher and its arithmetic, which the config alone does not tell, are not looked at.
+    Its teacher is not looked at, which the config alone does not tell; its arithmetic must be one that the config may
+    mean on some machine.
     """
+    used = Arithmetic.of(record.recipe.get("arithmetic"))
+    if used and not permits(config.compute, used):
+        return False
     wanted = recipe_settings(config, str(record.regime), record.view, images)
     trained = complete(record.recipe)
     return all(trained.get(key) == value for key, value in wanted.items())

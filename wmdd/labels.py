@@ -135,7 +135,7 @@ class SoftLabels:
         self.stored = regime in STORED
         """Whether logits come from files"""
         self._epochs = stored_epochs(config, regime, self._count, self._classes) if self.stored else 0
-        made_from = [distilled.sha256, teacher.sha256, config.fingerprint("labels"), seed]
+        made_from = [distilled.sha256, teacher.sha256, config.fingerprint("labels"), ranks.arithmetic.facts, seed]
         self.identity = digest(made_from)
         """Names what these labels were made from"""
         self.folder = folder / self.identity[:16]

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from wmdd import console, distill, evaluation, methods, progress, rundir, statistics, store, student
 from wmdd import teacher as teachers
+from wmdd.arithmetic import Arithmetic
 from wmdd.config import Config, External, load_config
 from wmdd.data import Dataset, load_dataset
 from wmdd.distributed import Ranks, ranks, within_memory
@@ -137,12 +138,15 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
     if job.main:
         for place, one in runs.items():
             place.bind(one, dataset.fingerprint)
+            if "distill" in share.stages and any(place.sidecar(block.index) is None for block in blocks):
+                place.check_arithmetic(job.arithmetic)
         _check_room(config, dataset, folder.path, job.size)
     if dataset.skipped:
         console.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
     validation = Validation(config, dataset, job, stop)
+    bound = job.agree(folder.bound_teacher() if job.main else None)
     with within_memory(job.device, "lower teacher.batch_size"):
-        teacher = teachers.obtain(config, dataset, validation, job, stop)
+        teacher = teachers.obtain(config, dataset, validation, job, stop, bound)
     for place, one in runs.items():
         if job.main:
             write_json(place.path / "teacher.json", teacher.facts)
@@ -193,12 +197,24 @@ def students_of(config: Config, folder: RunFolder) -> list[tuple[RunFolder, stud
     return [(place, task) for place in runs_of(config, folder) for task in tasks]
 
 
-def entries_of(config: Config, dataset: Dataset) -> list[Path]:
-    """Return the entries of the store that a run reads, as far as they are known before it begins."""
-    folder, teacher = teachers.name_of_stored(config, dataset)
-    if teacher is None:
-        return [folder]  # statistics are named by the teacher's weights
-    return [folder, store.folder("statistics", statistics.key(config, dataset, teacher))]
+def entries_of(
+    config: Config, dataset: Dataset, arithmetics: Sequence[Arithmetic], bound: Mapping[str, Any] | None
+) -> list[Path]:
+    """Return the entries of the cache that a run may read, as far as they are known before it begins.
+
+    Args:
+        config: of the run.
+        dataset: its images.
+        arithmetics: those that its processes may compute in.
+        bound: what is known of the teacher that images were already made with (``RunFolder.bound_teacher``).
+    """
+    found = []
+    for arithmetic in arithmetics:
+        folder, sha = teachers.name_of_stored(config, dataset, arithmetic, bound)
+        found.append(folder)
+        if sha is not None:  # statistics are named by the teacher's weights
+            found.append(store.folder("statistics", statistics.key(config, dataset, sha, arithmetic)))
+    return found
 
 
 def _chosen(items: list[T], positions: Sequence[int] | None, kind: str) -> list[T]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from wmdd.arithmetic import Arithmetic
 from wmdd.config import DEFAULTS, Compute, Count, Positive, decides
 from wmdd.errors import InputError
 from wmdd.files import digest, flatten, write_bytes
@@ -68,7 +69,7 @@ class Record(Measurement):
     """``top1`` and ``top5`` as fractions, ``loss`` in nats, and whatever else was measured."""
     recipe: dict[str, Any]
     """What must agree before two records are averaged or compared: epochs, updates, batch_size, checkpoint, lr,
-    temperature, the teacher's SHA-256."""
+    temperature, the teacher's SHA-256, the student's arithmetic."""
     protocol: Sha
     """Fingerprint of ``recipe`` (``protocol_of``)."""
     config: Sha
@@ -126,8 +127,10 @@ Line = TypeVar("Line", Record, Speed)
 _LINE: TypeAdapter[Record | Speed] = TypeAdapter(Annotated[Record | Speed, Field(discriminator="kind")])
 
 
-def provenance(compute: Compute) -> dict[str, Any]:
+def provenance(compute: Compute, arithmetic: Arithmetic | None = None) -> dict[str, Any]:
     """Return the circumstances of a measurement taken now in this process; the host's name is left out.
+
+    ``precision`` is what was resolved if ``arithmetic`` is given, else what was asked for.
 
     ``revision`` is the commit of the checkout that the package runs from and ``dirty`` whether tracked files differ
     from it; both are None for an installed package.
@@ -152,7 +155,7 @@ def provenance(compute: Compute) -> dict[str, Any]:
         "cpu": _cpu(),
         "world_size": placement_of(os.environ).size,
         "threads": compute.threads,
-        "precision": compute.precision,
+        "precision": arithmetic.precision if arithmetic else compute.precision,
         "slurm": {key: value for key, value in job.items() if value is not None} or None,
     }
 

@@ -1,6 +1,8 @@
 """The run folder: what is done, what is missing, and where it lies.
 
-RUN/config.json                  the resolved config, its fingerprint, the data and the teacher it is bound to
+RUN/config.json                  the resolved config, its fingerprint, and the data that it is bound to
+RUN/arithmetic.json              the arithmetic of its images: that of the first group that was finished
+RUN/teacher.json                 the teacher that its images are made with, and what is known of it
 RUN/blocks/block-00007.*         one file and one sidecar of each block, written whole
 RUN/groups/group-00012.*         finished groups of a block that is not yet whole, and checkpoints of the others
 RUN/students/*                   checkpoints of students in training
@@ -11,14 +13,15 @@ RUN/baselines/METHOD/            a run folder of its own
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wmdd.arithmetic import Arithmetic
 from wmdd.config import DECIDES, DEFAULTS, Config, decides
 from wmdd.errors import InputError, WmddError
-from wmdd.files import digest, flatten, locked, read_json, sha256, write_json
+from wmdd.files import FORMAT, digest, flatten, locked, read_json, sha256, write_json
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class RunFolder:
                 return
         except WmddError:
             pass  # damaged, and nothing was distilled yet
+        if not any(self.path.rglob("*.safetensors")):  # the arithmetic is that of an earlier config
+            (self.path / "arithmetic.json").unlink(missing_ok=True)
         write_json(path, wanted)
 
     def check(self, config: Config, data: str) -> None:
@@ -117,7 +122,7 @@ class RunFolder:
         """
         path, wanted = self.path / "config.json", _binding(config, data)
         if path.exists() and any(self.path.rglob("*.safetensors")):
-            found = read_json(path)
+            found = self.bound()
             if found.get("data") != data and found.get("fingerprint") == wanted["fingerprint"]:
                 raise InputError(f"{self.path}: was made from other images than those in data.root; use another --out")
             if found.get("fingerprint") != wanted["fingerprint"] or found["config"]["blocks"] != config.blocks:
@@ -125,6 +130,59 @@ class RunFolder:
                 raise InputError(f"{self.path}: belongs to another config (differs in {keys}); use another --out")
         elif self.path.exists() and not path.exists() and {entry.name for entry in self.path.iterdir()} - {"locks"}:
             raise InputError(f"{self.path}: is not empty and holds no run (no config.json); use another --out")
+
+    def bound(self) -> dict[str, Any]:
+        """Return what the folder is bound to: ``config``, its ``fingerprint``, the fingerprint of the ``data``.
+
+        Raises:
+            InputError: it holds no run, or one of another version of the package.
+        """
+        path = self.path / "config.json"
+        if not path.exists():
+            raise InputError(f"{self.path}: holds no run (no config.json)")
+        found: dict[str, Any] = read_json(path)
+        if (written := found.get("format", 1)) != FORMAT:
+            raise InputError(
+                f"{self.path}: was written by {'an earlier' if written < FORMAT else 'a later'} version of wmdd (format"
+                f" {written}, this one has {FORMAT}); use that version for it, or another --out. `wmdd report` reads it"
+            )
+        return found
+
+    def bind_arithmetic(self, own: Arithmetic) -> None:
+        """Bind the folder's images to an arithmetic, unless another process was first, and check that it is this one.
+
+        Raises:
+            InputError: they are computed in another one.
+        """
+        path = self.path / "arithmetic.json"
+        if not path.exists():
+            with suppress(FileExistsError):
+                write_json(path, own.facts, new=True)
+        self.check_arithmetic(own)
+
+    def check_arithmetic(self, own: Arithmetic) -> None:
+        """Refuse to add images that are computed in another arithmetic.
+
+        Raises:
+            InputError: the folder is bound to another one; the message names both.
+        """
+        path = self.path / "arithmetic.json"
+        found = Arithmetic.of(read_json(path)) if path.exists() else own
+        if found is None:
+            raise InputError(f"{path}: names no arithmetic of this version; use another --out")
+        if found != own:
+            raise InputError(
+                f"{self.path}: its images are computed in {found}, and this process computes in {own}; set"
+                f" {found.keys_unlike(own)} on such a device, or use another --out"
+            )
+
+    def bound_teacher(self) -> dict[str, Any] | None:
+        """Return what is known of the teacher that images here were made with; None if there are none yet."""
+        path = self.path / "teacher.json"
+        if not path.exists() or not (self.path / "arithmetic.json").exists():
+            return None
+        found: dict[str, Any] = read_json(path)
+        return found
 
     def sidecar(self, block: int) -> dict[str, Any] | None:
         """Return the sidecar of a finished block, or None when the block is missing or its sidecar is damaged."""
@@ -159,7 +217,7 @@ class RunFolder:
         ``sha256`` names the distilled set: it hangs on the images, labels and weights of each class and not on how
         they were spread over blocks.
         """
-        config = read_json(self.path / "config.json")
+        config = self.bound()
         expected = config["config"]["blocks"]
         sidecars = {index: self.sidecar(index) for index in range(expected)}
         present = [sidecar for sidecar in sidecars.values() if sidecar is not None]
@@ -175,7 +233,12 @@ class RunFolder:
 
 def _binding(config: Config, data: str) -> dict[str, Any]:
     """Return what ``config.json`` holds."""
-    return {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint("images"), "data": data}
+    return {
+        "format": FORMAT,
+        "config": config.model_dump(mode="json"),
+        "fingerprint": config.fingerprint("images"),
+        "data": data,
+    }
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wmdd import augment, store
+from wmdd.arithmetic import Arithmetic
 from wmdd.config import Config
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, generator
@@ -100,13 +101,14 @@ def summarise(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor
     return ClassStatistics(torch.cat(list(features)).float(), total.mean.float(), inside.float(), across.float())
 
 
-def key(config: Config, dataset: Dataset, teacher: str) -> str:
-    """Return the store's key for the statistics of a data set under a teacher, named by its SHA-256."""
+def key(config: Config, dataset: Dataset, teacher: str, arithmetic: Arithmetic) -> str:
+    """Return the cache's key for the statistics of a dataset under a teacher (its SHA-256), in an arithmetic."""
     synthesis = config.synthesis
     parts = {
         "teacher": teacher,
         "data": dataset.fingerprint,
         "settings": config.fingerprint("statistics"),
+        "arithmetic": arithmetic.facts,
         "augment": [config.seed, synthesis.crop_scale, synthesis.flip] if config.statistics.augment else None,
     }
     return digest(parts)
@@ -129,7 +131,7 @@ def measure(
     Raises:
         Interrupted: ``stop`` asked for it, between two batches; what is stored of finished classes is kept.
     """
-    folder = store.folder("statistics", key(config, dataset, teacher.sha256))
+    folder = store.folder("statistics", key(config, dataset, teacher.sha256, ranks.arithmetic))
     paths = {index: folder / f"{index:05d}.safetensors" for index in classes}
     # What is damaged has no metadata, and is measured anew.  The rest is read when its turn comes: all of ImageNet's
     # would take gigabytes.

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wmdd import progress
-from wmdd.errors import InputError
 from wmdd.files import read_json
 from wmdd.rundir import RunFolder
 
@@ -25,8 +24,7 @@ def show(run: Path, console: "Console") -> None:
     """
     from rich.table import Table
 
-    if not (run / "config.json").exists():
-        raise InputError(f"{run}: holds no run (no config.json)")
+    RunFolder(run).bound()
     table = Table("", "teacher", "blocks", "students", box=None, pad_edge=False)
     for folder in [RunFolder(run), *map(RunFolder, sorted((run / "baselines").glob("*")))]:
         if (folder.path / "config.json").exists():
@@ -39,7 +37,7 @@ def show(run: Path, console: "Console") -> None:
 
 
 def _line(run: Path, folder: RunFolder) -> tuple[str, ...]:
-    config: dict[str, Any] = read_json(folder.path / "config.json")["config"]
+    config: dict[str, Any] = folder.bound()["config"]
     # One listing each, never a file opened per task: a run may have thousands.
     blocks = sum(1 for _ in (folder.path / "blocks").glob("*.json"))
     students = sum(1 for _ in (folder.path / "records").glob("student-*.jsonl"))

@@ -18,13 +18,16 @@ from pathlib import Path
 from stat import S_ISREG
 
 from wmdd.errors import InputError
+from wmdd.files import FORMAT
 
+_SUFFIX = f".v{FORMAT}"
+"""Ends the names of folders: an entry of another version of the package has another one, or none."""
 KINDS = ("teachers", "statistics", "listings")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One folder of the store."""
+    """One folder of the cache."""
 
     kind: str
     key: str
@@ -35,6 +38,8 @@ class Entry:
     """When it was last written, or its use last noted: seconds since 1970"""
     pinned: bool
     """Whether a queued submission names it"""
+    current: bool
+    """Whether this version of the package uses it"""
 
 
 def cache_root() -> Path:
@@ -47,7 +52,7 @@ def cache_root() -> Path:
 
 def folder(kind: str, key: str) -> Path:
     """Return the folder of an entry, which need not exist."""
-    return cache_root() / kind / key
+    return cache_root() / kind / f"{key}{_SUFFIX}"
 
 
 def prepare(path: Path) -> None:
@@ -84,10 +89,10 @@ def pin(paths: Iterable[Path]) -> None:
             mark.touch()
 
 
-def entries() -> list[Entry]:
-    """List the store, the longest unused first."""
+def entries(*kinds: str) -> list[Entry]:
+    """List the cache, or entries of some kinds, the longest unused first."""
     found = []
-    for kind in KINDS:
+    for kind in kinds or KINDS:
         for path in sorted((cache_root() / kind).glob("[!.]*")):
             stats = []
             for file in (path, *path.rglob("*")):
@@ -95,8 +100,14 @@ def entries() -> list[Entry]:
                     stats.append(file.stat())
             size = sum(stat.st_size for stat in stats if S_ISREG(stat.st_mode))
             used = max((stat.st_mtime for stat in stats), default=0.0)
-            found.append(Entry(kind, path.name, path, size, used, _is_pinned(_mark(path))))
+            current = path.suffix == _SUFFIX
+            found.append(Entry(kind, path.stem, path, size, used, _is_pinned(_mark(path)), current))
     return sorted(found, key=lambda entry: entry.used)
+
+
+def of_other_versions() -> int:
+    """Return the number of entries that another version of the package wrote, and this one never uses."""
+    return sum(not entry.current for entry in entries())
 
 
 def prune(older_than_days: float) -> list[Entry]:

@@ -1,6 +1,6 @@
 """The frozen teacher: trained here or loaded strictly, kept in the store, named by the SHA-256 of its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wmdd import augment, networks, store, weights
+from wmdd.arithmetic import Arithmetic
 from wmdd.checkpoint import Checkpoint, StopCheck
 from wmdd.config import Config
 from wmdd.console import progress, say
 from wmdd.cost import Meter
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, Team, generator, seed_of
-from wmdd.errors import Interrupted, WmddError
+from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.files import digest, expect, locked, read_json, read_tensors, sha256, write_json, write_tensors
 from wmdd.networks import FrozenNetwork, Observation
 from wmdd.validation import Validation, decode_all
@@ -44,51 +45,103 @@ class Teacher:
         return Observation(**joined)
 
 
-def obtain(config: Config, dataset: Dataset, validation: Validation, ranks: Ranks, stop: Callable[[], bool]) -> Teacher:
-    """Return the teacher from the store; it is trained or imported there first if it is not yet known.
+def obtain(
+    config: Config,
+    dataset: Dataset,
+    validation: Validation,
+    ranks: Ranks,
+    stop: Callable[[], bool],
+    bound: Mapping[str, Any] | None = None,
+) -> Teacher:
+    """Return the teacher from the cache; it is trained or imported there first if it is not yet known.
+
+    Args:
+        config: network, weights or training.
+        dataset: what it is trained on.
+        validation: measures it.
+        ranks: device and arithmetic.
+        stop: whether to leave between two epochs of training.
+        bound: what is known of the teacher that images were made with (``Teacher.facts``); it is taken in whatever
+            arithmetic it was trained. The same on all ranks.
 
     Raises:
-        InputError: no such network, or weights that do not fit it.
+        InputError: no such network, or weights that do not fit it, or the teacher is not the one that ``bound`` names.
         Interrupted: a stop was requested; training goes on from its checkpoint next time.
     """
-    folder, origin = _entry(config, dataset)
-    if not ranks.agree(ranks.main and _whole(folder)):
-        if ranks.main:
-            store.prepare(folder)
-        with locked(folder / ".lock", stop) if ranks.main else nullcontext():
+    kept = ranks.agree(_kept(bound["sha256"]) if ranks.main and bound else None)
+    if kept:
+        folder = store.folder("teachers", kept)
+    else:
+        if bound and (trained := Arithmetic.of(bound.get("arithmetic"))) not in (None, ranks.arithmetic):
+            raise InputError(
+                f"the images were made with the teacher {bound['sha256'][:12]}, which the cache does not hold; it was"
+                f" trained in {trained}, and cannot be trained again in {ranks.arithmetic}; bring it back (WMDD_CACHE)"
+            )
+        folder, origin = _entry(config, dataset, ranks.arithmetic)
+        if not ranks.agree(ranks.main and _whole(folder)):
             if ranks.main:
-                expect([folder / _FACTS], stop, seconds=0.1)
-            if ranks.agree(ranks.main and not _whole(folder)):  # another process may have been faster
-                _make(config, dataset, validation, ranks, folder, origin, stop)
-            ranks.barrier()
+                store.prepare(folder)
+            with locked(folder / ".lock", stop) if ranks.main else nullcontext():
+                if ranks.main:
+                    expect([folder / _FACTS], stop, seconds=0.1)
+                if ranks.agree(ranks.main and not _whole(folder)):  # another process may have been faster
+                    _make(config, dataset, validation, ranks, folder, origin, stop)
+                ranks.barrier()
     if ranks.main:
         store.note_use(folder)
     file, facts = folder / _FILE, folder / _FACTS
     expect([file, facts], stop)
     known = read_json(facts)
+    if bound and bound["sha256"] != known["sha256"]:
+        raise InputError(
+            f"the images were made with the teacher {bound['sha256'][:12]}, the cache now holds"
+            f" {known['sha256'][:12]}; bring the first one back (WMDD_CACHE), or use another --out"
+        )
     network = _create(config, known["all_outputs"])
     weights.restore(network, read_tensors(file))
     frozen = FrozenNetwork(network, known["outputs"]).to(ranks.device)
     return Teacher(frozen, known["sha256"], known)
 
 
-def is_stored(config: Config, dataset: Dataset) -> bool:
-    """Return whether the store holds this teacher, so that nobody has to train or import it."""
-    return _whole(_entry(config, dataset)[0])
+def is_stored(
+    config: Config, dataset: Dataset, arithmetics: Sequence[Arithmetic], bound: Mapping[str, Any] | None = None
+) -> bool:
+    """Return whether the cache holds this teacher in one of these arithmetics; if ``bound`` (``obtain``), that one."""
+    return any(name_of_stored(config, dataset, arithmetic, bound)[1] for arithmetic in arithmetics)
 
 
-def name_of_stored(config: Config, dataset: Dataset) -> tuple[Path, str | None]:
-    """Return the teacher's folder in the store, and the SHA-256 of its weights if it is there."""
-    folder, _ = _entry(config, dataset)
-    return folder, read_json(folder / _FACTS)["sha256"] if _whole(folder) else None
+def name_of_stored(
+    config: Config, dataset: Dataset, arithmetic: Arithmetic, bound: Mapping[str, Any] | None = None
+) -> tuple[Path, str | None]:
+    """Return the folder of this teacher in the cache, and the SHA-256 of its weights if it is there.
+
+    If ``bound`` (``obtain``), that teacher is meant, whatever it was trained in.
+    """
+    if bound and (kept := _kept(bound["sha256"])):
+        return store.folder("teachers", kept), bound["sha256"]
+    folder, _ = _entry(config, dataset, arithmetic)
+    known = read_json(folder / _FACTS)["sha256"] if not bound and _whole(folder) else None
+    return folder, known
 
 
-def _entry(config: Config, dataset: Dataset) -> tuple[Path, Path | None]:
-    """Return the teacher's folder in the store, and the file it is imported from if it is not trained here."""
+def _entry(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Path, Path | None]:
+    """Return the teacher's folder in the cache, and the file it is imported from if it is not trained here."""
     settings = config.teacher
     origin = weights.locate(settings.weights, settings.network)
-    key = digest([config.fingerprint("teacher"), dataset.fingerprint, origin and sha256(origin)])
-    return store.folder("teachers", key), origin
+    made = arithmetic.facts if origin is None else sha256(origin)
+    return store.folder("teachers", digest([config.fingerprint("teacher"), dataset.fingerprint, made])), origin
+
+
+def _kept(sha: str) -> str | None:
+    """Return the key under which the cache holds a teacher, whole; None if it does not."""
+    for entry in store.entries("teachers"):
+        try:
+            found = read_json(entry.path / "teacher.json")["sha256"] == sha
+        except (WmddError, KeyError, TypeError):
+            continue
+        if found and _whole(entry.path):
+            return entry.key
+    return None
 
 
 def _create(config: Config, classes: int) -> nn.Module:
@@ -129,6 +182,8 @@ def _make(
     outputs = None
     if origin is None:
         team = ranks.team(config.teacher.ranks, "teacher.ranks")
+        if ranks.main and (old := store.of_other_versions()):
+            say(f"{store.cache_root()}: {old} entries of another version of wmdd are not used (`wmdd cache list`)")
         if team.index:
             return  # one team trains, the others wait
         network = _train(config, dataset, ranks, team, checkpoint, meter, stop)
@@ -145,6 +200,7 @@ def _make(
         "sha256": write_tensors(file, state, {"classes": "\n".join(dataset.classes)} if origin is None else None),
         "network": name,
         "origin": config.teacher.weights or "trained here",
+        "arithmetic": ranks.arithmetic.facts if origin is None else None,
         **accuracy,
         "evaluated_on": validation.on,
         "seconds": seconds,

@@ -75,12 +75,15 @@ def _distillations(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def distillation(run: Run) -> dict[str, Any]:
-    """Return what of a run's config decides its images, but for its seed or the files of an external set."""
+    """Return what decides a run's images, but for its seed or the files of an external set."""
     config = flatten(run.config)
-    # A baseline that selects real images does not depend on how the run that owns it synthesises.
-    scope = "data" if run.baseline and not run.optimised else "images"
+    # A baseline that selects real images depends neither on rounding nor on how the run that owns it synthesises.
+    selected = run.baseline and not run.optimised
+    scope = "data" if selected else "images"
+    used = [sidecar.get("arithmetic") for _, sidecar in sorted(run.blocks.items())]
     keys = {"method", "ipc", *(key for key in DECIDES if decides(key, scope))} - {"seed", "external.sha256"}
-    return {key: config.get(key, DEFAULTS[key]) for key in sorted(keys)}
+    settings = {key: config.get(key, DEFAULTS[key]) for key in sorted(keys)}
+    return settings | ({"arithmetic": used[0]} if used and not selected else {})
 
 
 def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
