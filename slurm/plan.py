@@ -9,7 +9,7 @@ from typing import Any
 
 from slurm.profile import STAGES, Profile, Resources, Stage
 from wmdd import evaluation, methods, pipeline, rundir, teacher
-from wmdd.arithmetic import Arithmetic, candidates
+from wmdd.arithmetic import candidates
 from wmdd.config import Config
 from wmdd.data import Dataset
 from wmdd.errors import InputError, WmddError
@@ -128,15 +128,10 @@ def arrays(
     return [Array(stage, tasks[stage], profile.stages[stage]) for stage in STAGES if tasks[stage]]
 
 
-def arithmetics_of(config: Config, profile: Profile, stage: Stage) -> list[Arithmetic]:
-    """Return the arithmetics that the config may mean on the nodes of a stage."""
-    on_gpus = profile.stages[stage].gpus and config.compute.device != "cpu"
-    return candidates(config.compute, "cuda" if on_gpus else "cpu")
-
-
 def _has_teacher(config: Config, folder: RunFolder, dataset: Dataset, profile: Profile) -> bool:
     """Return whether the teacher is in the cache, in an arithmetic that the config may mean on the profile's nodes."""
-    arithmetics = arithmetics_of(config, profile, "teacher")
+    on_gpus = profile.stages["teacher"].gpus and config.compute.device != "cpu"
+    arithmetics = candidates(config.compute, "cuda" if on_gpus else "cpu")
     return teacher.is_stored(config, dataset, arithmetics, folder.bound_teacher())
 
 

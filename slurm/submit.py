@@ -134,8 +134,7 @@ def submit(request: Request) -> list[Launched]:
                 # A task looks at the records of its own students alone: here go those of students that nobody trains.
                 images = len(request.dataset.classes) * one.ipc
                 evaluation.set_aside(place, partial(evaluation.is_of_recipe, config=one, images=images))
-            arithmetics = plan.arithmetics_of(one, request.profile, "distill")
-            store.pin(pipeline.entries_of(one, request.dataset, arithmetics, place.bound_teacher()))
+            store.pin(pipeline.entries_of(one, request.dataset))
         private(_jobs_folder(request))
         return _submitted(request) if request.arrays else []
 

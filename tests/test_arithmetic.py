@@ -131,7 +131,8 @@ def test_a_bf16_block_does_not_join_an_fp32_run(tiny: Config, tmp_path: Path) ->
     pipeline.run(config, tmp_path / "run", share=one)
     assert read_json(tmp_path / "run" / "arithmetic.json") == CPU.facts
     assert RunFolder(tmp_path / "run").sidecar(0)["arithmetic"] == CPU.facts
-    with pytest.raises(InputError) as caught:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError) as caught:
+        patch.setattr(pipeline.teachers, "obtain", lambda *_: pytest.fail("a teacher was asked for before the refusal"))
         pipeline.run(in_(config, "bf16"), tmp_path / "run", share=two)
     for word in ("computed in fp32 on cpu", "computes in bf16 on cpu", "set compute.precision=fp32", "--out"):
         assert word in str(caught.value)
@@ -140,6 +141,15 @@ def test_a_bf16_block_does_not_join_an_fp32_run(tiny: Config, tmp_path: Path) ->
     pipeline.run(config, tmp_path / "run", share=two)
     pipeline.run(config, tmp_path / "whole", share=IMAGES)
     assert blocks_of(tmp_path / "run") == blocks_of(tmp_path / "whole")
+
+
+def test_a_damaged_block_is_not_made_again_in_another_arithmetic(tiny: Config, tmp_path: Path) -> None:
+    pipeline.run(tiny, tmp_path / "run", share=IMAGES)
+    file = RunFolder(tmp_path / "run").block_file(0)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="computed in fp32 on cpu"):
+        patch.setattr(distill, "_distill_group", lambda *_: pytest.fail("a group was synthesised before the refusal"))
+        pipeline.run(in_(tiny, "bf16"), tmp_path / "run", share=IMAGES)
 
 
 def test_a_group_that_ends_after_one_of_another_arithmetic_is_not_kept(tiny: Config, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from wmdd.config import DECIDES, DEFAULTS, SCOPES, Config, Section, describe, load_config, preset_names, to_toml
 from wmdd.errors import InputError
-from wmdd.files import write_json
+from wmdd.files import FORMAT, digest, write_json
 
 PINNED = Path(__file__).parent / "defaults.json"
 
@@ -182,6 +182,7 @@ def test_a_field_that_does_not_say_what_it_decides_is_an_error_at_import() -> No
 
 def test_a_value_given_as_the_default_is_left_out_of_fingerprints() -> None:
     plain = Config().fingerprint("students")
+    assert plain == digest({"format": FORMAT, "scope": "students", "config": {}}), "a new key would change it"
     assert Config.model_validate({"seed": 0, "synthesis": {"lr": 0.25}}).fingerprint("students") == plain
     assert Config.model_validate(Config().model_dump(mode="json")).fingerprint("students") == plain
 

@@ -85,25 +85,21 @@ def resolve(compute: Compute, hardware: Hardware) -> Arithmetic:
     return Arithmetic(hardware.device, precision, compute.compile, cpu or compute.deterministic, threads)
 
 
-def candidates(compute: Compute, device: Literal["cpu", "cuda"]) -> list[Arithmetic]:
-    """Return what a config may resolve to on a device that cannot be asked: ``auto`` is bf16 or fp32.
-
-    Raises:
-        InputError: as ``resolve``.
-    """
+def candidates(compute: Compute, *devices: Literal["cpu", "cuda"]) -> list[Arithmetic]:
+    """Return what a config may resolve to on devices that cannot be asked, by default on any: ``auto`` has many."""
     precisions = ("bf16", "fp32") if compute.precision == "auto" else (compute.precision,)
-    hardware = Hardware(device, bf16=True, tf32=device == "cuda")
-    return [resolve(compute.model_copy(update={"precision": one}), hardware) for one in precisions]
+    found = []
+    for device in devices or ("cpu", "cuda"):
+        if compute.device == "auto" or compute.device.startswith(device):
+            hardware = Hardware(device, bf16=True, tf32=device == "cuda")
+            asked = [compute.model_copy(update={"precision": one}) for one in precisions]
+            found += [resolve(one, hardware) for one in asked if one.precision != "tf32" or hardware.tf32]
+    return found
 
 
 def permits(compute: Compute, used: Arithmetic) -> bool:
     """Return whether a config may resolve to an arithmetic on some machine."""
-    if compute.device != "auto" and not compute.device.startswith(used.device):
-        return False
-    try:
-        return used in candidates(compute, used.device)
-    except InputError:
-        return False
+    return used in candidates(compute)
 
 
 def hardware_of(device: "torch.device") -> Hardware:

@@ -273,9 +273,9 @@ def cache_list() -> None:
     found = store.entries()
     for entry in found:
         age = (time.time() - entry.used) / 86400
-        note = "  named by a submission" if entry.pinned else ""
-        note += "" if entry.current else "  of another version of wmdd, not used"
-        typer.echo(f"{entry.kind:11} {entry.key[:16]}  {entry.size / 1e6:10,.1f} MB  unused {age:6.1f} days{note}")
+        told = "  named by a submission" if entry.pinned else ""
+        told += "" if entry.current else "  of another version of wmdd, not used"
+        typer.echo(f"{entry.kind:11} {entry.key[:16]}  {entry.size / 1e6:10,.1f} MB  unused {age:6.1f} days{told}")
     typer.echo(f"{store.cache_root()}: {len(found)} entries, {sum(entry.size for entry in found) / 1e6:,.1f} MB")
 
 

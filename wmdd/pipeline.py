@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from wmdd import console, distill, evaluation, methods, progress, rundir, statistics, store, student
 from wmdd import teacher as teachers
-from wmdd.arithmetic import Arithmetic
+from wmdd.arithmetic import candidates
 from wmdd.config import Config, External, load_config
 from wmdd.data import Dataset, load_dataset
 from wmdd.distributed import Ranks, ranks, within_memory
@@ -197,23 +197,14 @@ def students_of(config: Config, folder: RunFolder) -> list[tuple[RunFolder, stud
     return [(place, task) for place in runs_of(config, folder) for task in tasks]
 
 
-def entries_of(
-    config: Config, dataset: Dataset, arithmetics: Sequence[Arithmetic], bound: Mapping[str, Any] | None
-) -> list[Path]:
-    """Return the entries of the cache that a run may read, as far as they are known before it begins.
-
-    Args:
-        config: of the run.
-        dataset: its images.
-        arithmetics: those that its processes may compute in.
-        bound: what is known of the teacher that images were already made with (``RunFolder.bound_teacher``).
-    """
+def entries_of(config: Config, dataset: Dataset) -> list[Path]:
+    """Return the entries of the store that a run reads, as far as they are known before it begins."""
     found = []
-    for arithmetic in arithmetics:
-        folder, sha = teachers.name_of_stored(config, dataset, arithmetic, bound)
+    for arithmetic in candidates(config.compute):
+        folder, teacher = teachers.name_of_stored(config, dataset, arithmetic)
         found.append(folder)
-        if sha is not None:  # statistics are named by the teacher's weights
-            found.append(store.folder("statistics", statistics.key(config, dataset, sha, arithmetic)))
+        if teacher is not None:  # statistics are named by its weights
+            found.append(store.folder("statistics", statistics.key(config, dataset, teacher, arithmetic)))
     return found
 
 

@@ -108,7 +108,7 @@ class RunFolder:
                 return
         except WmddError:
             pass  # damaged, and nothing was distilled yet
-        if not any(self.path.rglob("*.safetensors")):  # the arithmetic is that of an earlier config
+        if not any(self.path.rglob("*.safetensors")):
             (self.path / "arithmetic.json").unlink(missing_ok=True)
         write_json(path, wanted)
 
@@ -154,10 +154,8 @@ class RunFolder:
         Raises:
             InputError: they are computed in another one.
         """
-        path = self.path / "arithmetic.json"
-        if not path.exists():
-            with suppress(FileExistsError):
-                write_json(path, own.facts, new=True)
+        with suppress(FileExistsError):
+            write_json(self.path / "arithmetic.json", own.facts, new=True)
         self.check_arithmetic(own)
 
     def check_arithmetic(self, own: Arithmetic) -> None:
@@ -233,12 +231,8 @@ class RunFolder:
 
 def _binding(config: Config, data: str) -> dict[str, Any]:
     """Return what ``config.json`` holds."""
-    return {
-        "format": FORMAT,
-        "config": config.model_dump(mode="json"),
-        "fingerprint": config.fingerprint("images"),
-        "data": data,
-    }
+    settings = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint("images")}
+    return {"format": FORMAT, **settings, "data": data}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -102,7 +102,7 @@ def summarise(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor
 
 
 def key(config: Config, dataset: Dataset, teacher: str, arithmetic: Arithmetic) -> str:
-    """Return the cache's key for the statistics of a dataset under a teacher (its SHA-256), in an arithmetic."""
+    """Return the cache's key for the statistics of a dataset under a teacher (its SHA-256), made in an arithmetic."""
     synthesis = config.synthesis
     parts = {
         "teacher": teacher,

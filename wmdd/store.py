@@ -21,13 +21,13 @@ from wmdd.errors import InputError
 from wmdd.files import FORMAT
 
 _SUFFIX = f".v{FORMAT}"
-"""Ends the names of folders: an entry of another version of the package has another one, or none."""
+"""Ends the names of entries: one of another version of the package has another end, or none."""
 KINDS = ("teachers", "statistics", "listings")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One folder of the cache."""
+    """One folder of the store."""
 
     kind: str
     key: str
@@ -90,7 +90,7 @@ def pin(paths: Iterable[Path]) -> None:
 
 
 def entries(*kinds: str) -> list[Entry]:
-    """List the cache, or entries of some kinds, the longest unused first."""
+    """List the store, or entries of some kinds, the longest unused first."""
     found = []
     for kind in kinds or KINDS:
         for path in sorted((cache_root() / kind).glob("[!.]*")):
@@ -100,8 +100,8 @@ def entries(*kinds: str) -> list[Entry]:
                     stats.append(file.stat())
             size = sum(stat.st_size for stat in stats if S_ISREG(stat.st_mode))
             used = max((stat.st_mtime for stat in stats), default=0.0)
-            current = path.suffix == _SUFFIX
-            found.append(Entry(kind, path.stem, path, size, used, _is_pinned(_mark(path)), current))
+            pinned, current = _is_pinned(_mark(path)), path.suffix == _SUFFIX
+            found.append(Entry(kind, path.name.removesuffix(_SUFFIX), path, size, used, pinned, current))
     return sorted(found, key=lambda entry: entry.used)
 
 

@@ -79,14 +79,7 @@ def obtain(
             )
         folder, origin = _entry(config, dataset, ranks.arithmetic)
         if not ranks.agree(ranks.main and _whole(folder)):
-            if ranks.main:
-                store.prepare(folder)
-            with locked(folder / ".lock", stop) if ranks.main else nullcontext():
-                if ranks.main:
-                    expect([folder / _FACTS], stop, seconds=0.1)
-                if ranks.agree(ranks.main and not _whole(folder)):  # another process may have been faster
-                    _make(config, dataset, validation, ranks, folder, origin, stop)
-                ranks.barrier()
+            _add(config, dataset, validation, ranks, folder, origin, stop)
     if ranks.main:
         store.note_use(folder)
     file, facts = folder / _FILE, folder / _FACTS
@@ -103,25 +96,39 @@ def obtain(
     return Teacher(frozen, known["sha256"], known)
 
 
+def _add(
+    config: Config,
+    dataset: Dataset,
+    validation: Validation,
+    ranks: Ranks,
+    folder: Path,
+    origin: Path | None,
+    stop: Callable[[], bool],
+) -> None:
+    """Put the teacher into the cache, unless another process is faster."""
+    if ranks.main:
+        store.prepare(folder)
+    with locked(folder / ".lock", stop) if ranks.main else nullcontext():
+        if ranks.main:
+            expect([folder / _FACTS], stop, seconds=0.1)
+        if ranks.agree(ranks.main and not _whole(folder)):
+            _make(config, dataset, validation, ranks, folder, origin, stop)
+        ranks.barrier()
+
+
 def is_stored(
     config: Config, dataset: Dataset, arithmetics: Sequence[Arithmetic], bound: Mapping[str, Any] | None = None
 ) -> bool:
     """Return whether the cache holds this teacher in one of these arithmetics; if ``bound`` (``obtain``), that one."""
-    return any(name_of_stored(config, dataset, arithmetic, bound)[1] for arithmetic in arithmetics)
+    if bound:
+        return _kept(bound["sha256"]) is not None
+    return any(_whole(_entry(config, dataset, arithmetic)[0]) for arithmetic in arithmetics)
 
 
-def name_of_stored(
-    config: Config, dataset: Dataset, arithmetic: Arithmetic, bound: Mapping[str, Any] | None = None
-) -> tuple[Path, str | None]:
-    """Return the folder of this teacher in the cache, and the SHA-256 of its weights if it is there.
-
-    If ``bound`` (``obtain``), that teacher is meant, whatever it was trained in.
-    """
-    if bound and (kept := _kept(bound["sha256"])):
-        return store.folder("teachers", kept), bound["sha256"]
+def name_of_stored(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Path, str | None]:
+    """Return the teacher's folder in the store, and the SHA-256 of its weights if it is there."""
     folder, _ = _entry(config, dataset, arithmetic)
-    known = read_json(folder / _FACTS)["sha256"] if not bound and _whole(folder) else None
-    return folder, known
+    return folder, read_json(folder / _FACTS)["sha256"] if _whole(folder) else None
 
 
 def _entry(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Path, Path | None]:
@@ -135,8 +142,10 @@ def _entry(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Pa
 def _kept(sha: str) -> str | None:
     """Return the key under which the cache holds a teacher, whole; None if it does not."""
     for entry in store.entries("teachers"):
+        if not entry.current:
+            continue
         try:
-            found = read_json(entry.path / "teacher.json")["sha256"] == sha
+            found = read_json(entry.path / _FACTS)["sha256"] == sha
         except (WmddError, KeyError, TypeError):
             continue
         if found and _whole(entry.path):
