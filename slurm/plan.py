@@ -14,10 +14,9 @@ from wmdd.config import Config
 from wmdd.data import Dataset
 from wmdd.errors import InputError, WmddError
 from wmdd.files import read_json
-from wmdd.labels import STORED, epoch_bytes, stored_epochs
 from wmdd.records import Record, read_records
 from wmdd.rundir import RunFolder
-from wmdd.student import Task, checkpoint_bytes
+from wmdd.student import Task
 
 Items = tuple[int, ...]
 
@@ -182,22 +181,14 @@ def estimate(config: Config, classes: int, planned: Sequence[Array], speed: Spee
     if students:
         hours["students"] = students * speed.student_minutes / 60 if speed.student_minutes else None
 
-    pixels = config.data.channels * config.data.resolution**2
-    group = (config.synthesis.classes_per_group or max(1, 100 // config.ipc)) * config.ipc
-    images = classes * config.ipc * len(blocks) // max(1, config.blocks)
     # How many ranks of a stage work at a time.
     parallel = {one.stage: min(len(one.tasks), one.resources.parallel) * one.resources.ranks for one in planned}
-    regimes, labelled = config.labels.regimes, classes * config.ipc
-    kept = [stored_epochs(config, regime, labelled, classes) for regime in regimes if regime in STORED]
-    # The epochs of a budget are the first ones of the stored regime, and the same files.
-    stored = max(kept, default=0) * students // len(regimes)
-    labels = stored * epoch_bytes(config.labels, labelled, classes)
     groups = parallel.get("distill", 0) // config.synthesis.split_class
     trained = parallel.get("students", 0) // config.student.ranks
-    checkpoints = max(groups * 12 * group * pixels, trained * checkpoint_bytes(config, classes))
     starts = sum(len(array.tasks) for array in planned)
     files_of_task = sum(len(array.tasks) * (2 + 2 * array.resources.ranks) for array in planned)
-    size = 2 * images * pixels * runs + checkpoints + labels + 30_000 * (starts + students)
+    size = pipeline.disk_bytes(config, classes, len(blocks), students, groups, trained) + 30_000 * (starts + students)
+    stored = pipeline.stored_label_files(config, classes, students)
     inodes = 2 * len(blocks) * runs + 2 * (groups + trained) + students + files_of_task + 2 * len(planned) + stored + 8
     return Estimate(hours, size, inodes)
 

@@ -354,6 +354,30 @@ def test_too_little_disk_is_refused_before_any_work(
         images_only(tiny, tmp_path / "run")
 
 
+def test_a_submission_and_a_run_ask_for_the_same_room(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    from slurm.plan import Array, Speed, estimate
+    from slurm.profile import Resources
+
+    labels = tiny.labels.model_copy(update={"regimes": ("stored",)})
+    student = tiny.student.model_copy(update={"epochs": 500, "baselines": ()})
+    config = tiny.model_copy(update={"labels": labels, "student": student, "blocks": 2})
+    alone = Resources(parallel=1)
+    planned = [Array("distill", ((0, 1),), alone), Array("students", ((0, 1),), alone)]
+    room = estimate(config, 4, planned, Speed()).size - 30_000 * (2 + 2)
+    assert room > 2 * 500 * 500, "labels are the largest part"
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room - 1))
+    with pytest.raises(InputError, match="make room"):
+        pipeline.run(config, tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room))
+    pipeline.run(config, tmp_path / "run", share=pipeline.Share(("teacher", "distill")))
+
+
 def test_command_line_tells_and_exports(finished: Path, tmp_path: Path) -> None:
     def told(*arguments: str) -> str:
         result = CliRunner().invoke(app, arguments)

@@ -95,6 +95,11 @@ def record_file(folder: RunFolder, task: Task) -> Path:
     return folder.path / "records" / f"{_name(task)}.jsonl"
 
 
+def is_begun(folder: RunFolder, task: Task) -> bool:
+    """Return whether a student was trained, or is in training."""
+    return record_file(folder, task).exists() or folder.student_checkpoint(_name(task)).exists()
+
+
 def set_aside(folder: RunFolder, wanted: Callable[[Record], bool], tasks: Sequence[Task] | None = None) -> None:
     """Move the records that are not wanted, or cannot be read, to ``RUN/superseded``.
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from wmdd import console, distill, evaluation, methods, progress, rundir, statistics, store, student
+from wmdd import console, distill, evaluation, labels, methods, progress, rundir, statistics, store, student
 from wmdd import teacher as teachers
 from wmdd.arithmetic import candidates
 from wmdd.config import Config, External, load_config
@@ -21,6 +21,8 @@ from wmdd.signals import STOPS, StopRequest, stop_on
 from wmdd.validation import Validation
 
 T = TypeVar("T")
+Students = list[tuple[RunFolder, student.Task]]
+"""Students with the run, or the baseline, whose images they learn from"""
 
 STAGES = ("teacher", "distill", "students", "report")
 
@@ -140,7 +142,9 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
             place.bind(one, dataset.fingerprint)
             if "distill" in share.stages and any(place.sidecar(block.index) is None for block in blocks):
                 place.check_arithmetic(job.arithmetic)
-        _check_room(config, dataset, folder.path, job.size)
+        made = blocks if "distill" in share.stages else []
+        trained = todo if "students" in share.stages else []
+        _check_room(config, len(dataset.classes), made, trained, folder, job.size)
     if dataset.skipped:
         console.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
     validation = Validation(config, dataset, job, stop)
@@ -170,9 +174,7 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
         console.say(f"report: {folder.path / 'report.html'}")
 
 
-def _expect_others(
-    runs: Mapping[RunFolder, Config], students: list[tuple[RunFolder, student.Task]], share: Share, stop: StopRequest
-) -> None:
+def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: Share, stop: StopRequest) -> None:
     """Wait until this machine sees what other processes have finished for it, perhaps a moment ago and elsewhere."""
     files: list[Path] = []
     if "students" in share.stages:
@@ -191,7 +193,7 @@ def runs_of(config: Config, folder: RunFolder) -> dict[RunFolder, Config]:
     return {folder: config} | baselines
 
 
-def students_of(config: Config, folder: RunFolder) -> list[tuple[RunFolder, student.Task]]:
+def students_of(config: Config, folder: RunFolder) -> Students:
     """Return all students of a run and of its baselines, in an order that the config alone decides."""
     tasks = student.tasks(config.student, config.labels.regimes)
     return [(place, task) for place in runs_of(config, folder) for task in tasks]
@@ -239,13 +241,45 @@ def check(config: Config, dataset: Dataset) -> None:
         distill.check(one, dataset)
 
 
-def _check_room(config: Config, dataset: Dataset, path: Path, ranks: int) -> None:
+def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups: int, trained: int) -> int:
+    """Return the bytes that work on a run takes on disk at its worst moment: images, labels and checkpoints.
+
+    Args:
+        config: of the run.
+        classes: number of its classes.
+        blocks: number of blocks that are to be made, of the run and of each baseline.
+        students: number of students that are to be trained, those of baselines included.
+        groups: number of groups in synthesis at a time.
+        trained: number of students in training at a time.
+    """
     pixels = config.data.channels * config.data.resolution**2
-    images = len(dataset.classes) * config.ipc * (1 + len(config.student.baselines))
+    runs = 1 + len(config.student.baselines)
+    images = classes * config.ipc * blocks // config.blocks * runs
+    group = min(rundir.group_size(config), classes) * config.ipc
     # A block is held twice while it is put together, and a checkpoint has three fp32 tensors of a group.
-    groups, students = max(1, ranks // config.synthesis.split_class), max(1, ranks // config.student.ranks)
-    checkpoints = max(groups * 12 * 100 * pixels, students * student.checkpoint_bytes(config, len(dataset.classes)))
-    needed = 2 * images * pixels + checkpoints
-    free = shutil.disk_usage(path).free
+    checkpoints = max(groups * 12 * group * pixels, trained * student.checkpoint_bytes(config, classes))
+    labelled = stored_label_files(config, classes, students) * labels.epoch_bytes(
+        config.labels, classes * config.ipc, classes
+    )
+    return 2 * images * pixels + checkpoints + labelled
+
+
+def stored_label_files(config: Config, classes: int, students: int) -> int:
+    """Return the number of files of stored labels that so many students write, one an epoch."""
+    regimes, images = config.labels.regimes, classes * config.ipc
+    kept = [labels.stored_epochs(config, regime, images, classes) for regime in regimes if regime in labels.STORED]
+    # The epochs of a budget are the first ones of the stored regime, and the same files.
+    return max(kept, default=0) * students // len(regimes)
+
+
+def _check_room(
+    config: Config, classes: int, blocks: Sequence[rundir.Block], students: Students, folder: RunFolder, ranks: int
+) -> None:
+    """Refuse work for which the disk has no room; what was begun has most of its files already."""
+    missing = sum(not folder.sidecar_file(block.index).exists() for block in blocks)
+    untouched = sum(not evaluation.is_begun(place, task) for place, task in students)
+    groups, trained = max(1, ranks // config.synthesis.split_class), max(1, ranks // config.student.ranks)
+    needed = disk_bytes(config, classes, missing, untouched, groups, trained)
+    free = shutil.disk_usage(folder.path).free
     if free < needed:
-        raise InputError(f"{path}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room")
+        raise InputError(f"{folder.path}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room")

@@ -45,13 +45,18 @@ class Block:
         return [index for group in self.groups for index in group.classes]
 
 
+def group_size(config: Config) -> int:
+    """Return the classes of a group: those of the config, else as many as make up 100 images."""
+    return config.synthesis.classes_per_group or max(1, 100 // config.ipc)
+
+
 def plan(config: Config, classes: int) -> list[Block]:
     """Split the classes into blocks of groups; depends on the config alone.
 
     Raises:
         InputError: more blocks than groups.
     """
-    size = config.synthesis.classes_per_group or max(1, 100 // config.ipc)
+    size = group_size(config)
     groups = [
         Group(index, tuple(range(start, min(start + size, classes))))
         for index, start in enumerate(range(0, classes, size))
