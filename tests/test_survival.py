@@ -173,6 +173,31 @@ def test_a_stale_file_handle_is_read_again_and_a_lasting_one_is_named(
         files.read_json(sidecars)
 
 
+def test_what_killed_writers_left_is_swept_once_nobody_can_be_writing_it(
+    blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, writing = RunFolder(pipeline.run(blocked, tmp_path / "run", share=DISTIL)), fork.Event()
+
+    def write() -> None:
+        os.fsync = lambda number: writing.set() or time.sleep(3600)
+        files.write_bytes(run.block_file(0), b"half of a block")
+
+    writer = fork.Process(target=write)
+    writer.start()
+    try:
+        assert writing.wait(60)
+    finally:
+        writer.kill()
+        writer.join()
+    (left,) = run.path.rglob("*.tmp")
+    pipeline.run(blocked, run.path, share=DISTIL)
+    assert left.exists(), "another process may still be writing it"
+    then = time.time() - 2 * 3600
+    os.utime(left, (then, then))
+    pipeline.run(blocked, run.path, share=DISTIL)
+    assert not left.exists() and len(DistilledSet.load(run.path)) == 8
+
+
 def test_a_used_up_quota_is_told_and_costs_no_finished_block(
     blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,21 @@ def write_bytes(path: Path, content: bytes, new: bool = False) -> None:
         raise WmddError(f"{path}: cannot be written: {reason}; what was finished before is kept") from error
 
 
+_ABANDONED_SECONDS = 3600.0
+"""A temporary file that nobody has written to for so long is no longer written: its writer was killed."""
+
+
+def sweep(*folders: Path) -> None:
+    """Delete the temporary files that killed writers have left in folders, and that are no use to anybody."""
+    for folder in folders:
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+                    with suppress(OSError):
+                        if time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
+                            os.unlink(entry.path)
+
+
 def _put(temporary: Path, path: Path, new: bool) -> None:
     """Give a finished file its name; ``new``: unless there is such a file."""
     if new:

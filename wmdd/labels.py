@@ -19,7 +19,7 @@ from wmdd.distilled import DistilledSet
 from wmdd.distributed import ALONE, Ranks, Team, generator
 from wmdd.encoding import decode, encode, row_bytes
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.files import digest, read_tensors, write_tensors
+from wmdd.files import digest, read_tensors, sweep, write_tensors
 from wmdd.teacher import Teacher
 
 _CPU = torch.device("cpu")
@@ -139,6 +139,8 @@ class SoftLabels:
         self.identity = digest(made_from)
         """Names what these labels were made from"""
         self.folder = folder / self.identity[:16]
+        if self.stored:
+            sweep(self.folder)
 
     def online(self, views: Tensor, team: Team = ALONE) -> Tensor:
         """Return the teacher's logits [b / ranks, C] float32 for this rank's rows of a batch as the student sees it.

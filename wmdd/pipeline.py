@@ -140,6 +140,7 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
     if job.main:
         for place, one in runs.items():
             place.bind(one, dataset.fingerprint)
+            place.sweep()
             if "distill" in share.stages and any(place.sidecar(block.index) is None for block in blocks):
                 place.check_arithmetic(job.arithmetic)
         made = blocks if "distill" in share.stages else []

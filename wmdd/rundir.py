@@ -21,7 +21,7 @@ from typing import Any
 from wmdd.arithmetic import Arithmetic
 from wmdd.config import DECIDES, DEFAULTS, Config, decides
 from wmdd.errors import InputError, WmddError
-from wmdd.files import FORMAT, digest, flatten, locked, read_json, sha256, write_json
+from wmdd.files import FORMAT, digest, flatten, locked, read_json, sha256, sweep, write_json
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ class RunFolder:
     def locked(self, name: str, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
         """Hold a lock of this run (``files.locked``): one process works on a thing, others wait and find it done."""
         return locked(self.path / "locks" / name, stop)
+
+    def sweep(self) -> None:
+        """Delete what killed writers have left (``files.sweep``)."""
+        sweep(self.path, *(self.path / name for name in ("blocks", "groups", "students", "records", "progress")))
 
     def bind(self, config: Config, data: str) -> None:
         """Bind the folder to a config and a data set, or check that it is bound to these.

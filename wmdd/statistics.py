@@ -14,7 +14,7 @@ from wmdd.config import Config
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, generator
 from wmdd.errors import Interrupted
-from wmdd.files import digest, read_metadata, read_tensors, write_tensors
+from wmdd.files import digest, read_metadata, read_tensors, sweep, write_tensors
 
 if TYPE_CHECKING:
     from wmdd.teacher import Teacher
@@ -139,6 +139,7 @@ def measure(
     missing = [index for index, seconds in known.items() if seconds is None]
     if missing:
         store.prepare(folder)
+        sweep(folder)
     store.note_use(folder)
     fresh = _compute(config, dataset, teacher, ranks, missing, advance, stop)
     for index in classes:
