@@ -19,7 +19,7 @@ from wmdd.cost import Meter
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, Team, generator, seed_of
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.files import digest, expect, locked, read_json, read_tensors, sha256, sweep, write_json, write_tensors
+from wmdd.files import digest, expect, locked, read_json, read_tensors, sha256, write_json, write_tensors
 from wmdd.networks import FrozenNetwork, Observation
 from wmdd.validation import Validation, decode_all
 
