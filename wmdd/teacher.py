@@ -19,7 +19,7 @@ from wmdd.cost import Meter
 from wmdd.data import Dataset, normalise
 from wmdd.distributed import Ranks, Team, generator, seed_of
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.files import digest, expect, locked, read_json, read_tensors, sha256, write_json, write_tensors
+from wmdd.files import digest, expect, locked, read_json, read_tensors, sha256, sweep, write_json, write_tensors
 from wmdd.networks import FrozenNetwork, Observation
 from wmdd.validation import Validation, decode_all
 
@@ -111,6 +111,8 @@ def _add(
     with locked(folder / ".lock", stop) if ranks.main else nullcontext():
         if ranks.main:
             expect([folder / _FACTS], stop, seconds=0.1)
+            sweep(folder)
+            sweep(folder)
         if ranks.agree(ranks.main and not _whole(folder)):
             _make(config, dataset, validation, ranks, folder, origin, stop)
         ranks.barrier()
