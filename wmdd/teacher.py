@@ -112,7 +112,6 @@ def _add(
         if ranks.main:
             expect([folder / _FACTS], stop, seconds=0.1)
             sweep(folder)
-            sweep(folder)
         if ranks.agree(ranks.main and not _whole(folder)):
             _make(config, dataset, validation, ranks, folder, origin, stop)
         ranks.barrier()
