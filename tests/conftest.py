@@ -85,6 +85,9 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.setenv("WMDD_CACHE", str(tmp_path_factory.mktemp("store")))
     patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
     torch.set_num_threads(1)
+    # The first backward pass of a process decides whether autograd starts threads.  After a compilation it would, and
+    # the ranks that tests fork could compute no gradients.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture
