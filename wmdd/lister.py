@@ -55,19 +55,19 @@ def obtain(tree: Tree, classes: Sequence[str], verdicts: Verdicts | None = None,
     key = digest([VERSION, os.path.realpath(tree.root), tree.format])
     known = tree.classes("train")
     folder = store.folder("listings", key)
-    if not refresh and (found := _current(key, tree, known, classes, verdicts is not None)):
+    if not refresh and (found := _current(folder, tree, known, classes, verdicts is not None)):
         store.note_use(folder)
         return found
     store.prepare(folder)
     with locked(folder / ".lock", signals.requested):
-        if not refresh and (found := _current(key, tree, known, classes, verdicts is not None)):
+        if not refresh and (found := _current(folder, tree, known, classes, verdicts is not None)):
             return found  # another process made it meanwhile
         return _make(folder, tree, known, classes, verdicts, refresh)
 
 
-def _files(key: str) -> list[Path]:
+def _files(folder: Path) -> list[Path]:
     """Return the listings of a root, the newest first."""
-    return sorted((store.cache_root() / "listings" / key).glob("[0-9]*.safetensors"), reverse=True)
+    return sorted(folder.glob("[0-9]*.safetensors"), reverse=True)
 
 
 def _opened(paths: Iterable[Path]) -> Iterator[Listing]:
@@ -79,10 +79,10 @@ def _opened(paths: Iterable[Path]) -> Iterator[Listing]:
             continue  # it will be made again
 
 
-def _current(key: str, tree: Tree, known: Sequence[str], classes: Sequence[str], decoded: bool) -> Path | None:
+def _current(folder: Path, tree: Tree, known: Sequence[str], classes: Sequence[str], decoded: bool) -> Path | None:
     """Return the newest listing to which nothing has to be added."""
     look = _Glance(tree.root)
-    for listing in _opened(_files(key)):
+    for listing in _opened(_files(folder)):
         if listing.classes == tuple(known) and not _stale(listing, classes, look, decoded):
             return listing.path
     return None
@@ -144,7 +144,7 @@ def _make(
     folder: Path, tree: Tree, known: Sequence[str], classes: Sequence[str], verdicts: Verdicts | None, refresh: bool
 ) -> Path:
     """List what is not known, and write it together with what is."""
-    old = next(_opened(_files(folder.name)), Listing((), {split: Part.of([]) for split in SPLITS}))
+    old = next(_opened(_files(folder)), Listing((), {split: Part.of([]) for split in SPLITS}))
     todo = list(classes) if refresh else _stale(old, classes, _Glance(tree.root), False)
     fresh: dict[str, Class] = {}
     try:
@@ -228,7 +228,7 @@ def _decoded(listed: Listed, classes: Sequence[str], verdicts: Verdicts) -> List
 
 def _write(folder: Path, listing: Listing) -> Path:
     """Write a listing under the next number."""
-    older = _files(folder.name)
+    older = _files(folder)
     number = int(older[0].name.partition("-")[0]) + 1 if older else 0
     content = hashlib.sha256()
     for part in listing.parts.values():
