@@ -35,10 +35,12 @@ SETTINGS = [
     "compute.checkpoint_seconds=0.2",
     "teacher.network=convnet2x8",
     "teacher.epochs=20",
+    "teacher.batch_size=32",
     "synthesis.iterations=200",
     "synthesis.classes_per_group=1",
     "student.networks=['convnet2x8']",
     "student.epochs=20",
+    "student.batch_size=2",
     "student.seeds=2",
 ]
 STAGES = ("teacher", "statistics", "synthesis", "students", "start or report")

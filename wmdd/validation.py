@@ -13,7 +13,7 @@ from wmdd.distributed import ALONE, Ranks, Team
 from wmdd.errors import Interrupted
 
 _BATCH = 256
-_DECODED = 32
+_DECODED = 16
 """Images decoded between two looks at the stop request: few, as photographs may take a tenth of a second each."""
 
 
