@@ -17,13 +17,16 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
-from wmdd import cli, records
-from wmdd.barycenter import barycenters, starts
-from wmdd.config import Barycenter, Compute
-from wmdd.console import progress, results
-from wmdd.cpus import processes
+from wmdd import cli_options
+from wmdd.config.schema import BarycenterConfig, ComputeConfig
+from wmdd.distill.barycenter.pool import barycenters
+from wmdd.distill.barycenter.solve import starts
 from wmdd.errors import InputError
-from wmdd.records import Speed
+from wmdd.records import files, provenance
+from wmdd.records.schema import SpeedRecord
+from wmdd.runtime.cpus import processes
+from wmdd.runtime.log import results
+from wmdd.runtime.progress_bars import progress
 
 MODES = 12
 """Clusters of a class."""
@@ -83,7 +86,7 @@ def compare(
         for ``wmdd`` and ``pot`` the metrics of a speed: classes per second (POT's with the drawing) and mean W2²; for
         ``wmdd`` also ratios of the times, medians and extremes over the repeats, and of W2², its mean over classes.
     """
-    settings = Barycenter(starts=1)
+    settings = BarycenterConfig(starts=1)
     seconds: dict[str, list[float]] = {"wmdd": [], "pot": [], "loop": [], "same": []}
     w2: dict[str, list[float]] = {"wmdd": [], "pot": []}
     parts = [part.tolist() for part in np.array_split(np.arange(classes), min(repeats, classes))]
@@ -185,7 +188,7 @@ def main(
             }
             setup |= {"weights": "uniform", "spectrum": spectrum, "seed": seed, "threads": 1}
             setup |= {"workers": processes(workers) if engine == "wmdd" else 1}
-            speed = Speed(
+            speed = SpeedRecord(
                 kind="throughput",
                 stage="barycenters",
                 engine=engine,
@@ -193,10 +196,10 @@ def main(
                 unit="classes/s",
                 metrics=metrics,
                 setup=setup,
-                provenance=records.provenance(Compute(device="cpu")),
+                provenance=provenance.provenance(ComputeConfig(device="cpu")),
             )
             if out:
-                records.append(out, speed)
+                files.append(out, speed)
         own = found["wmdd"]
         typer.echo(
             f"IPC {count}: {own['ratio']:.2f} times as fast as POT's loop with the drawing of the starts "
@@ -207,4 +210,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.answer(lambda: typer.run(main))
+    cli_options.answer(lambda: typer.run(main))

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from wmdd.cli import ConfigArgument, SetOption
-from wmdd.signals import STOPS, stop_on
+from wmdd.cli_options import ConfigArgument, SetOption
+from wmdd.runtime.signals import STOPS, stop_on
 
 app = typer.Typer(
     help="Compare methods under one protocol, and measure speeds.", no_args_is_help=True, rich_markup_mode=None
@@ -50,12 +50,13 @@ def protocol(
 ) -> None:
     """Run what is missing of protocols, and report them together: paired by seed, with intervals."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes  # imports count
-    from bench import outlook
     from bench import protocol as protocols
-    from wmdd import launchers, reporting
-    from wmdd.console import results
+    from bench import remaining
+    from wmdd import launchers
     from wmdd.errors import InputError
-    from wmdd.reporting import page
+    from wmdd.report import collect, text
+    from wmdd.report import html as html_module
+    from wmdd.runtime.log import results
 
     if slurm and minutes is not None:
         raise InputError("--minutes is for this machine; the times of jobs are set in the profile of --slurm")
@@ -64,7 +65,7 @@ def protocol(
     tables = [protocols.cells(one, folder, override or []) for one, folder in zip(chosen, folders, strict=True)]
     every = [cell for table in tables for cell in table]
     if plan:
-        outlook.tell(every, results())
+        remaining.tell(every, results())
         return
     launcher = launchers.find("slurm", slurm) if slurm else launchers.Local(jobs, deadline)
     todo = protocols.check(every)
@@ -75,9 +76,9 @@ def protocol(
         typer.echo(f"{', '.join(map(str, folders))}: no student has finished yet; the same command reports them later")
         return
     html = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
-    collected = reporting.collect(folders)
-    page.write_html(collected, html)
-    reporting.render_terminal(collected, results())
+    collected = collect.collect(folders)
+    html_module.write_html(collected, html)
+    text.terminal(collected, results())
     typer.echo(f"report: {html}")
 
 
@@ -99,8 +100,8 @@ def throughput(
 ) -> None:
     """Time each stage on one device: rates, memory, MFU, and how they compare to the same work done plainly."""
     from bench import throughput as speeds
-    from wmdd.config import load_config
-    from wmdd.console import results
+    from wmdd.config.loading import load_config
+    from wmdd.runtime.log import results
 
     stages = speeds.stages_of(stage)
     found = speeds.run(load_config(config, override or []), stages, repeats, seconds, reference, profile)
@@ -122,9 +123,9 @@ def groups(
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
 ) -> None:
     """Time synthesis of 1, 2, 4, 8, ... classes together, and suggest synthesis.classes_per_group."""
-    from bench import groups as study
-    from wmdd.config import load_config
-    from wmdd.console import results
+    from bench import group_size as study
+    from wmdd.config.loading import load_config
+    from wmdd.runtime.log import results
 
     found, told = study.run(load_config(config, override or []), most, repeats, seconds)
     study.tell(found, told, out, results())
@@ -180,8 +181,8 @@ def scaling(
     """Time synthesis over more and more ranks: efficiency, and where the time goes."""
     from bench import scaling as study
     from wmdd import launchers
-    from wmdd.config import load_config
-    from wmdd.console import results
+    from wmdd.config.loading import load_config
+    from wmdd.runtime.log import results
 
     numbers = study.numbers_of(ranks)
     chosen = study.mode_of(mode)
@@ -201,9 +202,9 @@ def plan(
     ] = Path("speeds.jsonl"),
 ) -> None:
     """Project the GPU-hours and the wall time of a whole run from measured speeds."""
-    from bench import plan as projection
-    from wmdd.config import load_config
-    from wmdd.console import results
+    from bench import projection
+    from wmdd.config.loading import load_config
+    from wmdd.runtime.log import results
 
     settings = load_config(config, override or [])
     parts, told = projection.run(settings, gpus, projection.read(source), source)

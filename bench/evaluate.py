@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from wmdd import external, methods
-from wmdd.config import Config, load_config
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
+from wmdd.distill.methods import external_folder, registry
 
 
 def config_of(
@@ -30,10 +31,10 @@ def config_of(
     Raises:
         InputError: the folder holds no images, or the config, the layout or a baseline is wrong.
     """
-    found = external.images_per_class(folder) if ipc is None else ipc
+    found = external_folder.images_per_class(folder) if ipc is None else ipc
     given = ["method=external", f"ipc={found}", f"external.layout={layout}"]
     config = load_config(source, [*overrides, *given])
-    files = {"folder": str(folder), "sha256": external.fingerprint(folder)}
+    files = {"folder": str(folder), "sha256": external_folder.fingerprint(folder)}
     changes = {
         "name": name or folder.resolve().name,
         "external": config.external.model_copy(update=files),
@@ -41,5 +42,5 @@ def config_of(
     }
     config = config.model_copy(update=changes)
     for method in baselines:
-        methods.create(config, method)
+        registry.create(config, method)
     return config

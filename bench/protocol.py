@@ -11,20 +11,23 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from wmdd import evaluation, methods, pipeline, student
-from wmdd.config import Config, Data, Positive, load_config
-from wmdd.data import Dataset, load_dataset
+from wmdd import pipeline
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config, DataConfig, Positive
+from wmdd.data.dataset import Dataset, load_dataset
+from wmdd.distill.methods import registry
 from wmdd.errors import InputError, WmddError, complaint, nearest
-from wmdd.files import read_json, read_toml, write_json
-from wmdd.records import read_records
-from wmdd.rundir import RunFolder
+from wmdd.records.files import read_records
+from wmdd.run.folder import RunFolder
+from wmdd.storage.files import read_json, read_toml, write_json
+from wmdd.students import evaluate, tasks
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Entry(_Part):
+class ProtocolRow(_Part):
     """One row of the comparison: a method, and what it changes in the config of all."""
 
     method: str
@@ -53,7 +56,7 @@ class Protocol(_Part):
     """Preset, preset with variants or TOML file that all cells start from."""
     overrides: tuple[str, ...] = ()
     """``key=value`` strings applied to it."""
-    methods: tuple[Annotated[Entry, BeforeValidator(_entry)], ...] = Field(min_length=1)
+    methods: tuple[Annotated[ProtocolRow, BeforeValidator(_entry)], ...] = Field(min_length=1)
     """Methods of the registry by name, or tables ``{method, name, variant, overrides}``.  Without ``random`` among them
     there is nothing to pair with."""
     ipc: tuple[Positive, ...] = Field((1, 10), min_length=1)
@@ -72,7 +75,7 @@ class Protocol(_Part):
 
 
 @dataclass(frozen=True)
-class Cell:
+class ProtocolRun:
     """One run of the protocol: a method at one IPC and distillation seed, with all its students."""
 
     folder: Path
@@ -97,7 +100,7 @@ def load_protocol(source: str) -> Protocol:
         return Protocol.model_validate(read_toml(place, source))
     except ValidationError as error:
         first = error.errors()[0]
-        valid = list(Entry.model_fields if first["loc"][:1] == ("methods",) else Protocol.model_fields)
+        valid = list(ProtocolRow.model_fields if first["loc"][:1] == ("methods",) else Protocol.model_fields)
         raise InputError(f"{source}: {complaint(first, valid)}") from None
 
 
@@ -114,7 +117,7 @@ def folders(protocols: Sequence[Protocol], out: Path | None) -> list[Path]:
     return [(out or Path("runs")) / one.name for one in protocols]
 
 
-def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[ProtocolRun]:
     """Return the runs of a protocol in the order of its lists: IPC, method, and of each all seeds before the next.
 
     A protocol that is stopped thus has whole rows, with intervals, of what it lists first.
@@ -144,13 +147,13 @@ def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[
         own = [*entry.overrides, f"method={entry.method}", f"name={entry.name}"]
         config = load_config(source, [*common, *own, *varied])
         _check(entry, config, load_config(protocol.config, [*common, *varied]))
-        made.append(Cell(out / f"ipc-{ipc:03d}" / entry.name / f"seed-{seed:03d}", config))
+        made.append(ProtocolRun(out / f"ipc-{ipc:03d}" / entry.name / f"seed-{seed:03d}", config))
     for entry in protocol.methods:
-        methods.create(made[0].config, entry.method)
+        registry.create(made[0].config, entry.method)
     return made
 
 
-def _check(entry: Entry, config: Config, plain: Config) -> None:
+def _check(entry: ProtocolRow, config: Config, plain: Config) -> None:
     """Refuse an entry whose students, data or teacher are not those of the others."""
     for section in ("data", "teacher", "labels", "student", "compute"):
         ours, theirs = (getattr(one, section).model_dump() for one in (config, plain))
@@ -161,7 +164,7 @@ def _check(entry: Entry, config: Config, plain: Config) -> None:
             )
 
 
-def check(table: Sequence[Cell]) -> list[Cell]:
+def check(table: Sequence[ProtocolRun]) -> list[ProtocolRun]:
     """Return the cells that are not finished, once nothing speaks against any.
 
     Args:
@@ -170,7 +173,7 @@ def check(table: Sequence[Cell]) -> list[Cell]:
     Raises:
         InputError: the data is missing, a class is too small, a network or a method does not exist.
     """
-    datasets: dict[Data, Dataset] = {}
+    datasets: dict[DataConfig, Dataset] = {}
     for cell in table:
         if cell.config.data not in datasets:
             datasets[cell.config.data] = load_dataset(cell.config.data, cell.config.compute.workers)
@@ -179,7 +182,7 @@ def check(table: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in table if not _finished(cell, datasets[cell.config.data])]
 
 
-def _finished(cell: Cell, dataset: Dataset) -> bool:
+def _finished(cell: ProtocolRun, dataset: Dataset) -> bool:
     """Return whether nothing is left to do: a cell's records are all that a comparison needs of it.
 
     Images that were left behind on another machine are thus not made again.
@@ -191,21 +194,21 @@ def _finished(cell: Cell, dataset: Dataset) -> bool:
     return bound == dataset.fingerprint and not students_left(cell, len(dataset.classes))
 
 
-def students_left(cell: Cell, classes: int) -> list[student.Task]:
+def students_left(cell: ProtocolRun, classes: int) -> list[tasks.StudentTask]:
     """Return the students of a cell, on so many classes, that no record of this config tells of."""
     config, folder = cell.config, RunFolder(cell.folder)
     images = classes * config.ipc
 
-    def known(task: student.Task) -> bool:
-        file = evaluation.record_file(folder, task)
+    def known(task: tasks.StudentTask) -> bool:
+        file = evaluate.record_file(folder, task)
         records = read_records(file)[0] if file.exists() else []
         own = [one for one in records if one.config == config.fingerprint("images")]
-        return any(evaluation.is_of_recipe(one, config, images) for one in own)
+        return any(evaluate.is_of_recipe(one, config, images) for one in own)
 
-    return [task for task in student.tasks(config.student, config.labels.regimes) if not known(task)]
+    return [task for task in tasks.tasks(config.student, config.labels.regimes) if not known(task)]
 
 
-def write_plan(protocol: Protocol, table: Sequence[Cell], out: Path) -> None:
+def write_plan(protocol: Protocol, table: Sequence[ProtocolRun], out: Path) -> None:
     """Write down what the protocol consists of, so that a report can tell which cells are missing."""
     rows = [
         {

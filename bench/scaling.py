@@ -17,15 +17,17 @@ from rich.table import Table
 from bench.throughput import spread_text
 from bench.timing import spread
 from bench.workloads import groups_of
-from wmdd import distill, records
-from wmdd.config import Config, to_toml
-from wmdd.console import progress
-from wmdd.data import load_dataset
+from wmdd.config.loading import to_toml
+from wmdd.config.schema import Config
+from wmdd.data.dataset import load_dataset
+from wmdd.data.synthetic import name_of
+from wmdd.distill import blocks
 from wmdd.errors import InputError
-from wmdd.files import read_json, write_bytes
-from wmdd.generated import name_of
 from wmdd.launchers import Launcher, Local
-from wmdd.records import Speed
+from wmdd.records import files, provenance
+from wmdd.records.schema import SpeedRecord
+from wmdd.runtime.progress_bars import progress
+from wmdd.storage.files import read_json, write_bytes
 
 Mode = Literal["strong", "weak"]
 
@@ -119,7 +121,7 @@ def run(
     repeats: int = 3,
     launcher: Launcher | None = None,
     folder: Path | None = None,
-) -> list[Speed]:
+) -> list[SpeedRecord]:
     """Measure synthesis on each number of ranks, in turns.
 
     Every repeat is a job of its own, with all it takes to start.  Threads per rank are the config's for every size.
@@ -141,7 +143,7 @@ def run(
         WmddError: a job failed; the message has its last words.
     """
     dataset = load_dataset(config.data, config.compute.workers)
-    method = distill.check(config, dataset)
+    method = blocks.check(config, dataset)
     if method.objective() is None:
         raise InputError(f"method = {config.method!r} optimises no images: there is no synthesis to time")
     groups = groups_of(config, len(dataset.classes))
@@ -186,7 +188,7 @@ def efficiency(points: Sequence[Point], ranks: int, base: Sequence[Point], base_
     )
 
 
-def _record(config: Config, mode: Mode, size: Size, points: dict[Size, list[Point]], groups_of_one: int) -> Speed:
+def _record(config: Config, mode: Mode, size: Size, points: dict[Size, list[Point]], groups_of_one: int) -> SpeedRecord:
     own, base = points[size], next(iter(points))
     phases = {name: statistics.median(point.phases[name] for point in own) for name in own[0].phases}
     everything = [sum(point.phases[name] for name in PHASES) for point in own]
@@ -196,7 +198,7 @@ def _record(config: Config, mode: Mode, size: Size, points: dict[Size, list[Poin
     metrics |= {"repeats": float(len(own)), "seconds": phases["synthesis"], "total": statistics.median(everything)}
     metrics |= phases | {"balance": Size(size.ranks // team, size.groups).balance}
     metrics["same_images"] = float(same_images([point.images for some in points.values() for point in some]))
-    return Speed(
+    return SpeedRecord(
         kind="scaling",
         stage="synthesis",
         engine="wmdd",
@@ -219,7 +221,7 @@ def _record(config: Config, mode: Mode, size: Size, points: dict[Size, list[Poin
             "iterations": config.synthesis.iterations,
             "split_class": team,
         },
-        provenance=records.provenance(config.compute) | {"world_size": size.ranks, "cpus": os.cpu_count()},
+        provenance=provenance.provenance(config.compute) | {"world_size": size.ranks, "cpus": os.cpu_count()},
     )
 
 
@@ -229,11 +231,11 @@ def same_images(jobs: Sequence[dict[str, str]]) -> bool:
     return all(known.setdefault(group, sha) == sha for job in jobs for group, sha in job.items())
 
 
-def tell(found: Sequence[Speed], out: Path | None, console: Console) -> None:
+def tell(found: Sequence[SpeedRecord], out: Path | None, console: Console) -> None:
     """Add the records to a file, if one is named, and print them."""
     if out:
         for record in found:
-            records.append(out, record)
+            files.append(out, record)
     title = f"{str(found[0].mode).capitalize()} scaling of synthesis"
     columns = ("Ranks", "Groups", "img·iter/s", "Efficiency", "Bound")
     rows = [
@@ -265,7 +267,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return shown
 
 
-def footnotes(found: Sequence[Speed]) -> list[str]:
+def footnotes(found: Sequence[SpeedRecord]) -> list[str]:
     """Return what must be known to read the table."""
     first, last = found[0], found[-1]
     setup: dict[str, Any] = first.setup

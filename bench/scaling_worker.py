@@ -15,13 +15,20 @@ import typer
 
 from bench.timing import fresh_store
 from bench.workloads import groups_of, teacher_of
-from wmdd import cli, distill, rundir, statistics
-from wmdd.config import Config, load_config
-from wmdd.data import load_dataset, pixel_range, quantise
-from wmdd.distributed import Ranks, Team, ranks
+from wmdd import cli_options
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
+from wmdd.data.dataset import load_dataset
+from wmdd.data.pixels import pixel_range, quantize
+from wmdd.distill import blocks, statistics
+from wmdd.distill import groups as groups_module
+from wmdd.distill import job as job_module
+from wmdd.distill.synthesis.engine import State, synthesize
 from wmdd.errors import InputError
-from wmdd.files import write_json
-from wmdd.synthesis import State, synthesise
+from wmdd.run import folder as folder_module
+from wmdd.runtime.ranks import Ranks, ranks
+from wmdd.runtime.team import Team
+from wmdd.storage.files import write_json
 
 
 def main(
@@ -39,7 +46,7 @@ def main(
 
 def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str, Any]:
     dataset = load_dataset(config.data, config.compute.workers, job)
-    method = distill.check(config, dataset)
+    method = blocks.check(config, dataset)
     objective = method.objective()
     if objective is None:
         raise InputError(f"method = {config.method!r} optimises no images: there is no synthesis to time")
@@ -56,14 +63,14 @@ def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str,
 
     clock = time.perf_counter()
     with TemporaryDirectory() as place:
-        work = distill.Job(config, dataset, teacher, job, rundir.RunFolder(Path(place)), lambda: False)
-        prepared = [distill.prepare(work, method, group, found) for group in own]
+        work = job_module.Job(config, dataset, teacher, job, folder_module.RunFolder(Path(place)), lambda: False)
+        prepared = [groups_module.prepare(work, method, group, found) for group in own]
     marks["preparation"] = time.perf_counter() - clock
 
-    def synthesised(group: distill.Prepared, iterations: int) -> State:
+    def synthesised(group: groups_module.Prepared, iterations: int) -> State:
         if group.target is None:
             raise InputError(f"method = {config.method!r} sets no target: there is no synthesis to time")
-        return synthesise(
+        return synthesize(
             teacher.network,
             State(group.images),
             group.target,
@@ -102,8 +109,8 @@ def _speaks(team: Team) -> bool:
 
 
 def _sha256(state: State, config: Config) -> str:
-    return hashlib.sha256(quantise(state.images, config.data).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(quantize(state.images, config.data).numpy().tobytes()).hexdigest()
 
 
 if __name__ == "__main__":
-    cli.answer(lambda: typer.run(main))
+    cli_options.answer(lambda: typer.run(main))

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from bench import reference_student
 from bench.timing import Stopwatch, flops
 from bench.workloads import OWN, Bench, Checks, Workload
-from wmdd import labels, networks, student
-from wmdd.cpus import processes
-from wmdd.distilled import DistilledSet
-from wmdd.distributed import ALONE, Team, seed_of
 from wmdd.errors import InputError
+from wmdd.networks import create
+from wmdd.run.distilled_set import DistilledSet
+from wmdd.runtime.cpus import processes
+from wmdd.runtime.seeding import seed_of
+from wmdd.runtime.team import SINGLE, Team
+from wmdd.students import batches, tasks, train
 
 
 def students_of(bench: Bench, with_reference: bool) -> Workload:
@@ -39,20 +41,20 @@ def students_of(bench: Bench, with_reference: bool) -> Workload:
     owners = torch.arange(classes).repeat_interleave(config.ipc)
     even = torch.full((len(images),), 1 / config.ipc)
     distilled = DistilledSet(images, owners, even, bench.dataset.classes, data, "noise")
-    task = student.Task(name, regime, 0, "updates")
+    task = tasks.StudentTask(name, regime, 0, "updates")
 
     def engine(updates: int, judge: Callable[..., dict[str, float]], advance: Callable[[int], None]) -> None:
         settings = config.student.model_copy(update={"updates": updates})
         limited = config.model_copy(update={"student": settings})
         with TemporaryDirectory() as folder:
-            student.train(limited, task, distilled, bench.teacher, judge, job, ALONE, Path(folder), advance)  # type: ignore[arg-type]  # any judge will do
+            train.train(limited, task, distilled, bench.teacher, judge, job, SINGLE, Path(folder), advance)  # type: ignore[arg-type]  # any judge will do
 
     def own(steps: int, watch: Stopwatch) -> None:
         engine(steps, lambda predict, team: {}, watch)
 
     def fresh() -> nn.Module:
         torch.manual_seed(seed_of("student", task.seed))
-        return networks.create(name, classes, data.channels, data.resolution).to(job.device)
+        return create.create(name, classes, data.channels, data.resolution).to(job.device)
 
     size = min(config.student.batch_size, len(images))
 
@@ -88,7 +90,7 @@ def students_of(bench: Bench, with_reference: bool) -> Workload:
     def check() -> Checks:
         return {OWN: {"student_difference": student_difference(bench, engine, fresh, distilled, recipe)}}
 
-    updates = student.update_count(config, config.student.views[0], len(images))
+    updates = tasks.update_count(config, config.student.views[0], len(images))
     return Workload(
         stage="students",
         unit="students/h",
@@ -120,8 +122,8 @@ def student_difference(
     images, owners = distilled.images.to(device), distilled.labels.to(device)
     # Two updates if they lie in the first epoch: in the second one the learning rate is another.
     side, size = images.shape[-1], config.student.batch_size
-    plan = labels.batches(0, 0, len(images), side, size, config.labels, device)[:2]
-    shown = labels.view(images, plan[0], config)
+    plan = batches.batches(0, 0, len(images), side, size, config.labels, device)[:2]
+    shown = batches.augmented_batch(images, plan[0], config)
     seen: list[Tensor] = []
 
     def judge(predict: Callable[[Tensor], Tensor], team: Team | None = None) -> dict[str, float]:
@@ -137,7 +139,7 @@ def student_difference(
     optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     for batch in plan:
         classes = owners[batch.images]
-        views = labels.view(images, batch, config)
+        views = batches.augmented_batch(images, batch, config)
         others = classes[batch.partners]
         reference_student.update(network, bench.classifier, optimizer, recipe, views, classes, others, batch.share)
     network.eval()

@@ -12,24 +12,29 @@ from torch import Tensor, nn
 from bench import reference
 from bench.timing import Run, Stopwatch, flops
 from bench.workloads import OWN, Bench, Checks, Workload, difference
-from wmdd import distill, methods, rundir, synthesis
-from wmdd.data import pixel_range
+from wmdd.data.pixels import pixel_range
+from wmdd.distill import groups
+from wmdd.distill import job as job_module
+from wmdd.distill.methods import registry
+from wmdd.distill.synthesis import engine as engine_module
+from wmdd.distill.synthesis import objective as objective_module
 from wmdd.errors import InputError, WmddError
+from wmdd.run import folder as folder_module
 
 
-def first_group(bench: Bench) -> tuple[distill.Prepared, synthesis.Target]:
+def first_group(bench: Bench) -> tuple[groups.Prepared, objective_module.Target]:
     """Return the first group of classes as the run would begin it, and what its images are matched to.
 
     Raises:
         InputError: the method optimises nothing.
     """
-    method = methods.create(bench.config)
+    method = registry.create(bench.config)
     if method.objective() is None:
         raise InputError(f"method = {bench.config.method!r} optimises no images: there is no synthesis to time")
     with TemporaryDirectory() as folder:
-        place = rundir.RunFolder(Path(folder))
-        job = distill.Job(bench.config, bench.dataset, bench.teacher, bench.ranks, place, lambda: False)
-        prepared = distill.prepare(job, method, bench.groups[0], bench.measured)
+        place = folder_module.RunFolder(Path(folder))
+        job = job_module.Job(bench.config, bench.dataset, bench.teacher, bench.ranks, place, lambda: False)
+        prepared = groups.prepare(job, method, bench.groups[0], bench.measured)
     if prepared.target is None:
         raise InputError(f"method = {bench.config.method!r} sets no target: there is no synthesis to time")
     return prepared, prepared.target
@@ -38,18 +43,18 @@ def first_group(bench: Bench) -> tuple[distill.Prepared, synthesis.Target]:
 def synthesis_of(bench: Bench, with_reference: bool) -> Workload:
     """Iterations of the first group."""
     config, job = bench.config, bench.ranks
-    method = methods.create(config)
+    method = registry.create(config)
     prepared, target = first_group(bench)
-    objective, settings = method.objective() or synthesis.Objective.of(config.synthesis), method.synthesis()
+    objective, settings = method.objective() or objective_module.Objective.of(config.synthesis), method.synthesis()
     limits = pixel_range(config.data)
     count = len(prepared.images)
 
     def engine(
         chosen: Any, images: Tensor, iterations: int, advance: Callable[[int], None] = lambda iterations: None
-    ) -> synthesis.State:
-        return synthesis.synthesise(
+    ) -> engine_module.State:
+        return engine_module.synthesize(
             bench.teacher.network,
-            synthesis.State(images),
+            engine_module.State(images),
             target,
             objective,
             chosen.model_copy(update={"iterations": iterations}),
@@ -103,7 +108,7 @@ def synthesis_of(bench: Bench, with_reference: bool) -> Workload:
 
 
 def start_differences(
-    engine: Callable[[Any, Tensor, int], synthesis.State],
+    engine: Callable[[Any, Tensor, int], engine_module.State],
     settings: Any,
     images: Tensor,
     probe: reference.Probe,
@@ -146,7 +151,7 @@ def _plain_gradient(
     return loss, gradient
 
 
-def reference_loss(objective: synthesis.Objective, weights: Tensor) -> reference.LossOf:
+def reference_loss(objective: objective_module.Objective, weights: Tensor) -> reference.LossOf:
     """Return the plain loss for an objective.
 
     Raises:
@@ -164,7 +169,7 @@ def reference_loss(objective: synthesis.Objective, weights: Tensor) -> reference
 
 
 def reference_targets(
-    target: synthesis.Target, probe: reference.Probe, device: torch.device
+    target: objective_module.Target, probe: reference.Probe, device: torch.device
 ) -> list[reference.ClassTarget]:
     """Return the engine's target as the reference wants it: class by class, layer by layer."""
     norms = [layer for layer in probe.network.modules() if isinstance(layer, nn.BatchNorm2d)]

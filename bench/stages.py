@@ -10,10 +10,11 @@ from bench.stage_students import students_of
 from bench.stage_synthesis import synthesis_of
 from bench.timing import Run, Stopwatch, flops, fresh_store
 from bench.workloads import OWN, Bench, Checks, Workload, difference
-from wmdd import barycenter, distill, statistics
-from wmdd.cpus import processes
-from wmdd.data import Dataset
+from wmdd.data.dataset import Dataset
+from wmdd.distill import groups, statistics
+from wmdd.distill.barycenter import solve
 from wmdd.errors import InputError
+from wmdd.runtime.cpus import processes
 
 
 def statistics_of(bench: Bench, with_reference: bool) -> Workload:
@@ -109,8 +110,8 @@ def barycenters_of(bench: Bench, with_reference: bool) -> Workload:
     def own(steps: int, watch: Stopwatch) -> None:
         for step in range(steps):
             row = step % len(features)
-            seed = distill.barycenter_seed(config, names[row])
-            found[OWN][row] = barycenter.barycenter(features[row], config.ipc, config.barycenter, seed).w2
+            seed = groups.barycenter_seed(config, names[row])
+            found[OWN][row] = solve.barycenter(features[row], config.ipc, config.barycenter, seed).w2
             watch()
 
     def pot(steps: int, watch: Stopwatch) -> None:

@@ -12,12 +12,12 @@ from rich.table import Table
 from bench import timing
 from bench.stages import STAGES
 from bench.workloads import OWN, Bench, Workload, open_bench
-from wmdd import records
-from wmdd.config import Config
-from wmdd.console import progress
-from wmdd.distributed import Ranks
+from wmdd.config.schema import Config
 from wmdd.errors import InputError, nearest
-from wmdd.records import Speed
+from wmdd.records import files, provenance
+from wmdd.records.schema import SpeedRecord
+from wmdd.runtime.progress_bars import progress
+from wmdd.runtime.ranks import Ranks
 
 
 def stages_of(text: str) -> list[str]:
@@ -40,7 +40,7 @@ def run(
     seconds: float = 0.5,
     with_reference: bool = True,
     folder: Path | None = None,
-) -> list[Speed]:
+) -> list[SpeedRecord]:
     """Time the stages, one after the other, in this process.
 
     Args:
@@ -57,7 +57,7 @@ def run(
     Raises:
         InputError: config, data or stage is wrong, or the reference has no such objective.
     """
-    found: list[Speed] = []
+    found: list[SpeedRecord] = []
     peaks: dict[str, float] = {}
     with open_bench(config) as bench:
         for stage in stages:
@@ -75,7 +75,7 @@ def run(
 
 def records_of(
     bench: Bench, workload: Workload, samples: dict[str, list[timing.Sample]], peaks: dict[str, float]
-) -> list[Speed]:
+) -> list[SpeedRecord]:
     """Return one record of each engine that was timed.
 
     Args:
@@ -99,7 +99,7 @@ def records_of(
         if engine == OWN and baseline:
             metrics |= timing.ratio(taken, samples[baseline])
         made.append(
-            Speed(
+            SpeedRecord(
                 kind="throughput",
                 stage=workload.stage,
                 engine=engine,
@@ -109,7 +109,7 @@ def records_of(
                 unit=workload.unit,
                 metrics=metrics,
                 setup=_circumstances(bench.config, bench.ranks, engine, precision) | dict(workload.setup),
-                provenance=records.provenance(bench.config.compute),
+                provenance=provenance.provenance(bench.config.compute),
             )
         )
     return made
@@ -124,17 +124,17 @@ def _circumstances(config: Config, job: Ranks, engine: str, precision: str) -> d
     }
 
 
-def tell(found: Sequence[Speed], out: Path | None, console: Console) -> None:
+def tell(found: Sequence[SpeedRecord], out: Path | None, console: Console) -> None:
     """Add the records to a file, if one is named, and print table and footnotes."""
     if out:
         for record in found:
-            records.append(out, record)
+            files.append(out, record)
     console.print(table(found))
     for line in footnotes(found):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def table(found: Sequence[Speed]) -> Table:
+def table(found: Sequence[SpeedRecord]) -> Table:
     """Return the records as a table for the terminal."""
     shown = Table(box=box.SIMPLE_HEAD, title="Throughput", title_justify="left", pad_edge=False)
     shown.add_column("Stage")
@@ -173,7 +173,7 @@ _COMPARED = {
 """Metric -> what differs between engine and reference, relative to the reference."""
 
 
-def footnotes(found: Sequence[Speed]) -> list[str]:
+def footnotes(found: Sequence[SpeedRecord]) -> list[str]:
     """Return what must be known to read the table: hardware, units, what is compared, what MFU means."""
     if not found:
         return []

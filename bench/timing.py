@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from wmdd.errors import WmddError
-from wmdd.files import write_bytes
+from wmdd.storage.files import write_bytes
 
 MIN_STEPS = 2
 """Fewest steps of a repeat."""

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from bench.timing import Run
-from wmdd import distill, networks, rundir, statistics, student
-from wmdd.config import Config
-from wmdd.console import progress, say
-from wmdd.data import Dataset, load_dataset
-from wmdd.distributed import Ranks, ranks, seed_of
+from wmdd.config.schema import Config
+from wmdd.data.dataset import Dataset, load_dataset
+from wmdd.data.synthetic import name_of
+from wmdd.distill import blocks, statistics
 from wmdd.errors import WmddError
-from wmdd.generated import name_of
-from wmdd.networks import FrozenNetwork
-from wmdd.teacher import Teacher, is_stored, obtain
-from wmdd.validation import Validation
+from wmdd.networks import create
+from wmdd.networks.accuracy import Validation
+from wmdd.networks.frozen import FrozenNetwork
+from wmdd.run import partition
+from wmdd.runtime.log import say
+from wmdd.runtime.progress_bars import progress
+from wmdd.runtime.ranks import Ranks, ranks
+from wmdd.runtime.seeding import seed_of
+from wmdd.students import tasks
+from wmdd.teacher.obtain import Teacher, get_or_train_teacher, is_stored
 
 OWN = "wmdd"
 """What records call the engine of this package."""
@@ -71,7 +76,7 @@ class Bench:
         return name_of(self.config.data)
 
     @cached_property
-    def groups(self) -> list[rundir.Group]:
+    def groups(self) -> list[partition.Group]:
         """Return the groups of the run, in order."""
         return groups_of(self.config, len(self.dataset.classes))
 
@@ -93,9 +98,9 @@ class Bench:
             return dict(statistics.measure(self.config, self.dataset, self.teacher, self.ranks, list(classes), advance))
 
 
-def groups_of(config: Config, classes: int) -> list[rundir.Group]:
+def groups_of(config: Config, classes: int) -> list[partition.Group]:
     """Return the groups of a run, in order."""
-    return [group for block in rundir.plan(config, classes) for group in block.groups]
+    return [group for block in partition.plan(config, classes) for group in block.groups]
 
 
 @contextmanager
@@ -107,19 +112,19 @@ def open_bench(config: Config) -> Iterator[Bench]:
     """
     with ranks(config.compute) as job:
         dataset = load_dataset(config.data, config.compute.workers, job)
-        distill.check(config, dataset)
-        student.check(config, len(dataset.classes))
+        blocks.check(config, dataset)
+        tasks.check(config, len(dataset.classes))
         yield Bench(config, dataset, *teacher_of(config, dataset, job), job)
 
 
 def teacher_of(config: Config, dataset: Dataset, job: Ranks) -> tuple[Teacher, bool]:
     """Return the stored teacher and True, or an untrained one, always the same, and False."""
     if is_stored(config, dataset, [job.arithmetic]):
-        return obtain(config, dataset, Validation(config, dataset, job), job, lambda: False), True
+        return get_or_train_teacher(config, dataset, Validation(config, dataset, job), job, lambda: False), True
     data, settings = config.data, config.teacher
     say("the store holds no teacher for this config: an untrained one takes its place, which changes no speed")
     torch.manual_seed(seed_of("bench", "teacher"))
-    network = networks.create(settings.network, len(dataset.classes), data.channels, data.resolution, settings.stem)
+    network = create.create(settings.network, len(dataset.classes), data.channels, data.resolution, settings.stem)
     name = f"untrained-{settings.network}-{settings.stem}-{data.resolution}"
     return Teacher(FrozenNetwork(network).to(job.device), name, {"network": settings.network}), False
 
@@ -131,7 +136,7 @@ def plain(frozen: FrozenNetwork, config: Config) -> nn.Module:
         WmddError: it does not compute what the frozen one does.
     """
     data, settings = config.data, config.teacher
-    network = networks.create(settings.network, frozen.classes, data.channels, data.resolution, settings.stem)
+    network = create.create(settings.network, frozen.classes, data.channels, data.resolution, settings.stem)
     network.to(memory_format=torch.contiguous_format)
     inner = [module for module in frozen.body.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
     outer = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]

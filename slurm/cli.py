@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wmdd.cli import ConfigArgument, RefreshOption, RunArgument, SetOption
+from wmdd.cli_options import ConfigArgument, RefreshOption, RunArgument, SetOption
 
 app = typer.Typer(
     help="Run on a SLURM cluster: one array task per block of classes.", no_args_is_help=True, rich_markup_mode=None
@@ -43,10 +43,10 @@ def submit(
     refresh: RefreshOption = False,
 ) -> None:
     """Submit what is missing of a run: teacher, array of blocks, array of students, report."""
-    from slurm import plan, present, scheduler
+    from slurm import messages, plan, scheduler
     from slurm import submit as submission
     from slurm.profile import load_profile, parse_stages
-    from wmdd.config import load_config
+    from wmdd.config.loading import load_config
 
     known = load_profile(profile)
     wanted = parse_stages(stages)
@@ -56,15 +56,15 @@ def submit(
     settings = load_config(config, overrides)
     if blocks is None and any(one.partition("=")[0].strip() == "blocks" for one in overrides):
         blocks = settings.blocks
-    speed = plan.measured(rate_from) if rate_from else plan.Speed()
-    speed = plan.Speed(rate or speed.rate, speed.student_minutes)
+    speed = plan.measured(rate_from) if rate_from else plan.ClusterSpeed()
+    speed = plan.ClusterSpeed(rate or speed.rate, speed.student_minutes)
     request = submission.prepare(settings, out, known, blocks, task_minutes, speed, wanted, refresh)
     if dry_run:
-        typer.echo(present.dry_run(request))
+        typer.echo(messages.dry_run(request))
         return
     launched = submission.submit(request) if request.arrays else []
     if launched:
-        typer.echo(present.submitted(request, launched))
+        typer.echo(messages.submitted(request, launched))
     else:
         queued = ", or it is in the queue" if request.arrays or request.waiting else ""
         typer.echo(f"{request.folder.path}: nothing is missing{queued}")
@@ -83,7 +83,7 @@ def status(
     from rich.live import Live
 
     from slurm import status as reporter
-    from wmdd.console import results
+    from wmdd.runtime.log import results
 
     found = reporter.status(run)
     if json:
@@ -123,9 +123,9 @@ def logs(
 @app.command()
 def cancel(run: RunArgument) -> None:
     """Take every task of a run out of the queue; what is finished is kept."""
-    from slurm import history, scheduler
+    from slurm import scheduler, submissions
 
-    gone = scheduler.cancel_all([one.job for one in history.read(run)])
+    gone = scheduler.cancel_all([one.job for one in submissions.read(run)])
     typer.echo(f"{run}: {gone} tasks were cancelled" if gone else f"{run}: no task was in the queue")
 
 

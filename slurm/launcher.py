@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import scheduler, submit
-from slurm.jobs import Program
 from slurm.profile import STAGES, load_profile
-from wmdd import store
-from wmdd.config import Config
-from wmdd.console import progress, say
+from slurm.task import Program
+from wmdd.config.schema import Config
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.launchers import Launcher, last_words
-from wmdd.signals import requested
+from wmdd.runtime.log import say
+from wmdd.runtime.progress_bars import progress
+from wmdd.runtime.signals import requested
+from wmdd.storage import cache
 
 _LOOK = 2.0
 """Seconds between two looks at the queue."""
@@ -62,7 +63,7 @@ class Slurm(Launcher):
         submit.private(folder / "job")
         executor = submitit.SlurmExecutor(folder / "job", max_num_timeout=1, python=submit.python(wanted))
         executor.update_parameters(**submit.parameters(f"wmdd-{ranks}-ranks", wanted, {"no-requeue": True}))
-        environment = {"WMDD_CACHE": str(store.cache_root().absolute())}
+        environment = {"WMDD_CACHE": str(cache.cache_root().absolute())}
         with submit.clean_environment():
             job = executor.submit(Program(module, tuple(arguments), environment))
         say(f"job {job.job_id}: {ranks} ranks on {wanted.nodes} nodes")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wmdd.errors import InputError, WmddError
-from wmdd.files import read_json, write_json
+from wmdd.storage.files import read_json, write_json
 
 PACKAGES = "slurmctld slurmd slurm-client munge"
 ACCOUNTING_PACKAGES = "slurmdbd mariadb-server-core mariadb-client-core"

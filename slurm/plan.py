@@ -8,21 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from slurm.profile import STAGES, Profile, Resources, Stage
-from wmdd import evaluation, methods, pipeline, rundir, teacher
-from wmdd.arithmetic import candidates
-from wmdd.config import Config
-from wmdd.data import Dataset
+from wmdd import pipeline
+from wmdd.config.schema import Config
+from wmdd.data.dataset import Dataset
+from wmdd.distill.methods import registry
 from wmdd.errors import InputError, WmddError
-from wmdd.files import read_json
-from wmdd.records import Record, read_records
-from wmdd.rundir import RunFolder
-from wmdd.student import Task
+from wmdd.records.files import read_records
+from wmdd.records.schema import Record
+from wmdd.run import partition
+from wmdd.run.folder import RunFolder
+from wmdd.runtime.arithmetic import candidates
+from wmdd.storage.files import read_json
+from wmdd.students import evaluate
+from wmdd.students.tasks import StudentTask
+from wmdd.teacher import obtain
 
 Items = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Speed:
+class ClusterSpeed:
     """What is known of the cluster's speed; None where nothing is."""
 
     rate: float | None = None
@@ -41,7 +46,7 @@ class Array:
     resources: Resources
 
 
-def measured(run: Path) -> Speed:
+def measured(run: Path) -> ClusterSpeed:
     """Return the speed at which a finished run went, per rank: from its sidecars and its students' records.
 
     Raises:
@@ -61,16 +66,16 @@ def measured(run: Path) -> Speed:
     work = sum(len(group["classes"]) for group in groups) * config.ipc * config.synthesis.iterations
     seconds = sum(group["seconds"] for group in groups)
     students = [record.cost["seconds"] for record in _students(folder) if "seconds" in record.cost]
-    return Speed(work / seconds if seconds else None, sum(students) / len(students) / 60 if students else None)
+    return ClusterSpeed(work / seconds if seconds else None, sum(students) / len(students) / 60 if students else None)
 
 
-def blocks_for(config: Config, classes: int, speed: Speed, minutes: float, ranks: int) -> int:
+def blocks_for(config: Config, classes: int, speed: ClusterSpeed, minutes: float, ranks: int) -> int:
     """Return how many blocks make tasks of about ``minutes``: one a group when the rate is not known.
 
     A task of seconds is all start-up, and one of a day loses much when it dies.  A task never has fewer groups than
     ranks.
     """
-    groups = len(rundir.plan(config.model_copy(update={"blocks": 1}), classes)[0].groups)
+    groups = len(partition.plan(config.model_copy(update={"blocks": 1}), classes)[0].groups)
     most = max(1, groups // ranks)
     if speed.rate is None:
         return most
@@ -89,7 +94,7 @@ def arrays(
     folder: RunFolder,
     dataset: Dataset,
     profile: Profile,
-    speed: Speed,
+    speed: ClusterSpeed,
     minutes: float,
     limit: int,
     stages: Sequence[Stage] = STAGES,
@@ -131,7 +136,7 @@ def _has_teacher(config: Config, folder: RunFolder, dataset: Dataset, profile: P
     """Return whether the teacher is in the cache, in an arithmetic that the config may mean on the profile's nodes."""
     on_gpus = profile.stages["teacher"].gpus and config.compute.device != "cpu"
     arithmetics = candidates(config.compute, "cuda" if on_gpus else "cpu")
-    return teacher.is_stored(config, dataset, arithmetics, folder.bound_teacher())
+    return obtain.is_stored(config, dataset, arithmetics, folder.bound_teacher())
 
 
 def missing_blocks(config: Config, folder: RunFolder) -> list[int]:
@@ -148,9 +153,11 @@ def missing_students(config: Config, folder: RunFolder) -> list[int]:
         if manifest is None:
             continue
         for record in _students(place):
-            same = evaluation.is_of_recipe(record, config, len(manifest["classes"]) * config.ipc)
+            same = evaluate.is_of_recipe(record, config, len(manifest["classes"]) * config.ipc)
             if same and record.artefact == manifest["sha256"]:
-                known.add((place, Task(record.network, str(record.regime), int(record.student_seed or 0), record.view)))
+                known.add(
+                    (place, StudentTask(record.network, str(record.regime), int(record.student_seed or 0), record.view))
+                )
     return [position for position, one in enumerate(pipeline.students_of(config, folder)) if one not in known]
 
 
@@ -164,7 +171,7 @@ class Estimate:
     inodes: int
 
 
-def estimate(config: Config, classes: int, planned: Sequence[Array], speed: Speed) -> Estimate:
+def estimate(config: Config, classes: int, planned: Sequence[Array], speed: ClusterSpeed) -> Estimate:
     """Return the hours of GPUs (of ranks, on CPUs), bytes and files of what is planned.
 
     The hours are those of synthesis and students at the given speed: starting, reading the images and a teacher that
@@ -196,7 +203,7 @@ def estimate(config: Config, classes: int, planned: Sequence[Array], speed: Spee
 def _iterations(config: Config, classes: int) -> int:
     """Return the image-iterations of the run and of those of its baselines that optimise images."""
     configs = [config, *(pipeline.baseline(config, name) for name in config.student.baselines)]
-    optimised = sum(methods.create(one).objective() is not None for one in configs)
+    optimised = sum(registry.create(one).objective() is not None for one in configs)
     return optimised * classes * config.ipc * config.synthesis.iterations
 
 

@@ -6,9 +6,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from wmdd.config import Count, Positive, Rate, Strict
+from wmdd.config.schema import Count, Positive, Rate
+from wmdd.config.section import Strict
 from wmdd.errors import InputError, complaint, nearest
-from wmdd.files import read_toml
+from wmdd.storage.files import read_toml
 
 Stage = Literal["teacher", "distill", "students", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

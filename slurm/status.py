@@ -9,10 +9,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from slurm import history, scheduler
-from slurm.history import Item, Launched, Marks, Tree
+from slurm import scheduler, submissions
 from slurm.profile import STAGES, Stage
 from slurm.scheduler import Accounted, Queued
+from slurm.submissions import Attempts, Item, Listing, Submitted
 from wmdd.errors import InputError
 
 _OVER = {
@@ -81,9 +81,14 @@ def status(run: Path) -> Status:
         InputError: nothing was submitted from the folder, or SLURM is missing.
         WmddError: the controller does not answer.
     """
-    launched = history.read(run)
+    launched = submissions.read(run)
     jobs = [one.job for one in launched]
-    queue, accounts, marks, tree = scheduler.queue(jobs), scheduler.accounted(jobs), history.marks(run), Tree(run)
+    queue, accounts, marks, tree = (
+        scheduler.queue(jobs),
+        scheduler.accounted(jobs),
+        submissions.marks(run),
+        Listing(run),
+    )
     rows: list[Row] = []
     spent = 0.0
     for number, one in enumerate(launched):
@@ -96,7 +101,7 @@ def status(run: Path) -> Status:
         }
         for name, items in zip(one.names(), one.tasks, strict=True):
             account = accounts.get(name, accounts.get(one.job)) if accounts else None
-            row = _row(one, name, items, queue.get(name), account, marks.get(name, Marks()), tree)
+            row = _row(one, name, items, queue.get(name), account, marks.get(name, Attempts()), tree)
             spent += row.seconds * max(1, one.gpus or one.ranks)
             if not anew.issuperset(row.items):
                 rows.append(row)
@@ -106,13 +111,13 @@ def status(run: Path) -> Status:
 
 
 def _row(
-    one: Launched,
+    one: Submitted,
     name: str,
     items: Sequence[Item],
     queued: Queued | None,
     account: Accounted | None,
-    marks: Marks,
-    tree: Tree,
+    marks: Attempts,
+    tree: Listing,
 ) -> Row:
     whole = [all(tree.has(proof) for proof in item.proof) for item in items]
     state, why = _state(one.stage, all(whole), queued, account, marks)
@@ -129,7 +134,7 @@ def _row(
 
 
 def _state(
-    stage: Stage, whole: bool, queued: Queued | None, account: Accounted | None, marks: Marks
+    stage: Stage, whole: bool, queued: Queued | None, account: Accounted | None, marks: Attempts
 ) -> tuple[str, str]:
     """Return the state of a task and the reason that SLURM gives.
 
@@ -203,7 +208,7 @@ def log_files(run: Path, stage: Stage, item: int) -> list[Path]:
     Raises:
         InputError: no task was submitted for it, or it has not started yet.
     """
-    known = history.read(run)
+    known = submissions.read(run)
     for one in reversed(known):
         for name, items in zip(one.names(), one.tasks, strict=True):
             if one.stage == stage and item in [found.index for found in items]:

@@ -11,17 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slurm import history, plan, scheduler
-from slurm.history import Item, Launched
-from slurm.jobs import Task, versions
-from slurm.plan import Array, Speed
+from slurm import plan, scheduler, submissions
+from slurm.plan import Array, ClusterSpeed
 from slurm.profile import STAGES, Profile, Resources, Stage
-from wmdd import evaluation, pipeline, rundir, store
-from wmdd.config import Config
-from wmdd.data import Dataset, load_dataset
+from slurm.submissions import Item, Submitted
+from slurm.task import SlurmTask, versions
+from wmdd import pipeline
+from wmdd.config.schema import Config
+from wmdd.data.dataset import Dataset, load_dataset
 from wmdd.errors import InputError, WmddError
-from wmdd.files import read_json
-from wmdd.rundir import RunFolder
+from wmdd.run import partition
+from wmdd.run.folder import RunFolder
+from wmdd.storage import cache
+from wmdd.storage.files import read_json
+from wmdd.students import evaluate
 
 _REMEDIES = {
     "invalid partition": "sinfo lists the partitions; set partition in the profile",
@@ -47,7 +50,7 @@ class Request:
     folder: RunFolder
     dataset: Dataset
     profile: Profile
-    speed: Speed
+    speed: ClusterSpeed
     minutes: float
     """Target length of a task"""
     stages: tuple[Stage, ...]
@@ -62,7 +65,7 @@ def prepare(
     profile: Profile,
     blocks: int | None = None,
     minutes: float = 30,
-    speed: Speed | None = None,
+    speed: ClusterSpeed | None = None,
     stages: Sequence[Stage] = STAGES,
     refresh: bool = False,
 ) -> Request:
@@ -84,13 +87,13 @@ def prepare(
     folder = RunFolder((out or Path("runs") / config.name).absolute())
     dataset = load_dataset(config.data, config.compute.workers, refresh=refresh)
     classes = len(dataset.classes)
-    given = speed or Speed()
-    speed = Speed(given.rate or profile.rate, given.student_minutes or profile.student_minutes)
+    given = speed or ClusterSpeed()
+    speed = ClusterSpeed(given.rate or profile.rate, given.student_minutes or profile.student_minutes)
     waiting, queued = _in_queue(folder)
     blocks = blocks or _bound_blocks(folder, bool(waiting))
     blocks = blocks or plan.blocks_for(config, classes, speed, minutes, profile.stages["distill"].ranks)
     config = config.model_copy(update={"blocks": blocks})
-    rundir.plan(config, classes)  # refuses more blocks than groups
+    partition.plan(config, classes)  # refuses more blocks than groups
     pipeline.check(config, dataset)
     return _planned(Request(config, folder, dataset, profile, speed, minutes, tuple(stages)), waiting, queued)
 
@@ -109,7 +112,7 @@ def _planned(request: Request, waiting: dict[Stage, set[str]], queued: dict[Stag
     return replace(request, arrays=arrays, waiting=waiting)
 
 
-def submit(request: Request) -> list[Launched]:
+def submit(request: Request) -> list[Submitted]:
     """Hand the graph to SLURM; all of it or nothing.
 
     Every job is submitted held, since its pickles are put in place after sbatch has answered, and the graph is released
@@ -133,21 +136,21 @@ def submit(request: Request) -> list[Launched]:
             if any(array.stage == "students" for array in request.arrays):
                 # A task looks at the records of its own students alone: here go those of students that nobody trains.
                 images = len(request.dataset.classes) * one.ipc
-                evaluation.set_aside(place, partial(evaluation.is_of_recipe, config=one, images=images))
-            store.pin(pipeline.entries_of(one, request.dataset))
+                evaluate.set_aside(place, partial(evaluate.is_of_recipe, config=one, images=images))
+            cache.pin(pipeline.entries_of(one, request.dataset))
         private(_jobs_folder(request))
         return _submitted(request) if request.arrays else []
 
 
-def _submitted(request: Request) -> list[Launched]:
-    launched: list[Launched] = []
+def _submitted(request: Request) -> list[Submitted]:
+    launched: list[Submitted] = []
     jobs: list[str] = []
     try:
         for array in request.arrays:
             jobs.append(_launch(request, array, jobs[-1] if jobs else None))
             tasks = tuple(tuple(_item(request, array.stage, index) for index in task or (0,)) for task in array.tasks)
-            launched.append(Launched(array.stage, jobs[-1], array.resources.gpus, array.resources.ranks, tasks))
-        history.write(request.folder.path, request.profile.name, launched)
+            launched.append(Submitted(array.stage, jobs[-1], array.resources.gpus, array.resources.ranks, tasks))
+        submissions.write(request.folder.path, request.profile.name, launched)
         scheduler.release(jobs)
     except BaseException:
         with contextlib.suppress(WmddError):
@@ -201,14 +204,14 @@ def _launch(request: Request, array: Array, after: str | None) -> str:
         raise _refused(array, scheduler.complaint(str(error), "sbatch")) from None
 
 
-def _task(request: Request, array: Array, items: tuple[int, ...]) -> Task:
+def _task(request: Request, array: Array, items: tuple[int, ...]) -> SlurmTask:
     resources = array.resources
-    environment = {"WMDD_CACHE": str(store.cache_root().absolute())}
+    environment = {"WMDD_CACHE": str(cache.cache_root().absolute())}
     config = request.config.model_dump(mode="json")
     folder = str(request.folder.path)
     gpu = resources.gpus_per_rank > 0
     restarts, requeue = resources.max_restarts, resources.requeue
-    return Task(config, folder, array.stage, items, environment, restarts, requeue, versions(), gpu)
+    return SlurmTask(config, folder, array.stage, items, environment, restarts, requeue, versions(), gpu)
 
 
 def _parameters(request: Request, array: Array, after: str | None) -> dict[str, Any]:
@@ -264,13 +267,13 @@ def _item(request: Request, stage: Stage, index: int) -> Item:
         return path.relative_to(root).as_posix()
 
     if stage == "distill":
-        block = rundir.plan(request.config, len(request.dataset.classes))[index]
+        block = partition.plan(request.config, len(request.dataset.classes))[index]
         proof = [below(run.sidecar_file(index)) for run in runs]
         parts = [below(run.group_file(group.index)) for run in runs for group in block.groups]
         return Item(index, tuple(proof), tuple(parts))
     if stage == "students":
         place, task = pipeline.students_of(request.config, request.folder)[index]
-        return Item(index, (below(evaluation.record_file(place, task)),))
+        return Item(index, (below(evaluate.record_file(place, task)),))
     return Item(index, (f"{stage}.json" if stage == "teacher" else "report.html",))
 
 
@@ -278,7 +281,7 @@ def _in_queue(folder: RunFolder) -> tuple[dict[Stage, set[str]], dict[Stage, set
     """Return the jobs and the items of earlier submissions that may still do something, by stage."""
     jobs: dict[Stage, set[str]] = {}
     items: dict[Stage, set[int]] = {}
-    launched = history.read(folder.path) if history.exists(folder.path) else []
+    launched = submissions.read(folder.path) if submissions.exists(folder.path) else []
     known = scheduler.queue(one.job for one in launched)
     for one in launched:
         for name, task in zip(one.names(), one.tasks, strict=True):

@@ -4,15 +4,16 @@ from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 
-from sweeps.log import Log
+from sweeps.format import show
 from sweeps.objective import seeds_of
+from sweeps.run import Sweep
 from sweeps.space import apply
-from sweeps.tune import Sweep
-from sweeps.values import show
-from wmdd.config import Config, to_toml
+from sweeps.trial_log import Log
+from wmdd.config.loading import to_toml
+from wmdd.config.schema import Config
 from wmdd.errors import WmddError
-from wmdd.metrics import Interval, interval
-from wmdd.records import read_records
+from wmdd.records.files import read_records
+from wmdd.records.intervals import Interval, interval
 
 
 def best(folder: Path, measure: bool = True) -> str:

@@ -43,16 +43,17 @@ def run(
     address: Annotated[str | None, typer.Option(help="Join a running Ray cluster (HOST:PORT or auto).")] = None,
 ) -> None:
     """Run a sweep, go on with one that was stopped, or add trials to one that is finished."""
-    from sweeps import page, tune
-    from sweeps.cluster import Resources
-    from wmdd.console import results
+    from sweeps import page
+    from sweeps import run as run_module
+    from sweeps.ray_cluster import Resources
+    from wmdd.runtime.log import results
 
-    sweep = tune.resolve(config, override or [], space, _budget(budget or []), objective, search, scheduler, seed)
+    sweep = run_module.resolve(config, override or [], space, _budget(budget or []), objective, search, scheduler, seed)
     if gpus is None:
         gpus = _default_gpus(sweep.config.compute.device)
     place = out or Path("runs") / f"{sweep.config.name}-{Path(space).stem}"
     resources = Resources(cpus or sweep.config.compute.threads, gpus, concurrent)
-    log = tune.run(sweep, place, trials, resources, address)
+    log = run_module.run(sweep, place, trials, resources, address)
     page.render_terminal(sweep, log, results())
 
 
@@ -83,12 +84,13 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Where to write the page; DIR/sweep.html by default.")] = None,
 ) -> None:
     """Print the trials, and write a page with the importance of each key and its response."""
-    from sweeps import page, tune
-    from sweeps.log import Log
-    from wmdd.console import results
+    from sweeps import page
+    from sweeps import run as run_module
+    from sweeps.trial_log import Log
+    from wmdd.runtime.log import results
 
     log = Log.load(folder)
-    sweep = tune.Sweep.of(log.identity)
+    sweep = run_module.Sweep.of(log.identity)
     page.render_terminal(sweep, log, results())
     place = html or folder / "sweep.html"
     page.write_html(sweep, log, place)

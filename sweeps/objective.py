@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sweeps.log import Trial
+from sweeps.trial_log import Trial
 from wmdd.errors import InputError, nearest
-from wmdd.metrics import Interval, interval
+from wmdd.records.intervals import Interval, interval
 
 TOLERANCE = 0.01
 """Top-1 (fraction) that a faster recipe may lose against the config as it stands."""

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeps import plots, search
-from sweeps.log import Log, Trial, savings
+from sweeps.format import show
 from sweeps.objective import seeds_of
-from sweeps.tune import Sweep
-from sweeps.values import show
-from wmdd.files import write_bytes
-from wmdd.metrics import paired
+from sweeps.run import Sweep
+from sweeps.trial_log import Log, Trial, savings
+from wmdd.records.intervals import paired
+from wmdd.storage.files import write_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

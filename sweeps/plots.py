@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sweeps.log import Trial
+from sweeps.format import show
 from sweeps.objective import Objective, seeds_of
 from sweeps.space import Parameter, Range
-from sweeps.values import show
-from wmdd.reporting.plots import Drawing
+from sweeps.trial_log import Trial
+from wmdd.report.plots import Drawing
 
 _COLOURS = {"ink": "#100001", "accent": "#100002", "quiet": "#100003", "line": "#100004", "page": "#100005"}
 """Stand-ins, replaced by the page's own colours: plots are legible in light and in dark."""

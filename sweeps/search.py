@@ -11,11 +11,11 @@ from typing import Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.log import Trial
+from sweeps.format import Values
 from sweeps.objective import Objective
 from sweeps.space import Space
-from sweeps.values import Values
-from wmdd.distributed import seed_of
+from sweeps.trial_log import Trial
+from wmdd.runtime.seeding import seed_of
 
 Kind = Literal["optuna", "random", "grid"]
 

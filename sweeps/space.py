@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, StrictFloat, StrictInt, ValidationError
 
-from sweeps.values import Values
-from wmdd.config import Config, Positive, Strict, describe
+from sweeps.format import Values
+from wmdd.config.loading import describe
+from wmdd.config.schema import Config, Positive
+from wmdd.config.section import Strict
 from wmdd.errors import InputError
 
 if TYPE_CHECKING:

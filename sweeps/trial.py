@@ -16,28 +16,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sweeps.log import Report
+from sweeps.format import Values
 from sweeps.objective import Objective
 from sweeps.space import Budget, apply
-from sweeps.values import Values
-from wmdd import console, distill, methods, rundir, statistics, student
-from wmdd.barycenter import w2_squared
-from wmdd.config import Config
-from wmdd.data import Dataset, load_dataset, normalise, quantise
-from wmdd.distilled import DistilledSet
-from wmdd.distributed import ALONE, Ranks, ranks
+from sweeps.trial_log import Report
+from wmdd.config.schema import Config
+from wmdd.data.dataset import Dataset, decode_all, load_dataset
+from wmdd.data.pixels import normalize, quantize
+from wmdd.distill import blocks, statistics
+from wmdd.distill import groups as groups_module
+from wmdd.distill import job as job_module
+from wmdd.distill.barycenter.solve import w2_squared
+from wmdd.distill.methods import base
+from wmdd.distill.synthesis.engine import State
 from wmdd.errors import InputError, Interrupted
-from wmdd.metrics import label_robust_score
-from wmdd.placement import Placement
-from wmdd.synthesis import State
-from wmdd.teacher import Teacher, obtain
-from wmdd.validation import Validation, decode_all
+from wmdd.networks.accuracy import Validation
+from wmdd.records.scores import label_robust_score
+from wmdd.run import folder as folder_module
+from wmdd.run import partition
+from wmdd.run.distilled_set import DistilledSet
+from wmdd.runtime import progress_bars
+from wmdd.runtime.placement import Placement
+from wmdd.runtime.ranks import Ranks, ranks
+from wmdd.runtime.team import SINGLE
+from wmdd.students import tasks, train
+from wmdd.teacher.obtain import Teacher, get_or_train_teacher
 
 Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepSetup:
     """All that the trials of a sweep have in common."""
 
     config: Config
@@ -93,7 +102,7 @@ class Bench:
     ranks: Ranks
 
 
-def prepare(plan: Plan, stop: Stop) -> Plan:
+def prepare(plan: SweepSetup, stop: Stop) -> SweepSetup:
     """Check the config and put the teacher and the class statistics into the store, once for all trials.
 
     Returns:
@@ -111,14 +120,14 @@ def prepare(plan: Plan, stop: Stop) -> Plan:
     config = plan.proxy({})
     with ranks(config.compute, here=Placement()) as here:  # Ray may run in a step of several tasks
         dataset = load_dataset(config.data, config.compute.workers, here)
-        student.check(config, len(dataset.classes))
-        method = distill.check(config, dataset)
-        rundir.plan(config, len(dataset.classes))
+        tasks.check(config, len(dataset.classes))
+        method = blocks.check(config, dataset)
+        partition.plan(config, len(dataset.classes))
         bench = _open(config, dataset, here, stop)
         if method.uses_statistics:
             indices = range(len(dataset.classes))
             images = len(dataset.train)
-            with console.progress("statistics, for all trials", images, "images") as advance:
+            with progress_bars.progress("statistics, for all trials", images, "images") as advance:
                 for _ in statistics.measure(config, dataset, bench.teacher, here, indices, advance, stop):
                     pass
         if plan.objective.name == "lrs":
@@ -126,7 +135,7 @@ def prepare(plan: Plan, stop: Stop) -> Plan:
     return plan
 
 
-def run(plan: Plan, values: Values, report: Callable[[Report], None], stop: Stop = lambda: False) -> None:
+def run(plan: SweepSetup, values: Values, report: Callable[[Report], None], stop: Stop = lambda: False) -> None:
     """Do one trial, and report after every stage.
 
     Args:
@@ -163,7 +172,7 @@ def _open(config: Config, dataset: Dataset, here: Ranks, stop: Stop) -> Bench:
     validation = Validation(config, dataset, here, stop)
     if validation.on != "holdout":
         raise InputError("a trial is judged on images held out of the training set: set budget.holdout_per_class")
-    return Bench(config, dataset, validation, obtain(config, dataset, validation, here, stop), here)
+    return Bench(config, dataset, validation, get_or_train_teacher(config, dataset, validation, here, stop), here)
 
 
 class _Synthesis:
@@ -172,15 +181,15 @@ class _Synthesis:
     def __init__(self, bench: Bench, stop: Stop) -> None:
         config, dataset = bench.config, bench.dataset
         self._bench, self._stop = bench, stop
-        self._method: methods.Method = distill.check(config, dataset)
+        self._method: base.Method = blocks.check(config, dataset)
         self.seconds = 0.0
         """Spent on synthesis itself"""
-        folder = rundir.RunFolder(Path("unused"))  # nothing of a trial is written
-        self._job = distill.Job(config, dataset, bench.teacher, bench.ranks, folder, stop)
-        (block,) = rundir.plan(config, len(dataset.classes))
+        folder = folder_module.RunFolder(Path("unused"))  # nothing of a trial is written
+        self._job = job_module.Job(config, dataset, bench.teacher, bench.ranks, folder, stop)
+        (block,) = partition.plan(config, len(dataset.classes))
         classes = block.classes if self._method.uses_statistics else []
         found = dict(statistics.measure(config, dataset, bench.teacher, bench.ranks, classes))
-        self._groups = [distill.prepare(self._job, self._method, group, found) for group in block.groups]
+        self._groups = [groups_module.prepare(self._job, self._method, group, found) for group in block.groups]
         self._states = [State(group.images) for group in self._groups]
 
     def advance_to(self, iteration: int) -> None:
@@ -190,7 +199,7 @@ class _Synthesis:
             self._states[index] = self._advanced(group, self._states[index], iteration)
         self.seconds += time.perf_counter() - begun
 
-    def _advanced(self, group: distill.Prepared, state: State, until: int) -> State:
+    def _advanced(self, group: groups_module.Prepared, state: State, until: int) -> State:
         done = state.iteration
         kept = state
 
@@ -205,7 +214,7 @@ class _Synthesis:
         # A synthesis can be left where it can be checkpointed: that is how it pauses at a report.
         job = replace(self._job, stop=lambda: done >= until or self._stop())
         try:
-            return distill.optimise(job, self._method, group, state, advance=advance, save=keep)
+            return groups_module.optimize(job, self._method, group, state, advance=advance, save=keep)
         except Interrupted:
             if self._stop():
                 raise
@@ -214,7 +223,7 @@ class _Synthesis:
     def images(self) -> DistilledSet:
         """Return the images as they are, quantised as a block would be."""
         data, groups = self._bench.config.data, self._groups
-        images = quantise(torch.cat([state.images for state in self._states]), data)
+        images = quantize(torch.cat([state.images for state in self._states]), data)
         labels = torch.cat([group.labels for group in groups])
         weights = torch.cat([group.weights.flatten() for group in groups])
         parts = [part.numpy().tobytes() for part in (images, labels, weights)]
@@ -224,17 +233,17 @@ class _Synthesis:
 
 def _students(
     config: Config, bench: Bench, distilled: DistilledSet, stop: Stop
-) -> Iterator[tuple[student.Task, float]]:
+) -> Iterator[tuple[tasks.StudentTask, float]]:
     with TemporaryDirectory() as labels:  # of regimes that store them; nobody reads them again
-        for task in student.tasks(config.student, config.labels.regimes):
-            result = student.train(
+        for task in tasks.tasks(config.student, config.labels.regimes):
+            result = train.train(
                 config,
                 task,
                 distilled,
                 bench.teacher,
                 bench.validation,
                 bench.ranks,
-                team=ALONE,
+                team=SINGLE,
                 folder=Path(labels),
                 stop=stop,
             )
@@ -265,7 +274,7 @@ def _w2(bench: Bench, distilled: DistilledSet) -> float:
 
 
 def _features(bench: Bench, images: Tensor) -> Tensor:
-    batches = (normalise(batch, bench.config.data) for batch in images.split(256))
+    batches = (normalize(batch, bench.config.data) for batch in images.split(256))
     return torch.cat([bench.teacher.observe(batch, bench.ranks, len(batch)).features for batch in batches])
 
 
@@ -275,7 +284,9 @@ def _references(bench: Bench, stop: Stop) -> dict[str, float]:
     whole = []
     for network in config.student.networks:
         own = apply(config, {"teacher.network": network, "teacher.weights": None}, "the reference")
-        teacher = obtain(own, bench.dataset, Validation(own, bench.dataset, bench.ranks), bench.ranks, stop)
+        teacher = get_or_train_teacher(
+            own, bench.dataset, Validation(own, bench.dataset, bench.ranks), bench.ranks, stop
+        )
         whole.append(float(teacher.facts["top1"]))
     chosen = apply(config, {"method": "random", "labels.regimes": ("soft",)}, "the reference")
     random = _Synthesis(replace(bench, config=chosen), stop).images()

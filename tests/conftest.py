@@ -9,8 +9,9 @@ from typing import TypeVar
 import pytest
 import torch
 
-from wmdd import networks
-from wmdd.config import Config, load_config
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
+from wmdd.networks import create
 
 T = TypeVar("T")
 
@@ -100,7 +101,7 @@ def tiny() -> Config:
 def classifier() -> torch.nn.Module:
     """Return a ConvNet of 5 classes for 3-channel images of 16 px whose BatchNorm layers are not trivial."""
     torch.manual_seed(0)
-    network = networks.create("convnet3x8", 5, 3, 16)
+    network = create.create("convnet3x8", 5, 3, 16)
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(layer.running_mean, std=0.3)
@@ -112,7 +113,7 @@ def classifier() -> torch.nn.Module:
 
 def blocks_of(run: Path) -> dict[str, bytes]:
     """Return the images of each class of a run, however its blocks are cut."""
-    from wmdd.distilled import DistilledSet
+    from wmdd.run.distilled_set import DistilledSet
 
     found = DistilledSet.load(run)
     return {name: found.images[found.labels == index].numpy().tobytes() for index, name in enumerate(found.classes)}

@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 
-from wmdd import console, pipeline
-from wmdd.config import Config, load_config
-from wmdd.distilled import DistilledSet
-from wmdd.records import read_records
+from wmdd import pipeline
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
+from wmdd.records.files import read_records
+from wmdd.run.distilled_set import DistilledSet
+from wmdd.runtime import log
 
 SETTINGS = [
     "ipc=2",
@@ -79,9 +81,9 @@ def outcome(run: Path) -> Outcome:
 def work(config: Config, run: Path, store: Path) -> None:
     """Do the whole run, as ``wmdd run`` would."""
     os.environ["WMDD_CACHE"] = str(store)
-    console.quiet = False
+    log.quiet = False
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of this process
-    console.console.file = sys.stderr
+    log.console.file = sys.stderr
     pipeline.run(config, run)
 
 

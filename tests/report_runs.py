@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from wmdd.config import Config
-from wmdd.files import FORMAT, digest, write_json, write_tensors
-from wmdd.records import Record, Speed, protocol_of, write_records
+from wmdd.config.schema import Config
+from wmdd.records.files import write_records
+from wmdd.records.likeness import protocol_of
+from wmdd.records.schema import Record, SpeedRecord
+from wmdd.storage.files import FORMAT, digest, write_json, write_tensors
 
 RECIPE = {"epochs": 150, "updates": 300, "batch_size": 50, "checkpoint": "last", "lr": 0.001, "teacher": "7" * 64}
 NETWORKS = ["convnet3x32", "convnet3x16"]
@@ -150,7 +152,7 @@ def _student(method: str, ipc: int, seed: int, student: int) -> dict[str, Any]:
     return about | {"cost": cost}
 
 
-def _speeds() -> list[Speed]:
+def _speeds() -> list[SpeedRecord]:
     about: dict[str, Any] = {"dataset": "synthetic", "network": "resnet18", "resolution": 64, "unit": "img·iter/s"}
     about |= {"stage": "synthesis", "provenance": PROVENANCE}
     setup = {"batch": 100, "precision": "bf16", "threads": 1, "compile": False}
@@ -160,12 +162,12 @@ def _speeds() -> list[Speed]:
     for engine, rate in rates.items():
         metrics = {"rate": rate, "rate_low": 0.95 * rate, "rate_high": 1.04 * rate, "repeats": 5.0}
         metrics |= {"peak_bytes": 2.1e9} | (spread if engine == "wmdd" else {})
-        made.append(Speed(kind="throughput", engine=engine, metrics=metrics, setup=setup, **about))
+        made.append(SpeedRecord(kind="throughput", engine=engine, metrics=metrics, setup=setup, **about))
     for mode in ("strong", "weak"):
         for ranks, efficiency in ((1, 1.0), (2, 0.97), (4, 0.91), (8, 0.83)):
             rate = 640.0 * ranks * efficiency
             metrics = {"rate": rate, "rate_low": 0.97 * rate, "rate_high": 1.02 * rate, "efficiency": efficiency}
             metrics |= {"seconds": 100 / (ranks * efficiency), "repeats": 3.0}
             setting = about | {"ranks": ranks, "mode": mode}
-            made.append(Speed(kind="scaling", engine="wmdd", metrics=metrics, setup=setup, **setting))
+            made.append(SpeedRecord(kind="scaling", engine="wmdd", metrics=metrics, setup=setup, **setting))
     return made

@@ -13,12 +13,14 @@ import pytest
 import torch
 from conftest import TINY, members, wait_until
 
-from wmdd import launchers, signals
-from wmdd.config import Config, load_config
+from wmdd import launchers
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
 from wmdd.errors import Interrupted, WmddError
-from wmdd.files import read_json
 from wmdd.launchers import Local, Worker, gpu_of
-from wmdd.signals import STOPS, stop_on
+from wmdd.runtime import signals
+from wmdd.runtime.signals import STOPS, stop_on
+from wmdd.storage.files import read_json
 
 LAUNCH = """
 import sys

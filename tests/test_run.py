@@ -14,13 +14,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import wmdd
-from wmdd import pipeline, rundir
+from wmdd import pipeline
 from wmdd.cli import app
-from wmdd.config import Config, load_config
-from wmdd.distilled import DistilledSet, export, verify
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
 from wmdd.errors import InputError, WmddError
-from wmdd.records import read_records
-from wmdd.rundir import RunFolder
+from wmdd.records.files import read_records
+from wmdd.run import partition
+from wmdd.run.distilled_set import DistilledSet, export, verify
+from wmdd.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_a_run_ends_with_images_students_records_and_a_report(finished: Path) ->
 
 
 def test_baseline_holds_real_training_images_byte_for_byte(finished: Path) -> None:
-    from wmdd.data import load_dataset
+    from wmdd.data.dataset import load_dataset
 
     train = load_dataset(load_config("digits", TINY).data).train
     real = {image.numpy().tobytes() for image in train.decode(range(len(train)))}
@@ -110,11 +112,11 @@ def test_plan_keeps_groups_whole_and_classes_in_order(tiny: Config) -> None:
     config = tiny.model_copy(
         update={"blocks": 3, "synthesis": tiny.synthesis.model_copy(update={"classes_per_group": 3})}
     )
-    blocks = rundir.plan(config, 20)
+    blocks = partition.plan(config, 20)
     assert [index for block in blocks for index in block.classes] == list(range(20))
     assert [len(group.classes) for block in blocks for group in block.groups] == [3] * 6 + [2]
     with pytest.raises(InputError, match="blocks = 8: 20 classes in groups of 3 make 7 groups"):
-        rundir.plan(config.model_copy(update={"blocks": 8}), 20)
+        partition.plan(config.model_copy(update={"blocks": 8}), 20)
 
 
 @pytest.mark.parametrize("ipc", [1, 3])
@@ -306,7 +308,7 @@ def test_a_baseline_that_cannot_be_is_refused_before_the_teacher_is_trained(tmp_
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
-    from wmdd.networks import create
+    from wmdd.networks.create import create
 
     path = weights_file(tmp_path / "other.pt", create("convnet3x8", 4, 1, 8))
     with pytest.raises(InputError, match=r"other.pt: does not fit ConvNet: unexpected .*; shape"):
@@ -317,7 +319,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_weights_of_more_classes_need_a_map_and_take_one(tmp_path: Path) -> None:
-    from wmdd.networks import create
+    from wmdd.networks.create import create
 
     torch.manual_seed(0)
     path = weights_file(tmp_path / "twelve.pt", create("convnet2x8", 12, 1, 8))
@@ -360,7 +362,7 @@ def test_a_submission_and_a_run_ask_for_the_same_room(
     import shutil
     from types import SimpleNamespace
 
-    from slurm.plan import Array, Speed, estimate
+    from slurm.plan import Array, ClusterSpeed, estimate
     from slurm.profile import Resources
 
     labels = tiny.labels.model_copy(update={"regimes": ("stored",)})
@@ -368,7 +370,7 @@ def test_a_submission_and_a_run_ask_for_the_same_room(
     config = tiny.model_copy(update={"labels": labels, "student": student, "blocks": 2})
     alone = Resources(parallel=1)
     planned = [Array("distill", ((0, 1),), alone), Array("students", ((0, 1),), alone)]
-    room = estimate(config, 4, planned, Speed()).size - 30_000 * (2 + 2)
+    room = estimate(config, 4, planned, ClusterSpeed()).size - 30_000 * (2 + 2)
     assert room > 2 * 500 * 500, "labels are the largest part"
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room - 1))

@@ -22,14 +22,18 @@ import torch
 from conftest import TINY, blocks_of
 from PIL import Image
 
-from wmdd import cli, console, data, files, pipeline
-from wmdd.config import Config, load_config
-from wmdd.distilled import DistilledSet
+from wmdd import cli, pipeline
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
+from wmdd.data import dataset, decoding
+from wmdd.data.dataset import decode_all
 from wmdd.errors import Interrupted, WmddError
-from wmdd.records import read_records, write_records
-from wmdd.rundir import RunFolder
-from wmdd.signals import stop_on
-from wmdd.validation import decode_all
+from wmdd.records.files import read_records, write_records
+from wmdd.run.distilled_set import DistilledSet
+from wmdd.run.folder import RunFolder
+from wmdd.runtime import log as log_module
+from wmdd.runtime.signals import stop_on
+from wmdd.storage import files
 
 fork = multiprocessing.get_context("fork")
 DISTIL = pipeline.Share(("teacher", "distill"))
@@ -58,7 +62,7 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
 def test_two_processes_on_one_run_do_each_block_once(blocked: Config, tmp_path: Path) -> None:
     def work(number: int) -> None:
         with open(tmp_path / f"log-{number}", "w") as log:
-            console.console.file = log
+            log_module.console.file = log
             pipeline.run(blocked, tmp_path / "run")
 
     processes = [fork.Process(target=work, args=(number,)) for number in range(2)]
@@ -290,7 +294,7 @@ def test_a_signal_to_all_processes_ends_no_decoder(number: signal.Signals) -> No
     def work() -> None:
         os.setsid()
         with stop_on(number) as stop:
-            results = data._in_order(abs, list(range(-40, 0)), workers=2)
+            results = decoding.in_order(abs, list(range(-40, 0)), workers=2)
             begun = [next(results), next(results)]  # one of each decoder
             os.killpg(0, number)
             while not stop():
@@ -318,7 +322,7 @@ print(list(data._in_order(lambda number: factor * number, list(range(4)), worker
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_decoding_looks_at_the_stop_request_between_few_images(tiny: Config, workers: int) -> None:
-    images = data.load_dataset(tiny.data).train
+    images = dataset.load_dataset(tiny.data).train
     config = tiny.model_copy(update={"compute": tiny.compute.model_copy(update={"workers": workers})})
     looks = itertools.count()
     with pytest.raises(Interrupted, match="stopped while decoding"):
@@ -331,7 +335,7 @@ def test_checking_files_looks_at_the_stop_request(tiny: Config) -> None:
     with stop_on(signal.SIGUSR2):
         os.kill(os.getpid(), signal.SIGUSR2)
         with pytest.raises(Interrupted, match="stopped while images were checked"):
-            data.check_files(tiny.data, 0)
+            dataset.check_files(tiny.data, 0)
 
 
 @pytest.mark.slow
@@ -359,7 +363,7 @@ def test_the_death_of_a_decoder_is_a_stop_if_somebody_asked_for_one(asked: bool,
 
     def work() -> None:
         with stop_on(signal.SIGUSR2):
-            results = data._in_order(slow, list(range(20)), workers=2)
+            results = decoding.in_order(slow, list(range(20)), workers=2)
             try:
                 next(results)
                 if asked:

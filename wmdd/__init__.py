@@ -6,13 +6,13 @@ The Python API is three names, imported when first used: ``load_config``, ``run`
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wmdd.config import load_config
-    from wmdd.distilled import DistilledSet
+    from wmdd.config.loading import load_config
     from wmdd.pipeline import run
+    from wmdd.run.distilled_set import DistilledSet
 
 __all__ = ["DistilledSet", "load_config", "run"]
 
-_HOME = {"load_config": "wmdd.config", "run": "wmdd.pipeline", "DistilledSet": "wmdd.distilled"}
+_HOME = {"load_config": "wmdd.config.loading", "run": "wmdd.pipeline", "DistilledSet": "wmdd.run.distilled_set"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,5 @@
 """``wmdd ...``: the top floor.  Heavy imports wait for the command that needs them."""
 
-import sys
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from wmdd.errors import InputError, WmddError, tell
-from wmdd.signals import STOPS, stop_on
+from wmdd.cli_options import ConfigArgument, RefreshOption, RunArgument, SetOption, answer, parse_blocks
+from wmdd.runtime.signals import STOPS, stop_on
 
 
 class _Commands(TyperGroup):
@@ -39,25 +37,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
 config_app = typer.Typer(help="Show configs and the presets that ship.", no_args_is_help=True, rich_markup_mode=None)
+
+
 data_app = typer.Typer(help="Fetch data sets and check their files.", no_args_is_help=True, rich_markup_mode=None)
+
+
 cache_app = typer.Typer(
     help="List and prune shared teachers and statistics.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
-
-ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="Preset (digits), preset with variant (digits+paper) or TOML file.")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. synthesis.lr=0.1.")
-]
-RefreshOption = Annotated[
-    bool, typer.Option("--refresh", help="List the images again, although their folders have not changed.")
-]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
 @app.command(
@@ -82,21 +75,6 @@ def run(
     pipeline.run(config, out, override or [], share, refresh)
 
 
-def parse_blocks(text: str) -> list[int]:
-    """Return the block numbers that ``7``, ``0-15`` or ``1,3-5`` names.
-
-    Raises:
-        InputError: the text is none of these.
-    """
-    blocks: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise InputError(f"--only-blocks {text}: expected a number, a range or a list, such as 7, 0-15 or 1,3-5")
-        blocks += range(int(first), int(last or first) + 1)
-    return blocks
-
-
 @app.command(epilog="Example:  wmdd export runs/digits --format imagefolder --out digits-10ipc")
 def export(
     run: RunArgument,
@@ -104,19 +82,19 @@ def export(
     format: Annotated[str, typer.Option(help="imagefolder (lossless PNG) or parquet.")] = "imagefolder",
 ) -> None:
     """Write a distilled set for other tools, losslessly."""
-    from wmdd import distilled
-    from wmdd.console import progress
+    from wmdd.run import distilled_set
+    from wmdd.runtime.progress_bars import progress
 
-    found = distilled.DistilledSet.load(run)
+    found = distilled_set.DistilledSet.load(run)
     with progress(f"export to {out}", len(found), "images") as advance:
-        distilled.export(found, format, out, advance)
+        distilled_set.export(found, format, out, advance)
 
 
 @app.command(epilog="Example:  watch -n 10 wmdd status runs/imagenet-1k")
 def status(run: RunArgument) -> None:
     """Show what of a run is done, what is at work, how fast, and how long it will take."""
-    from wmdd.console import results
-    from wmdd.status import show
+    from wmdd.run.status import show
+    from wmdd.runtime.log import results
 
     show(run, results())
 
@@ -124,7 +102,7 @@ def status(run: RunArgument) -> None:
 @app.command()
 def verify(run: RunArgument) -> None:
     """Hash every block of a run again; exit 1 and name what is damaged or missing."""
-    from wmdd.distilled import DistilledSet
+    from wmdd.run.distilled_set import DistilledSet
 
     found = DistilledSet.load(run)
     typer.echo(f"{run}: {len(found)} images of {len(found.classes)} classes are whole, SHA-256 {found.sha256}")
@@ -145,16 +123,17 @@ def report(
     latex: Annotated[Path | None, typer.Option(help="Write the tables as LaTeX (booktabs).")] = None,
 ) -> None:
     """Consolidate runs into tables: on the terminal, and as HTML, CSV, Markdown or LaTeX."""
-    from wmdd import reporting as reporter
-    from wmdd.console import results
-    from wmdd.files import write_bytes
-    from wmdd.reporting import page, render
+    from wmdd.report import collect as reporter
+    from wmdd.report import html as html_module
+    from wmdd.report import text as text_module
+    from wmdd.runtime.log import results
+    from wmdd.storage.files import write_bytes
 
     collected = reporter.collect(runs)
-    render.terminal(collected, results())
+    text_module.terminal(collected, results())
     if html:
-        page.write_html(collected, html)
-    for path, form in ((csv, render.csv), (markdown, render.markdown), (latex, render.latex)):
+        html_module.write_html(collected, html)
+    for path, form in ((csv, text_module.csv), (markdown, text_module.markdown), (latex, text_module.latex)):
         if path:
             write_bytes(path, form(collected).encode())
 
@@ -162,8 +141,8 @@ def report(
 @app.command()
 def methods() -> None:
     """List the distillation methods, those of plug-ins included."""
-    from wmdd import methods as registry
-    from wmdd.config import Config
+    from wmdd.config.schema import Config
+    from wmdd.distill.methods import registry
 
     for name in registry.names():
         summary = (registry.create(Config(), name).__doc__ or "").strip().splitlines()[0]
@@ -173,8 +152,8 @@ def methods() -> None:
 @app.command()
 def doctor() -> None:
     """Say what this machine has for wmdd, and what is missing."""
-    from wmdd.console import results
     from wmdd.doctor import examine, table
+    from wmdd.runtime.log import results
 
     findings = examine()
     results().print(table(findings))
@@ -185,7 +164,7 @@ def doctor() -> None:
 @config_app.command("show", epilog="Example:  wmdd config show tiny-imagenet+paper --set ipc=1")
 def config_show(config: ConfigArgument, override: SetOption = None) -> None:
     """Print the resolved config as TOML, each key under its meaning; redirect it to a file and edit that."""
-    from wmdd.config import load_config, to_toml
+    from wmdd.config.loading import load_config, to_toml
 
     typer.echo(to_toml(load_config(config, override or [])), nl=False)
 
@@ -193,7 +172,7 @@ def config_show(config: ConfigArgument, override: SetOption = None) -> None:
 @config_app.command("list")
 def config_list() -> None:
     """List the presets, and the variants that combine with any of them."""
-    from wmdd.config import preset_names
+    from wmdd.config.loading import preset_names
 
     presets, variants = preset_names()
     typer.echo(f"presets:   {'  '.join(presets)}\nvariants:  {'  '.join(variants)}   (as in digits+{variants[0]})")
@@ -205,7 +184,7 @@ def data_fetch(
     root: Annotated[Path | None, typer.Option(help="Folder to put it; data/NAME by default.")] = None,
 ) -> None:
     """Download a data set where its licence allows it."""
-    from wmdd.data import fetch
+    from wmdd.data.download import fetch
 
     typer.echo(f"{name} is at {fetch(name, root)}")
 
@@ -219,8 +198,8 @@ def data_pack(
     override: SetOption = None,
 ) -> None:
     """Decode and resize every image of a config once, for runs that then read pixels instead of files."""
-    from wmdd.config import load_config
-    from wmdd.packing import pack
+    from wmdd.config.loading import load_config
+    from wmdd.data.pack import pack
 
     settings = load_config(config, override or [])
     images, size = pack(settings.data, out, settings.compute.workers)
@@ -230,8 +209,8 @@ def data_pack(
 @data_app.command("check", epilog="Example:  wmdd data check tiny-imagenet --set data.root=/scratch/tiny-imagenet-200")
 def data_check(config: ConfigArgument, override: SetOption = None, refresh: RefreshOption = False) -> None:
     """Read every image of a config in full; list the bad ones and exit 1 if there are any."""
-    from wmdd.config import load_config
-    from wmdd.data import check_files
+    from wmdd.config.loading import load_config
+    from wmdd.data.dataset import check_files
 
     settings = load_config(config, override or [])
     bad = check_files(settings.data, settings.compute.workers, refresh)
@@ -255,11 +234,11 @@ def data_synthesize(
     workers: Annotated[int | None, typer.Option(help="Processes; as many as there are CPUs by default.", min=1)] = None,
 ) -> None:
     """Generate JPEG files in ImageNet's shape for speed tests; goes on where it stopped."""
-    from wmdd.console import progress
-    from wmdd.generated import synthesize
+    from wmdd.data.synthetic import generate
+    from wmdd.runtime.progress_bars import progress
 
     with progress(f"images in {out}", classes * (images + val), "images") as advance:
-        synthesize(out, classes, images, pixels, val, seed, workers, advance)
+        generate(out, classes, images, pixels, val, seed, workers, advance)
     typer.echo(f"use it with --set data.source=folder --set data.root={out}")
 
 
@@ -268,15 +247,15 @@ def cache_list() -> None:
     """List the store's entries, the longest unused first."""
     import time
 
-    from wmdd import store
+    from wmdd.storage import cache
 
-    found = store.entries()
+    found = cache.entries()
     for entry in found:
         age = (time.time() - entry.used) / 86400
         told = "  named by a submission" if entry.pinned else ""
         told += "" if entry.current else "  of another version of wmdd, not used"
         typer.echo(f"{entry.kind:11} {entry.key[:16]}  {entry.size / 1e6:10,.1f} MB  unused {age:6.1f} days{told}")
-    typer.echo(f"{store.cache_root()}: {len(found)} entries, {sum(entry.size for entry in found) / 1e6:,.1f} MB")
+    typer.echo(f"{cache.cache_root()}: {len(found)} entries, {sum(entry.size for entry in found) / 1e6:,.1f} MB")
 
 
 @cache_app.command("prune", epilog="Example:  wmdd cache prune --older-than 30")
@@ -284,28 +263,12 @@ def cache_prune(
     older_than: Annotated[float, typer.Option(help="Delete entries not used for so many days.", min=0)],
 ) -> None:
     """Delete what no run has used for long and no submission of the last 30 days names; it can be made again."""
-    from wmdd import store
+    from wmdd.storage import cache
 
-    gone = store.prune(older_than)
+    gone = cache.prune(older_than)
     typer.echo(f"deleted {len(gone)} entries, {sum(entry.size for entry in gone) / 1e6:,.1f} MB")
 
 
 def main() -> None:
     """Run the command line."""
     answer(app)
-
-
-def answer(program: Callable[[], object]) -> None:
-    """Run a program; a known error ends it with one line and its exit code, never with a trace."""
-    try:
-        program()
-    except WmddError as error:
-        tell(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("wmdd: interrupted", err=True)
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

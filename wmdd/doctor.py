@@ -44,7 +44,7 @@ def _packages() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
-    from wmdd.arithmetic import native_bf16
+    from wmdd.runtime.arithmetic import native_bf16
 
     cores = len(os.sched_getaffinity(0))
     found = [
@@ -78,7 +78,7 @@ def _slurm() -> Finding:
 
 
 def _store() -> Finding:
-    from wmdd.store import cache_root
+    from wmdd.storage.cache import cache_root
 
     root = cache_root()
     place = next(path for path in (root, *root.parents) if path.exists())

@@ -19,10 +19,11 @@ from tempfile import TemporaryFile
 
 import torch
 
-from wmdd import console, worker
-from wmdd.config import Config
+from wmdd import worker
+from wmdd.config.schema import Config
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
-from wmdd.signals import STOPS, StopRequest, stop_after, stop_on
+from wmdd.runtime import log, progress_bars
+from wmdd.runtime.signals import STOPS, StopRequest, stop_after, stop_on
 
 _LOOK_SECONDS = 0.2
 """Seconds between two looks at a stop request and at the processes at work."""
@@ -80,7 +81,7 @@ class Local(Launcher):
         seconds = None if self._deadline is None else self._deadline - time.monotonic()
         left = len(runs)
         with (
-            console.progress(title, left, "runs") as advance,
+            progress_bars.progress(title, left, "runs") as advance,
             stop_on(*STOPS) as stop,
             stop_after(seconds, stop),
         ):
@@ -232,7 +233,7 @@ def _end(workers: Sequence[Worker]) -> None:
             one.process.kill()
         one.pipe.close()
     if late:
-        console.say(
+        log.say(
             f"{late} of {len(workers)} processes did not stop within {worker.GRACE_SECONDS:.0f} s and were killed;"
             " they resume from their last checkpoints"
         )

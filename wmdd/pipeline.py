@@ -8,20 +8,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from wmdd import console, distill, evaluation, labels, methods, progress, rundir, statistics, store, student
-from wmdd import teacher as teachers
-from wmdd.arithmetic import candidates
-from wmdd.config import Config, External, load_config
-from wmdd.data import Dataset, load_dataset
-from wmdd.distributed import Ranks, ranks, within_memory
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config, ExternalConfig
+from wmdd.data.dataset import Dataset, load_dataset
+from wmdd.distill import blocks as blocks_module
+from wmdd.distill import job as job_module
+from wmdd.distill import statistics
+from wmdd.distill.methods import registry
 from wmdd.errors import InputError, Interrupted
-from wmdd.files import digest, expect, write_json
-from wmdd.rundir import RunFolder
-from wmdd.signals import STOPS, StopRequest, stop_on
-from wmdd.validation import Validation
+from wmdd.networks.accuracy import Validation
+from wmdd.run import partition, progress
+from wmdd.run.folder import RunFolder
+from wmdd.runtime import log
+from wmdd.runtime.arithmetic import candidates
+from wmdd.runtime.memory import within_memory
+from wmdd.runtime.ranks import Ranks, ranks
+from wmdd.runtime.signals import STOPS, StopRequest, stop_on
+from wmdd.storage import cache
+from wmdd.storage.files import digest, expect, write_json
+from wmdd.students import evaluate, soft_labels
+from wmdd.students import tasks as tasks_module
+from wmdd.teacher import obtain
 
 T = TypeVar("T")
-Students = list[tuple[RunFolder, student.Task]]
+Students = list[tuple[RunFolder, tasks_module.StudentTask]]
 """Students with the run, or the baseline, whose images they learn from"""
 
 STAGES = ("teacher", "distill", "students", "report")
@@ -93,7 +103,7 @@ def run(
         _environment_kept(),
         stop_on(*STOPS) as stop,
         ranks(config.compute.model_copy(update={"device": device}), stop) as job,
-        console.quietly(not job.main),
+        log.quietly(not job.main),
     ):
         if stop():  # while torch was imported, or between two runs
             raise Interrupted("stopped before it began")
@@ -132,10 +142,10 @@ def _check_same(config: Config, folder: RunFolder, share: Share, job: Ranks) -> 
 def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share: Share, refresh: bool = False) -> None:
     runs = runs_of(config, folder)
     for one in runs.values():
-        methods.create(one)
+        registry.create(one)
     dataset = load_dataset(config.data, config.compute.workers, job, refresh)
     check(config, dataset)
-    blocks = _chosen(rundir.plan(config, len(dataset.classes)), share.blocks, "block")
+    blocks = _chosen(partition.plan(config, len(dataset.classes)), share.blocks, "block")
     todo = _chosen(students_of(config, folder), share.students, "student")
     if job.main:
         for place, one in runs.items():
@@ -147,32 +157,31 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
         trained = todo if "students" in share.stages else []
         _check_room(config, len(dataset.classes), made, trained, folder, job.size)
     if dataset.skipped:
-        console.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
+        log.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
     validation = Validation(config, dataset, job, stop)
     bound = job.agree(folder.bound_teacher() if job.main else None)
     with within_memory(job.device, "lower teacher.batch_size"):
-        teacher = teachers.obtain(config, dataset, validation, job, stop, bound)
+        teacher = obtain.get_or_train_teacher(config, dataset, validation, job, stop, bound)
     for place, one in runs.items():
         if job.main:
             write_json(place.path / "teacher.json", teacher.facts)
         if "distill" in share.stages:
-            distill.distill(distill.Job(one, dataset, teacher, job, place, stop), blocks)
+            blocks_module.distill(job_module.Job(one, dataset, teacher, job, place, stop), blocks)
     if not {"distill", "students"} <= set(share.stages):
         _expect_others(runs, todo, share, stop)
     if "students" in share.stages:
         for place, one in runs.items():
             tasks = [task for owner, task in todo if owner == place]
             with within_memory(job.device, "lower student.batch_size"):
-                evaluation.evaluate(one, place, tasks, teacher, validation, job, stop)
+                evaluate.evaluate(one, place, tasks, teacher, validation, job, stop)
     job.barrier()
     if "report" in share.stages and job.main:
-        from wmdd import reporting
-        from wmdd.reporting import page
+        from wmdd.report import collect, html, text
 
-        collected = reporting.collect([folder.path])
-        page.write_html(collected, folder.path / "report.html")
-        reporting.render_terminal(collected, console.console)
-        console.say(f"report: {folder.path / 'report.html'}")
+        collected = collect.collect([folder.path])
+        html.write_html(collected, folder.path / "report.html")
+        text.terminal(collected, log.console)
+        log.say(f"report: {folder.path / 'report.html'}")
 
 
 def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: Share, stop: StopRequest) -> None:
@@ -182,7 +191,7 @@ def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: 
         blocks = [(place, block) for place, one in runs.items() for block in range(one.blocks)]
         files += [file for place, block in blocks for file in (place.sidecar_file(block), place.block_file(block))]
     elif "report" in share.stages:
-        files += [evaluation.record_file(place, task) for place, task in students]
+        files += [evaluate.record_file(place, task) for place, task in students]
     expect(files, stop)
 
 
@@ -196,7 +205,7 @@ def runs_of(config: Config, folder: RunFolder) -> dict[RunFolder, Config]:
 
 def students_of(config: Config, folder: RunFolder) -> Students:
     """Return all students of a run and of its baselines, in an order that the config alone decides."""
-    tasks = student.tasks(config.student, config.labels.regimes)
+    tasks = tasks_module.tasks(config.student, config.labels.regimes)
     return [(place, task) for place in runs_of(config, folder) for task in tasks]
 
 
@@ -204,10 +213,10 @@ def entries_of(config: Config, dataset: Dataset) -> list[Path]:
     """Return the entries of the store that a run reads, as far as they are known before it begins."""
     found = []
     for arithmetic in candidates(config.compute):
-        folder, teacher = teachers.name_of_stored(config, dataset, arithmetic)
+        folder, teacher = obtain.name_of_stored(config, dataset, arithmetic)
         found.append(folder)
         if teacher is not None:  # statistics are named by its weights
-            found.append(store.folder("statistics", statistics.key(config, dataset, teacher, arithmetic)))
+            found.append(cache.folder("statistics", statistics.key(config, dataset, teacher, arithmetic)))
     return found
 
 
@@ -227,7 +236,7 @@ def baseline(config: Config, method: str) -> Config:
     unbranched = config.student.model_copy(update={"baselines": ()})
     changes = {"name": f"{config.name}/{method}", "method": method, "student": unbranched}
     if method != "external":
-        changes["external"] = External()
+        changes["external"] = ExternalConfig()
     return config.model_copy(update=changes)
 
 
@@ -237,9 +246,9 @@ def check(config: Config, dataset: Dataset) -> None:
     Raises:
         InputError: a network or a method does not exist, a class is smaller than the IPC, or a method refuses the data.
     """
-    student.check(config, len(dataset.classes))
+    tasks_module.check(config, len(dataset.classes))
     for one in (config, *(baseline(config, name) for name in config.student.baselines)):
-        distill.check(one, dataset)
+        blocks_module.check(one, dataset)
 
 
 def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups: int, trained: int) -> int:
@@ -256,10 +265,10 @@ def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups:
     pixels = config.data.channels * config.data.resolution**2
     runs = 1 + len(config.student.baselines)
     images = classes * config.ipc * blocks // config.blocks * runs
-    group = min(rundir.group_size(config), classes) * config.ipc
+    group = min(partition.group_size(config), classes) * config.ipc
     # A block is held twice while it is put together, and a checkpoint has three fp32 tensors of a group.
-    checkpoints = max(groups * 12 * group * pixels, trained * student.checkpoint_bytes(config, classes))
-    labelled = stored_label_files(config, classes, students) * labels.epoch_bytes(
+    checkpoints = max(groups * 12 * group * pixels, trained * tasks_module.checkpoint_bytes(config, classes))
+    labelled = stored_label_files(config, classes, students) * soft_labels.epoch_bytes(
         config.labels, classes * config.ipc, classes
     )
     return 2 * images * pixels + checkpoints + labelled
@@ -268,17 +277,19 @@ def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups:
 def stored_label_files(config: Config, classes: int, students: int) -> int:
     """Return the number of files of stored labels that so many students write, one an epoch."""
     regimes, images = config.labels.regimes, classes * config.ipc
-    kept = [labels.stored_epochs(config, regime, images, classes) for regime in regimes if regime in labels.STORED]
+    kept = [
+        soft_labels.stored_epochs(config, regime, images, classes) for regime in regimes if regime in soft_labels.STORED
+    ]
     # The epochs of a budget are the first ones of the stored regime, and the same files.
     return max(kept, default=0) * students // len(regimes)
 
 
 def _check_room(
-    config: Config, classes: int, blocks: Sequence[rundir.Block], students: Students, folder: RunFolder, ranks: int
+    config: Config, classes: int, blocks: Sequence[partition.Block], students: Students, folder: RunFolder, ranks: int
 ) -> None:
     """Refuse work for which the disk has no room; what was begun has most of its files already."""
     missing = sum(not folder.sidecar_file(block.index).exists() for block in blocks)
-    untouched = sum(not evaluation.is_begun(place, task) for place, task in students)
+    untouched = sum(not evaluate.is_begun(place, task) for place, task in students)
     groups, trained = max(1, ranks // config.synthesis.split_class), max(1, ranks // config.student.ranks)
     needed = disk_bytes(config, classes, missing, untouched, groups, trained)
     free = shutil.disk_usage(folder.path).free

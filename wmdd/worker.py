@@ -16,12 +16,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from wmdd import console
 from wmdd.errors import EXIT_RESUMABLE, InputError, Interrupted, WmddError
-from wmdd.signals import STOPS, StopRequest, stop_on
+from wmdd.runtime import log
+from wmdd.runtime.signals import STOPS, StopRequest, stop_on
 
 if TYPE_CHECKING:
-    from wmdd.config import Config
+    from wmdd.config.schema import Config
 
 GRACE_SECONDS = 20.0
 """Seconds that a worker has to checkpoint and exit once it was asked to stop; then it is killed."""
@@ -50,7 +50,7 @@ def main(pipe: int) -> None:
     Args:
         pipe: file descriptor of this worker's end of the pipe.
     """
-    console.quiet = True
+    log.quiet = True
     parent = Connection(pipe)
     failure = None
     with stop_on(*STOPS, afterwards=signal.SIG_IGN) as stop:

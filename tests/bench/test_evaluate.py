@@ -14,14 +14,17 @@ from typer.testing import CliRunner
 
 import wmdd
 from bench.evaluate import config_of
-from wmdd import external, methods, pipeline
+from wmdd import pipeline
 from wmdd.cli import app
-from wmdd.config import Config, load_config
-from wmdd.data import load_dataset
-from wmdd.distilled import DistilledSet, export
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
+from wmdd.data.dataset import load_dataset
+from wmdd.distill.methods import external_folder, registry
 from wmdd.errors import InputError
-from wmdd.records import Record, read_records
-from wmdd.rundir import RunFolder
+from wmdd.records.files import read_records
+from wmdd.records.schema import Record
+from wmdd.run.distilled_set import DistilledSet, export
+from wmdd.run.folder import RunFolder
 
 QUICK = [*TINY, "student.seeds=1"]
 
@@ -90,7 +93,7 @@ def test_numbers_count_in_the_whole_data_set_and_names_do_not(tmp_path: Path) ->
         folder = tmp_path / place[:3]
         pixels = written(folder, place, classes=tuple(range(10)))
         config = config_of(folder, "digits", [*TINY, *chosen])
-        images = external.open_set(config.external, config.data, load_dataset(config.data))
+        images = external_folder.open_set(config.external, config.data, load_dataset(config.data))
         for index, c in enumerate((7, 2, 9)):
             assert torch.equal(images.decode(images.of_class(index)), torch.stack(pixels[c])[:, None])
 
@@ -103,7 +106,7 @@ def test_positions_follow_the_names_of_the_classes(tmp_path: Path) -> None:
     given = ["data.source=folder", f"data.root={tmp_path / 'data'}", "data.classes=['c', 'a']"]
     pixels = written(tmp_path / "theirs", "new{c:03d}/class{c:03d}_id{i:03d}.jpg", classes=(0, 1, 2))
     config = config_of(tmp_path / "theirs", "digits", [*TINY, *given])
-    images = external.open_set(config.external, config.data, load_dataset(config.data))
+    images = external_folder.open_set(config.external, config.data, load_dataset(config.data))
     assert torch.equal(images.decode(range(4)), torch.stack([*pixels[2], *pixels[0]])[:, None])
 
 
@@ -263,13 +266,13 @@ def test_an_ipc_or_a_baseline_that_does_not_fit_is_named(exported: tuple[Path, P
 def test_a_config_of_ones_own_must_name_folder_and_files(exported: tuple[Path, Path], tiny: Config) -> None:
     dataset = load_dataset(tiny.data)
     with pytest.raises(InputError, match=r"external\.folder is not set"):
-        methods.create(tiny, "external").check(dataset)
+        registry.create(tiny, "external").check(dataset)
     given = tiny.external.model_copy(update={"folder": str(exported[1])})
     with pytest.raises(InputError, match=r"external\.sha256 is not set") as caught:
-        methods.create(tiny.model_copy(update={"external": given}), "external").check(dataset)
+        registry.create(tiny.model_copy(update={"external": given}), "external").check(dataset)
     (told,) = re.findall("[0-9a-f]{64}", str(caught.value))
     given = given.model_copy(update={"sha256": told})
-    methods.create(tiny.model_copy(update={"external": given}), "external").check(dataset)
+    registry.create(tiny.model_copy(update={"external": given}), "external").check(dataset)
 
 
 def test_another_set_may_stand_beside_a_run_of_ones_own(exported: tuple[Path, Path], tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ from conftest import TINY, members, wait_until
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import outlook
 from bench import protocol as protocols
-from bench.outlook import Outlook
-from bench.protocol import Cell, Protocol
+from bench import remaining
+from bench.protocol import Protocol, ProtocolRun
+from bench.remaining import Remaining
 from wmdd.cli import app
 from wmdd.errors import InputError, Interrupted
-from wmdd.files import read_json, write_json
 from wmdd.launchers import Local
-from wmdd.records import read_records, write_records
+from wmdd.records.files import read_records, write_records
+from wmdd.storage.files import read_json, write_json
 
 BASE = {
     "name": "tiny",
@@ -53,11 +53,11 @@ if __name__ == "__main__":
 """
 
 
-def table(out: Path, **changes: object) -> list[Cell]:
+def table(out: Path, **changes: object) -> list[ProtocolRun]:
     return protocols.cells(Protocol.model_validate(BASE | changes), out)
 
 
-def do(cells: list[Cell], jobs: int = 1) -> None:
+def do(cells: list[ProtocolRun], jobs: int = 1) -> None:
     Local(jobs).launch([(cell.config, cell.folder) for cell in cells], "tiny")
 
 
@@ -147,7 +147,7 @@ def test_a_finished_cell_is_left_alone_without_its_images_and_wherever_the_data_
     next((lost / "records").iterdir()).unlink()
     unfinished = protocols.check(table(moved))
     assert [cell.folder for cell in unfinished] == [other, lost]
-    assert outlook.of(unfinished[1]).sets_left == 1, "a missing student needs the images"
+    assert remaining.of(unfinished[1]).sets_left == 1, "a missing student needs the images"
 
     averaged = moved / "ipc-001" / "random" / "seed-001"
     file = next((averaged / "records").iterdir())
@@ -156,15 +156,15 @@ def test_a_finished_cell_is_left_alone_without_its_images_and_wherever_the_data_
 
 
 def test_the_outlook_counts_what_is_left(finished: Path, tmp_path: Path) -> None:
-    done = [outlook.of(cell) for cell in table(finished)]
-    assert sum(done, Outlook()) == Outlook(sets=6, students=12)
-    more = [outlook.of(cell) for cell in table(finished, student_seeds=2) if cell.config.name == "random"]
+    done = [remaining.of(cell) for cell in table(finished)]
+    assert sum(done, Remaining()) == Remaining(sets=6, students=12)
+    more = [remaining.of(cell) for cell in table(finished, student_seeds=2) if cell.config.name == "random"]
     assert [(one.sets_left, one.students_left) for one in more] == [(0, 2), (0, 4)], "students of seeds 0, 1 and 2, 3"
-    left = [outlook.of(cell) for cell in table(tmp_path) if cell.config.name == "noise"]
+    left = [remaining.of(cell) for cell in table(tmp_path) if cell.config.name == "noise"]
     # Per seed: 4 images, 6 iterations; 2 students of 2 epochs, one batch each.
-    assert left == 2 * [Outlook(1, sets_left=1, iterations_left=24, students=2, students_left=2, updates_left=4)]
+    assert left == 2 * [Remaining(1, sets_left=1, iterations_left=24, students=2, students_left=2, updates_left=4)]
     shown = Console(file=io.StringIO(), width=120)
-    outlook.tell(table(tmp_path / ("long-" * 30)), shown)
+    remaining.tell(table(tmp_path / ("long-" * 30)), shown)
     assert isinstance(shown.file, io.StringIO)
     assert re.search(r"all +0 / 6 +0 / 12 +48 +24", shown.file.getvalue())
 

@@ -10,11 +10,12 @@ from rich.console import Console
 
 from bench import scaling, scaling_worker
 from bench.scaling import Point, Size
-from wmdd.config import load_config
+from wmdd.config.loading import load_config
 from wmdd.errors import InputError, WmddError
-from wmdd.files import write_json
 from wmdd.launchers import Local, last_words
-from wmdd.records import Speed, read_records
+from wmdd.records.files import read_records
+from wmdd.records.schema import SpeedRecord
+from wmdd.storage.files import write_json
 
 ONE_CLASS = [*TINY, "synthesis.classes_per_group=1"]
 
@@ -36,7 +37,7 @@ def test_a_study_over_real_ranks(tmp_path: Path) -> None:
     config, out = load_config("digits", ONE_CLASS), tmp_path / "scaling.jsonl"
     told = Console(record=True, width=120)
     scaling.tell(scaling.run(config, [2, 1], "strong", repeats=1, launcher=Here()), out, told)
-    found, problems = read_records(out, Speed)
+    found, problems = read_records(out, SpeedRecord)
     assert not problems
     assert [(record.kind, record.mode, record.ranks) for record in found] == [("scaling", "strong", n) for n in (1, 2)]
     for record in found:

@@ -16,12 +16,15 @@ from bench import reference, throughput, timing
 from bench.stage_synthesis import first_group, reference_loss, reference_targets, start_differences, synthesis_of
 from bench.stages import STAGES, statistics_of
 from bench.workloads import OWN, Bench, open_bench
-from wmdd import synthesis
 from wmdd.cli import app
-from wmdd.config import Config, load_config
-from wmdd.data import normalise, pixel_range
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
+from wmdd.data.pixels import normalize, pixel_range
+from wmdd.distill.synthesis import engine as engine_module
+from wmdd.distill.synthesis import objective as objective_module
 from wmdd.errors import InputError
-from wmdd.records import Speed, read_records
+from wmdd.records.files import read_records
+from wmdd.records.schema import SpeedRecord
 
 CPU = torch.device("cpu")
 
@@ -32,19 +35,19 @@ def config() -> Config:
 
 
 @pytest.fixture(scope="module")
-def found(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Speed]:
+def found(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], SpeedRecord]:
     """Return what the command wrote, by stage and engine."""
     out = tmp_path_factory.mktemp("speeds") / "speeds.jsonl"
     told = Console(record=True, width=200)
     throughput.tell(throughput.run(config, list(STAGES), repeats=2, seconds=0.0), out, told)
     text = told.export_text()
     assert all(stage in text for stage in STAGES) and "relative difference" in text
-    records, problems = read_records(out, Speed)
+    records, problems = read_records(out, SpeedRecord)
     assert not problems
     return {(record.stage, record.engine): record for record in records}
 
 
-def test_every_stage_has_a_record_of_each_engine(found: dict[tuple[str, str], Speed]) -> None:
+def test_every_stage_has_a_record_of_each_engine(found: dict[tuple[str, str], SpeedRecord]) -> None:
     engines = {"synthesis": "reference", "statistics": "reference", "students": "reference", "barycenters": "pot"}
     assert set(found) == {(stage, engine) for stage, other in engines.items() for engine in (OWN, other)}
     for record in found.values():
@@ -59,7 +62,7 @@ def test_every_stage_has_a_record_of_each_engine(found: dict[tuple[str, str], Sp
             assert metrics["ratio_low"] <= metrics["ratio"] <= metrics["ratio_high"]
 
 
-def test_the_rate_is_work_over_time(found: dict[tuple[str, str], Speed]) -> None:
+def test_the_rate_is_work_over_time(found: dict[tuple[str, str], SpeedRecord]) -> None:
     record = found["synthesis", OWN]
     images = record.setup["batch"] * record.metrics["steps"]
     assert record.setup["batch"] == 4  # two classes of two images
@@ -70,7 +73,7 @@ def test_the_rate_is_work_over_time(found: dict[tuple[str, str], Speed]) -> None
     assert student.metrics["rate_low"] <= hours * (1 + 1e-9) and hours <= student.metrics["rate_high"] * (1 + 1e-9)
 
 
-def test_engine_and_reference_do_the_same_work(found: dict[tuple[str, str], Speed]) -> None:
+def test_engine_and_reference_do_the_same_work(found: dict[tuple[str, str], SpeedRecord]) -> None:
     assert found["synthesis", OWN].metrics["loss_difference"] < 1e-4
     assert found["synthesis", OWN].metrics["gradient_difference"] < 1e-4
     assert found["statistics", OWN].metrics["feature_difference"] < 1e-5
@@ -80,19 +83,21 @@ def test_engine_and_reference_do_the_same_work(found: dict[tuple[str, str], Spee
     assert found["barycenters", OWN].metrics["w2"] <= 1.02 * found["barycenters", "pot"].metrics["w2"]
 
 
-def compared(bench: Bench, images: torch.Tensor, target: synthesis.Target, engine_bn: float) -> dict[str, float]:
+def compared(bench: Bench, images: torch.Tensor, target: objective_module.Target, engine_bn: float) -> dict[str, float]:
     """Return the differences at ``images`` of an engine whose BatchNorm term has the weight ``engine_bn``."""
     settings = bench.config.synthesis
-    objective = replace(synthesis.Objective.of(settings), bn=engine_bn)
+    objective = replace(objective_module.Objective.of(settings), bn=engine_bn)
     probe = reference.Probe(bench.classifier)
 
-    def engine(chosen: Any, start: torch.Tensor, iterations: int) -> synthesis.State:
+    def engine(chosen: Any, start: torch.Tensor, iterations: int) -> engine_module.State:
         changed = chosen.model_copy(update={"iterations": iterations})
         limits = pixel_range(bench.config.data)
-        state = synthesis.State(start)
-        return synthesis.synthesise(bench.teacher.network, state, target, objective, changed, limits, (0,), bench.ranks)
+        state = engine_module.State(start)
+        return engine_module.synthesize(
+            bench.teacher.network, state, target, objective, changed, limits, (0,), bench.ranks
+        )
 
-    loss_of = reference_loss(synthesis.Objective.of(settings), target.weights)
+    loss_of = reference_loss(objective_module.Objective.of(settings), target.weights)
     plain = reference_targets(target, probe, CPU)
     return start_differences(engine, settings, images, probe, plain, loss_of, CPU)
 
@@ -104,7 +109,7 @@ def test_they_agree_along_the_trajectory_of_the_reference(variant: str) -> None:
         prepared, target = first_group(bench)
         images = prepared.images
         probe = reference.Probe(bench.classifier)
-        loss_of = reference_loss(synthesis.Objective.of(config.synthesis), target.weights)
+        loss_of = reference_loss(objective_module.Objective.of(config.synthesis), target.weights)
         plain = reference_targets(target, probe, CPU)
         views = reference.Views((0.9, 1.0), False, 1)
         limits = pixel_range(config.data)
@@ -128,10 +133,10 @@ def test_the_reference_descends(config: Config) -> None:
     with open_bench(config) as bench:
         prepared, target = first_group(bench)
         probe = reference.Probe(bench.classifier)
-        loss_of = reference_loss(synthesis.Objective.of(config.synthesis), target.weights)
+        loss_of = reference_loss(objective_module.Objective.of(config.synthesis), target.weights)
         plain = reference_targets(target, probe, CPU)
         views = reference.Views((0.9, 1.0), False, 0, each=True)
-        start = normalise(torch.full_like(prepared.images, 128), config.data)
+        start = normalize(torch.full_like(prepared.images, 128), config.data)
         final = reference.synthesise(probe, start, plain, loss_of, views, 30, 0.1, (0.5, 0.9), None)
         with torch.no_grad():
             assert loss_of(probe, final, plain) < 0.7 * loss_of(probe, start, plain)
@@ -231,5 +236,5 @@ def test_the_command_names_generated_images(tmp_path: Path) -> None:
     asked = ["bench", "throughput", str(config), *arguments, "--stage", "statistics", "--repeats", "1", "--seconds=0"]
     done = run.invoke(app, [*asked, "--out", str(out)], catch_exceptions=False)
     assert "synthetic" in done.stdout
-    records, _ = read_records(out, Speed)
+    records, _ = read_records(out, SpeedRecord)
     assert [record.dataset for record in records] == ["synthetic", "synthetic"]

@@ -12,12 +12,13 @@ from conftest import TINY
 
 from slurm import status as reporter
 from slurm import submit as submission
-from slurm.history import Launched
 from slurm.local_cluster import LocalCluster, missing_programs
-from slurm.plan import Speed
+from slurm.plan import ClusterSpeed
 from slurm.profile import STAGES, Profile, Resources, Stage
 from slurm.status import Row
-from wmdd.config import Config, load_config
+from slurm.submissions import Submitted
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
 
 NARROW = Resources(
     gpus_per_rank=0, cpus_per_rank=1, memory_gb=1, minutes=10, signal_seconds=30, parallel=3, requeue=True
@@ -85,8 +86,8 @@ def submit(
     stages: Sequence[Stage] = STAGES,
     blocks: int | None = None,
     using: Profile | None = None,
-    speed: Speed | None = None,
-) -> dict[Stage, Launched]:
+    speed: ClusterSpeed | None = None,
+) -> dict[Stage, Submitted]:
     """Submit a run; return what was launched, by stage."""
     request = submission.prepare(config, out, using or profile(), blocks, stages=stages, speed=speed)
     return {one.stage: one for one in submission.submit(request)}

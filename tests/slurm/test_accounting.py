@@ -9,7 +9,7 @@ import pytest
 from slurm import scheduler
 from slurm.local_cluster import LocalCluster
 from slurm.status import status
-from wmdd.config import Config
+from wmdd.config.schema import Config
 from wmdd.errors import InputError
 
 from .conftest import ask, finish, log, require, rows, submit, wait

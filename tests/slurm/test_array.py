@@ -20,7 +20,8 @@ from slurm.local_cluster import LocalCluster
 from slurm.status import status
 from slurm.submit import prepare, submit
 from wmdd import pipeline
-from wmdd.config import Config, load_config
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
 
 from .conftest import ask, profile, rows, wait
 

@@ -14,7 +14,8 @@ from slurm.plan import measured
 from slurm.status import log_files, status
 from slurm.submit import prepare
 from wmdd import pipeline
-from wmdd.config import Config, load_config
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
 
 from .conftest import ask, finish, log, profile, rows, submit, wait
 

@@ -11,7 +11,8 @@ from slurm.status import status
 from wmdd.cli import app
 from wmdd.errors import InputError, WmddError
 from wmdd.launchers import find
-from wmdd.records import Speed, read_records
+from wmdd.records.files import read_records
+from wmdd.records.schema import SpeedRecord
 
 from .conftest import ask, wait
 
@@ -60,7 +61,7 @@ def test_a_scaling_study_runs_each_size_as_a_job_of_its_own(cluster: LocalCluste
         [*command, "--slurm", str(tmp_path / "narrow.toml"), "--folder", str(tmp_path / "jobs")],
         catch_exceptions=False,
     )
-    found = read_records(out, Speed)[0]
+    found = read_records(out, SpeedRecord)[0]
     assert [record.ranks for record in found] == [1, 2]
     assert all(record.metrics["same_images"] == 1 for record in found)
     nodes = {path.name.split("_")[0] for path in (tmp_path / "jobs" / "2-0" / "job").glob("*_result.pkl")}

@@ -6,12 +6,13 @@ import pytest
 from typer.testing import CliRunner
 
 from slurm.cli import app
-from slurm.plan import Array, Speed, blocks_for, chunks, estimate, missing_students
+from slurm.plan import Array, ClusterSpeed, blocks_for, chunks, estimate, missing_students
 from slurm.profile import load_profile, parse_stages, profile_names
 from wmdd import pipeline
-from wmdd.config import Config, load_config
+from wmdd.config.loading import load_config
+from wmdd.config.schema import Config
 from wmdd.errors import InputError
-from wmdd.rundir import RunFolder
+from wmdd.run.folder import RunFolder
 
 from .conftest import NARROW
 
@@ -64,11 +65,13 @@ def test_profiles_and_stages_that_do_not_exist_are_named(tmp_path: Path) -> None
 
 def test_blocks_follow_from_the_length_of_a_task() -> None:
     config = load_config("imagenet-1k", ["student.baselines=[]"])  # 1,000 classes in 100 groups, 2e7 image-iterations
-    assert blocks_for(config, 1000, Speed(), 30, ranks=1) == 100
-    assert blocks_for(config, 1000, Speed(rate=1000), 30, ranks=1) == 12  # 20,000 s of 1,800 s
-    assert blocks_for(config, 1000, Speed(rate=1000), 30, ranks=4) == 3
-    assert blocks_for(config, 1000, Speed(rate=1), 30, ranks=8) == 12, "a task must not have fewer groups than ranks"
-    assert blocks_for(config, 1000, Speed(rate=1e9), 30, ranks=1) == 1
+    assert blocks_for(config, 1000, ClusterSpeed(), 30, ranks=1) == 100
+    assert blocks_for(config, 1000, ClusterSpeed(rate=1000), 30, ranks=1) == 12  # 20,000 s of 1,800 s
+    assert blocks_for(config, 1000, ClusterSpeed(rate=1000), 30, ranks=4) == 3
+    assert blocks_for(config, 1000, ClusterSpeed(rate=1), 30, ranks=8) == 12, (
+        "a task must not have fewer groups than ranks"
+    )
+    assert blocks_for(config, 1000, ClusterSpeed(rate=1e9), 30, ranks=1) == 1
 
 
 def test_arrays_stay_below_the_limit_of_the_cluster() -> None:
@@ -92,13 +95,13 @@ def test_an_estimate_counts_hours_bytes_and_files() -> None:
         Array("distill", chunks(range(100), 1, 1000), NARROW.model_copy(update={"gpus_per_rank": 1})),
         Array("students", chunks(range(12), 3, 1000), NARROW),
     ]
-    found = estimate(config, 1000, planned, Speed(rate=1000, student_minutes=60))
+    found = estimate(config, 1000, planned, ClusterSpeed(rate=1000, student_minutes=60))
     assert found.gpu_hours["distill"] == pytest.approx(2e7 / 1000 / 3600)  # the baseline, random, optimises nothing
     assert found.gpu_hours["students"] == 12
     images = 10_000 * 3 * 224**2
     assert 4 * images < found.size < 5 * images
     assert found.inodes > 100 * (2 * 2 + 4)
-    assert estimate(config, 1000, planned, Speed()).gpu_hours == {"distill": None, "students": None}
+    assert estimate(config, 1000, planned, ClusterSpeed()).gpu_hours == {"distill": None, "students": None}
 
 
 def test_a_dry_run_needs_no_cluster_and_writes_nothing(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from slurm import history
+from slurm import submissions
 from slurm.local_cluster import LocalCluster
 from slurm.profile import STAGES, Profile
 from slurm.status import status
 from slurm.submit import prepare
 from slurm.submit import submit as hand_in
-from wmdd.config import Config
+from wmdd.config.schema import Config
 from wmdd.errors import InputError
 
 from .conftest import ask, finish, log, profile, submit, wait
@@ -99,7 +99,7 @@ def test_two_commands_that_submit_one_run_at_once_submit_each_task_once(
             process.start()
         submitted = sorted((found.get() for _ in processes), key=len)
         assert submitted[0] == [], submitted
-        written = history.read(run)
+        written = submissions.read(run)
         assert [(one.stage, one.job) for one in written] == submitted[1]
         assert {name for one in written for name in one.names()} == set(ask("squeue", "-hr", "-o", "%i").split())
     finally:
@@ -109,8 +109,8 @@ def test_two_commands_that_submit_one_run_at_once_submit_each_task_once(
 
 
 def test_a_submission_never_replaces_the_file_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "_files", lambda run: [])  # as two commands see it that begin at once
-    written = {history.write(tmp_path, "test", []).name for _ in range(3)}
+    monkeypatch.setattr(submissions, "_files", lambda run: [])  # as two commands see it that begin at once
+    written = {submissions.write(tmp_path, "test", []).name for _ in range(3)}
     assert written == {"submission-0001.json", "submission-0002.json", "submission-0003.json"}
 
 

@@ -12,7 +12,7 @@ from conftest import TINY, blocks_of
 from slurm.local_cluster import LocalCluster
 from slurm.status import status
 from wmdd import pipeline
-from wmdd.config import Config
+from wmdd.config.schema import Config
 
 from .conftest import finish, log, profile, submit
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from sweeps.tune import Sweep, resolve
+from sweeps.run import Sweep, resolve
 
 SMALL = [*TINY, "student.baselines=[]", "labels.regimes=['soft']", "synthesis.iterations=8", "student.epochs=4"]
 BUDGET = {"student_seeds": 2, "iterations": 1.0, "student_epochs": 1.0}

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sweeps.log import Trial
 from sweeps.objective import OBJECTIVES
 from sweeps.search import importances, suggest
+from sweeps.trial_log import Trial
 
 SPACE = """
 [parameters]

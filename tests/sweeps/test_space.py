@@ -3,8 +3,8 @@
 import pytest
 
 from sweeps.objective import objective_of
-from sweeps.spacefile import load_space, space_names
-from wmdd.config import load_config, preset_names
+from sweeps.space_file import load_space, space_names
+from wmdd.config.loading import load_config, preset_names
 from wmdd.errors import InputError
 
 HEAD = "[parameters]\n"

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sweeps import best, page, tune
-from sweeps.cluster import Resources
-from sweeps.log import Log, savings
-from wmdd import store
-from wmdd.config import load_config
+from sweeps import best, page, run, trial_log
+from sweeps.ray_cluster import Resources
+from sweeps.trial_log import Log, savings
+from wmdd.config.loading import load_config
 from wmdd.errors import InputError, WmddError
+from wmdd.storage import cache
 
 SPACE = """
 [parameters]
@@ -104,19 +104,19 @@ def written(path: Path, text: str) -> str:
 def test_a_sweep_runs_grows_and_gives_its_best_recipe(make, tmp_path):
     sweep = make(SPACE, scheduler="asha", kind="optuna")
     out = tmp_path / "sweep"
-    log = tune.run(sweep, out, 3, ONE)
+    log = run.run(sweep, out, 3, ONE)
     assert [trial.state for trial in log.trials if trial.number == 0] == ["done"]
     assert all(trial.state in ("done", "stopped") for trial in log.trials)
     first = outcome(out)
     # The statistics were there before the first trial, and no trial wrote any.
     began = (out / "trials" / "trial-00000.json").stat().st_mtime_ns
-    kept = [file for kind in ("teachers", "statistics") for file in (store.cache_root() / kind).rglob("*.safetensors")]
+    kept = [file for kind in ("teachers", "statistics") for file in (cache.cache_root() / kind).rglob("*.safetensors")]
     assert kept and all(file.stat().st_mtime_ns < began for file in kept)
 
-    log = tune.run(sweep, out, 4, ONE)  # more trials for a finished sweep
+    log = run.run(sweep, out, 4, ONE)  # more trials for a finished sweep
     assert outcome(out)[:3] == first and len(log.trials) == 4
     before = {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()}
-    tune.run(sweep, out, 4, ONE)  # nothing to do: nothing is done
+    run.run(sweep, out, 4, ONE)  # nothing to do: nothing is done
     assert before == {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()}
 
     page.write_html(sweep, log, out / "sweep.html")
@@ -137,7 +137,7 @@ def test_a_sweep_runs_grows_and_gives_its_best_recipe(make, tmp_path):
     assert times == [file.stat().st_mtime_ns for file in runs]
 
     with pytest.raises(InputError, match=r"belongs to another sweep \(differs in config.synthesis.lr, seed\)"):
-        tune.run(make(SPACE, ("synthesis.lr=0.1",), scheduler="asha", kind="optuna", seed=1), out, 4, ONE)
+        run.run(make(SPACE, ("synthesis.lr=0.1",), scheduler="asha", kind="optuna", seed=1), out, 4, ONE)
 
 
 def test_a_killed_sweep_goes_on_and_equals_one_that_was_not(make, start, home, tmp_path):
@@ -183,7 +183,7 @@ def test_a_failed_trial_is_recorded_and_does_not_stop_the_sweep(start, home, tmp
     assert states[99999].state == "failed"
     assert states[99999].error.startswith("InputError: ipc = 99999: class '0' has")
     assert "1 failed; trial" in said
-    assert len(page.rows(tune.Sweep.of(log.identity), log)) == 3
+    assert len(page.rows(run.Sweep.of(log.identity), log)) == 3
     assert nothing_is_left(home)
 
 
@@ -243,15 +243,15 @@ def test_the_wrong_folder_and_too_many_gpus_get_one_clear_line(make, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="is not empty and holds no sweep"):
-        tune.run(sweep, tmp_path / "full", 2, ONE)
+        run.run(sweep, tmp_path / "full", 2, ONE)
     with pytest.raises(InputError, match="--gpus 64: a trial asks for 64 GPUs, this machine has"):
-        tune.run(sweep, tmp_path / "new", 2, Resources(cpus=1, gpus=64))
+        run.run(sweep, tmp_path / "new", 2, Resources(cpus=1, gpus=64))
     with pytest.raises(InputError, match="--cpus 9999"):
-        tune.run(sweep, tmp_path / "new", 2, Resources(cpus=9999, gpus=0))
+        run.run(sweep, tmp_path / "new", 2, Resources(cpus=9999, gpus=0))
     with pytest.raises(InputError, match="nobody answers"):
-        tune.run(sweep, tmp_path / "new", 2, ONE, "127.0.0.1:1")
+        run.run(sweep, tmp_path / "new", 2, ONE, "127.0.0.1:1")
     with pytest.raises(InputError, match="expected HOST:PORT"):
-        tune.run(sweep, tmp_path / "new", 2, ONE, "cluster")
+        run.run(sweep, tmp_path / "new", 2, ONE, "cluster")
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match=r"holds no sweep \(no sweep.json\)"):
         Log.load(tmp_path / "full")
@@ -261,7 +261,7 @@ def test_two_processes_cannot_run_one_sweep(make, tmp_path):
     sweep = make(SPACE)
     (tmp_path / "sweep").mkdir()
     with FileLock(tmp_path / "sweep" / ".lock"), pytest.raises(InputError, match="another process is running"):
-        tune.run(sweep, tmp_path / "sweep", 2, ONE)
+        run.run(sweep, tmp_path / "sweep", 2, ONE)
 
 
 def test_unknown_choices_offer_the_nearest(make):
@@ -292,14 +292,14 @@ def test_a_sweep_goes_on_after_its_external_set_has_moved(make, tmp_path):
 def test_a_damaged_trial_is_named(make, tmp_path):
     log = Log(tmp_path / "sweep")
     with log.held(make(SPACE).identity()):
-        log.write(tune.Trial(0, {}))
+        log.write(trial_log.Trial(0, {}))
     (log.path / "trials" / "trial-00000.json").write_text(json.dumps({"nonsense": 1}))
     with pytest.raises(WmddError, match=r"trial-00000.json: is no trial of this version; delete it"):
         Log.load(log.path)
 
 
 def test_savings_are_told_only_where_there_are_some():
-    done = tune.Trial(0, {}, "done", [{"seconds": 10.0}])
-    stopped = tune.Trial(1, {}, "stopped", [{"seconds": 2.0}])
+    done = trial_log.Trial(0, {}, "done", [{"seconds": 10.0}])
+    stopped = trial_log.Trial(1, {}, "stopped", [{"seconds": 2.0}])
     assert savings([done]) is None
     assert savings([done, stopped, stopped]) == (2, 14.0, 30.0)

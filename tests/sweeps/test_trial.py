@@ -5,21 +5,27 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sweeps import trial
+from sweeps import space, trial
 from sweeps.objective import OBJECTIVES
-from wmdd import distill, statistics, student, teacher
-from wmdd.data import load_dataset, quantise
-from wmdd.distributed import ALONE, ranks
+from wmdd.data.dataset import load_dataset
+from wmdd.data.pixels import quantize
+from wmdd.distill import blocks, groups, statistics
+from wmdd.distill import job as job_module
 from wmdd.errors import InputError
-from wmdd.metrics import label_robust_score
-from wmdd.rundir import RunFolder, plan
-from wmdd.validation import Validation
+from wmdd.networks.accuracy import Validation
+from wmdd.records.scores import label_robust_score
+from wmdd.run.folder import RunFolder
+from wmdd.run.partition import plan
+from wmdd.runtime.ranks import ranks
+from wmdd.runtime.team import SINGLE
+from wmdd.students import losses
+from wmdd.teacher import obtain
 
 SPACE = "[parameters]\nsynthesis.bn_weight = { loguniform = [0.1, 1000.0] }"
 
 
 def prepared(sweep):
-    return trial.prepare(trial.Plan(sweep.config, sweep.space.budget, sweep.objective), lambda: False)
+    return trial.prepare(trial.SweepSetup(sweep.config, sweep.space.budget, sweep.objective), lambda: False)
 
 
 def reports(settled, values=None):
@@ -31,7 +37,7 @@ def reports(settled, values=None):
 def test_teacher_and_statistics_are_computed_once_for_all_trials(make, monkeypatch):
     sweep = make(SPACE, ("teacher.seed=77",))  # no other test has put this teacher into the store
     trained, measured = [], []
-    make_teacher, compute = teacher._make, statistics._compute
+    make_teacher, compute = obtain._make, statistics._compute
 
     def count_teachers(*arguments, **options):
         trained.append(1)
@@ -41,7 +47,7 @@ def test_teacher_and_statistics_are_computed_once_for_all_trials(make, monkeypat
         measured.extend(classes)
         return compute(config, dataset, model, here, classes, advance)
 
-    monkeypatch.setattr(teacher, "_make", count_teachers)
+    monkeypatch.setattr(obtain, "_make", count_teachers)
     monkeypatch.setattr(statistics, "_compute", count_classes)
     settled = prepared(sweep)
     for weight in (1.0, 10.0, 100.0):
@@ -66,19 +72,19 @@ def test_a_trial_in_stages_ends_with_the_images_of_a_whole_run(make, tmp_path):
     with ranks(config.compute) as here:
         dataset = load_dataset(config.data)
         validation = Validation(config, dataset, here)
-        model = teacher.obtain(config, dataset, validation, here, lambda: False)
+        model = obtain.get_or_train_teacher(config, dataset, validation, here, lambda: False)
         bench = trial.Bench(config, dataset, validation, model, here)
         stages = trial._Synthesis(bench, lambda: False)
         for iteration in (2, 4, 8):
             stages.advance_to(iteration)
-        job = distill.Job(config, dataset, model, here, RunFolder(tmp_path), lambda: False)
-        method = distill.check(config, dataset)
+        job = job_module.Job(config, dataset, model, here, RunFolder(tmp_path), lambda: False)
+        method = blocks.check(config, dataset)
         (block,) = plan(config, len(dataset.classes))
         found = dict(statistics.measure(config, dataset, model, here, block.classes))
         whole = [
-            distill.optimise(job, method, distill.prepare(job, method, group, found)).images for group in block.groups
+            groups.optimize(job, method, groups.prepare(job, method, group, found)).images for group in block.groups
         ]
-        assert torch.equal(stages.images().images, quantise(torch.cat(whole), config.data))
+        assert torch.equal(stages.images().images, quantize(torch.cat(whole), config.data))
 
 
 def test_a_seeded_trial_repeats(make):
@@ -134,15 +140,15 @@ def test_images_count_by_their_weights_in_a_student_that_is_told_so():
     torch.manual_seed(0)
     logits, classes = torch.randn(3, 4), torch.tensor([0, 1, 1])
     even = torch.ones(3)
-    plain = student._hard_loss(logits, classes, Batch, ALONE)
-    assert student._hard_loss(logits, classes, Batch, ALONE, even) == pytest.approx(plain.item(), rel=1e-6)
+    plain = losses.hard_loss(logits, classes, Batch, SINGLE)
+    assert losses.hard_loss(logits, classes, Batch, SINGLE, even) == pytest.approx(plain.item(), rel=1e-6)
     wanted = torch.randn(3, 4)
-    plain = student._soft_loss(logits, wanted, 4.0)
-    assert student._soft_loss(logits, wanted, 4.0, even) == pytest.approx(plain.item(), rel=1e-5)
+    plain = losses.soft_loss(logits, wanted, 4.0)
+    assert losses.soft_loss(logits, wanted, 4.0, even) == pytest.approx(plain.item(), rel=1e-5)
     # an image of weight 2 counts as two of weight 1
     twice = torch.cat([torch.arange(3), torch.tensor([0])])
-    assert student._soft_loss(logits, wanted, 4.0, torch.tensor([2.0, 1, 1])) == pytest.approx(
-        student._soft_loss(logits[twice], wanted[twice], 4.0).item(), rel=1e-5
+    assert losses.soft_loss(logits, wanted, 4.0, torch.tensor([2.0, 1, 1])) == pytest.approx(
+        losses.soft_loss(logits[twice], wanted[twice], 4.0).item(), rel=1e-5
     )
 
 
@@ -150,7 +156,7 @@ def test_images_count_alike_in_the_moments_where_the_config_says_so(make):
     settled = prepared(make(SPACE, ("barycenter.weights=free", "ipc=4")))
     uneven = {}
     for weighted in (True, False):
-        config = trial.apply(settled.proxy({}), {"synthesis.bn_weighted": weighted}, "the test")
+        config = space.apply(settled.proxy({}), {"synthesis.bn_weighted": weighted}, "the test")
         with ranks(config.compute) as here:
             dataset = load_dataset(config.data)
             bench = trial._open(config, dataset, here, lambda: False)

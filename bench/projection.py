@@ -1,0 +1,233 @@
+"""``wmdd bench plan``: what a whole run would take on so many GPUs, projected from measured speeds."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.throughput import number
+from bench.workloads import groups_of
+from wmdd.config.schema import Config
+from wmdd.data.dataset import load_dataset
+from wmdd.data.synthetic import name_of
+from wmdd.distill.methods import registry
+from wmdd.errors import InputError
+from wmdd.records import files
+from wmdd.records.schema import SpeedRecord
+from wmdd.students import tasks as tasks_module
+
+PUBLISHED = {
+    "digits": (10, 1_442),
+    "cifar10": (10, 50_000),
+    "imagenette": (10, 9_469),
+    "tiny-imagenet": (200, 100_000),
+    "imagenet-1k": (1000, 1_281_167),
+}
+"""Source -> classes and training images of the whole data set: a run can be planned where its images are not."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a run, projected."""
+
+    title: str
+    work: float
+    unit: str
+    """Of the work"""
+    record: SpeedRecord
+    """The measurement that it rests on"""
+    gpu_hours: float
+    wall_hours: float
+    """The parts are dealt whole: the GPU with most of them decides"""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a component needs of a record to rest on it."""
+
+    stage: str
+    network: str
+    setup: dict[str, Any]
+    """Keys that must agree"""
+
+
+def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path) -> tuple[list[Component], list[str]]:
+    """Project a run.
+
+    Args:
+        config: of the run.
+        gpus: that share it.
+        measured: speeds of one GPU.
+        source: the file they come from, for messages.
+
+    Returns:
+        its components, and the assumptions.
+
+    Raises:
+        InputError: a component has no fitting record; the message names the command that measures it.
+    """
+    method = registry.create(config)
+    classes, images = size_of(config)
+    groups = [len(group.classes) for group in groups_of(config, classes)]
+    parts: list[Component] = []
+
+    def measure(need: Need) -> SpeedRecord:
+        return find(config, need, measured, source)
+
+    def dealt(title: str, unit: str, pieces: Sequence[float], record: SpeedRecord, per_hour: float) -> None:
+        # As a run deals them: every gpus-th piece to the same GPU.
+        most = max(sum(pieces[first::gpus]) for first in range(min(gpus, len(pieces))))
+        work = sum(pieces)
+        parts.append(Component(title, work, unit, record, work / per_hour, most / per_hour))
+
+    if method.uses_statistics:
+        record = measure(Need("statistics", config.teacher.network, {"precision": precision_of(config)}))
+        shares = [count * images / classes for count in groups]
+        dealt("decode + statistics", "images", shares, record, 3600 * record.metrics["rate"])
+    objective = method.objective()
+    if objective is not None:
+        if objective.feature:
+            chosen = config.barycenter
+            solver = {"ipc": config.ipc, "weights": chosen.weights, "starts": chosen.starts}
+            record = measure(Need("barycenters", config.teacher.network, solver))
+            dealt("barycenters", "classes", groups, record, 3600 * record.metrics["rate"])
+        iterations = method.synthesis().iterations
+        keys = {"precision": precision_of(config), "compile": config.compute.compile, "batch": groups[0] * config.ipc}
+        record = measure(Need("synthesis", config.teacher.network, keys))
+        work = [float(count * config.ipc * iterations) for count in groups]
+        dealt("synthesis", "img·iter", work, record, 3600 * record.metrics["rate"])
+    distilled = classes * config.ipc
+    for name in config.student.networks:
+        one_network = config.student.model_copy(update={"networks": (name,)})
+        tasks = tasks_module.tasks(one_network, config.labels.regimes) * (1 + len(config.student.baselines))
+        batch = min(config.student.batch_size, distilled)
+        record = measure(Need("students", name, {"precision": precision_of(config), "batch": batch}))
+        updates = [float(tasks_module.update_count(config, task.view, distilled)) for task in tasks]
+        per_hour = record.metrics["rate"] * float(record.setup["updates"])
+        dealt(f"{len(tasks)} students ({name})", "updates", updates, record, per_hour)
+    return parts, assumptions(config, gpus, parts, images, classes)
+
+
+def size_of(config: Config) -> tuple[int, int]:
+    """Return the number of classes and of training images of a run.
+
+    Raises:
+        InputError: the images must be listed to know, and are not there.
+    """
+    data = config.data
+    if data.source in PUBLISHED and name_of(data) != "synthetic":
+        classes, images = PUBLISHED[data.source]
+        if data.classes is None:
+            return classes, images - classes * data.holdout_per_class
+        if isinstance(data.classes, int) and data.classes <= classes:
+            return data.classes, round(images * data.classes / classes) - data.classes * data.holdout_per_class
+    dataset = load_dataset(data, config.compute.workers)
+    return len(dataset.classes), len(dataset.train)
+
+
+def find(config: Config, need: Need, measured: Sequence[SpeedRecord], source: Path) -> SpeedRecord:
+    """Return the latest record of this package's engine that fits.
+
+    Raises:
+        InputError: there is none; the message says what it must be and how to measure it.
+    """
+    fits: list[tuple[str, Callable[[SpeedRecord], bool]]] = [
+        (f"stage {need.stage}", lambda one: one.kind == "throughput" and one.stage == need.stage),
+        ("engine wmdd", lambda one: one.engine == "wmdd"),
+        (f"network {need.network}", lambda one: one.network == need.network),
+        (f"{config.data.resolution} px", lambda one: one.resolution == config.data.resolution),
+        *((f"{key} {value}", _has(key, value)) for key, value in need.setup.items()),
+    ]
+    left = list(measured)
+    for wish, test in fits:
+        before, left = left, [one for one in left if test(one)]
+        if not left:
+            reason = f"{source} has no record of {need.stage}" + (f" with {wish}" if before != list(measured) else "")
+            asked = f"wmdd bench throughput CONFIG --stage {need.stage} --out {source}"
+            raise InputError(f"{reason}: measure it with `{asked}`, with the keys of this run")
+    return max(left, key=lambda one: one.time)
+
+
+def _has(key: str, value: Any) -> Callable[[SpeedRecord], bool]:
+    return lambda one: bool(one.setup.get(key) == value)
+
+
+def precision_of(config: Config) -> str:
+    """Return the precision that a GPU computes in: ``auto`` is bf16 there."""
+    return "bf16" if config.compute.precision == "auto" else config.compute.precision
+
+
+def assumptions(config: Config, gpus: int, parts: Sequence[Component], images: int, classes: int) -> list[str]:
+    """Return what the projection takes for granted, one sentence each."""
+    hardware = sorted({str(part.record.provenance.get("device")) for part in parts})
+    sets = sorted({part.record.dataset for part in parts})
+    told = [
+        f"every GPU is as fast as the one measured ({', '.join(hardware)}; images: {', '.join(sets)}), and none waits"
+        " for another",
+        f"{images:,} training images in {classes:,} classes of equal size; each GPU decodes with its own CPU cores, as"
+        " many as when it was measured, from storage that is not slowed by the others",
+        f"whole groups and whole students are dealt to {gpus} GPUs; the one with most decides",
+        "the components follow one another; a run overlaps decoding and synthesis",
+        "students learn as fast under every label regime as under the one measured (soft, if there is one)",
+        "not counted: training the teacher, start-up, queues, validation of students, distilling the baselines",
+    ]
+    if config.data.source == "imagenet-1k" and any(part.record.dataset == "synthetic" for part in parts):
+        told.append("generated images decode like photographs")
+    return told
+
+
+def tell(config: Config, gpus: int, parts: Sequence[Component], told: Sequence[str], console: Console) -> None:
+    """Print a projection with its assumptions."""
+    title = f"PROJECTION, not a measurement: {config.name}, IPC {config.ipc}, on {gpus} GPUs"
+    shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    shown.add_column("Component")
+    for column in ("Work", "Measured rate", "GPU-hours", "Wall time"):
+        shown.add_column(column, justify="right")
+    for part in parts:
+        shown.add_row(
+            part.title,
+            f"{_large(part.work)} {part.unit}",
+            f"{number(part.record.metrics['rate'])} {part.record.unit}",
+            f"{part.gpu_hours:,.3g}",
+            clock(part.wall_hours),
+        )
+    total, wall = sum(part.gpu_hours for part in parts), sum(part.wall_hours for part in parts)
+    shown.add_section()
+    shown.add_row("all", "", "", f"{total:,.3g}", clock(wall))
+    console.print(shown)
+    console.print("Assumptions:", highlight=False)
+    for line in told:
+        console.print(f"- {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _large(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
+
+
+def clock(hours: float) -> str:
+    """Return hours as ``2 h 05 min``, ``5 min 10 s`` or ``3.1 s``, rounded up to what is shown."""
+    seconds = hours * 3600
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        whole = math.ceil(seconds)
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def read(path: Path) -> list[SpeedRecord]:
+    """Return the speeds of a file of records.
+
+    Raises:
+        InputError: there is no such file, or a line of it cannot be read.
+    """
+    found, problems = files.read_records(path, SpeedRecord)
+    if problems:
+        raise InputError(f"{problems[0]}; mend or delete the line")
+    return found

@@ -1,0 +1,497 @@
+"""Many ranks: the same bytes, the same losses, and no rank left waiting for one that is gone."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, blocks_of
+from rank_processes import fork, free_port, in_ranks, take
+from synthesis_targets import targets
+from torch import Tensor, nn
+
+from wmdd import pipeline
+from wmdd.config.loading import load_config
+from wmdd.config.schema import ComputeConfig, Config, SynthesisConfig
+from wmdd.distill.synthesis import objective as objective_module
+from wmdd.distill.synthesis.engine import State, synthesize
+from wmdd.distill.synthesis.objective import Objective, evaluate, own_rows
+from wmdd.errors import Interrupted, WmddError
+from wmdd.networks.frozen import FrozenNetwork
+from wmdd.records.files import read_records
+from wmdd.run.distilled_set import DistilledSet
+from wmdd.runtime import log as log_module
+from wmdd.runtime import memory
+from wmdd.runtime import ranks as ranks_module
+from wmdd.runtime.arithmetic import Hardware, resolve
+from wmdd.runtime.peers import Peers
+from wmdd.runtime.placement import Placement
+from wmdd.runtime.ranks import Ranks, ranks
+from wmdd.runtime.team import SINGLE, Team
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture
+def ungrouped(tiny: Config) -> Config:
+    """Return a run whose 4 classes are 4 groups."""
+    return tiny.model_copy(update={"synthesis": tiny.synthesis.model_copy(update={"classes_per_group": 1})})
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_writes_the_same_bytes(ungrouped: Config, tmp_path: Path) -> None:
+    images = {}
+    for size in (1, 2, 3, 4):
+        in_ranks(size, lambda size=size: pipeline.run(ungrouped, tmp_path / str(size)))  # type: ignore[misc]
+        images[size] = blocks_of(tmp_path / str(size))
+        records = read_records(tmp_path / str(size) / "records")[0]
+        assert len(records) == 4 and {record.provenance["world_size"] for record in records} == {size}
+    assert images[1] == images[2] == images[3] == images[4]
+    accuracies = {
+        tuple(sorted((r.regime, r.student_seed, r.metrics["loss"]) for r in read_records(tmp_path / n / "records")[0]))
+        for n in "1234"
+    }
+    assert len(accuracies) == 1
+
+
+def test_blocks_and_ranks_together_write_the_same_bytes(ungrouped: Config, tmp_path: Path) -> None:
+    share = pipeline.Share(("teacher", "distill"))
+    pipeline.run(ungrouped, tmp_path / "one", share=share)
+    in_ranks(2, lambda: pipeline.run(ungrouped.model_copy(update={"blocks": 3}), tmp_path / "two", share=share))
+    assert blocks_of(tmp_path / "two") == blocks_of(tmp_path / "one")
+
+
+def moments_of_ranks(network: FrozenNetwork, images: Tensor, target: Any, objective: Objective, size: int) -> Any:
+    """Return loss and gradient of the whole group, computed in parts."""
+
+    def work() -> Any:
+        with ranks(ComputeConfig(device="cpu")) as job:
+            team = job.team(size, "test")
+            rows = own_rows(2, 4, team)
+            own = images[rows].requires_grad_(True)
+            loss = evaluate(objective, network(own), target.part(team), network.layer_sizes, team).total
+            (gradient,) = torch.autograd.grad(loss, own)
+            return loss.item(), rows.tolist(), gradient.tolist()
+
+    return in_ranks(size, work)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Objective(1.0, 20.0, 0.5), Objective(1.0, 20.0, 0.5, squared=False), Objective(1.0, 20.0, 0.5, per_class=False)],
+)
+def test_a_split_class_has_the_loss_and_gradient_of_the_whole(classifier: nn.Module, objective: Objective) -> None:
+    network = FrozenNetwork(classifier)
+    target, _ = targets(classifier, torch.tensor([0.4, 0.3, 0.2, 0.1]), count=4)
+    if not objective.per_class:
+        mean, variance = network.running_moments()
+        target = objective_module.Target(target.labels, target.weights, mean[None], variance[None], target.atoms)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = images.clone().requires_grad_(True)
+    loss = evaluate(objective, network(whole), target, network.layer_sizes).total
+    (gradient,) = torch.autograd.grad(loss, whole)
+    for size in (2, 4):
+        for value, rows, part in moments_of_ranks(network, images, target, objective, size):
+            assert value == pytest.approx(loss.item(), rel=1e-5)
+            assert (torch.tensor(part) - gradient[rows]).norm() < 1e-5 * gradient.norm()
+
+
+def test_a_split_synthesis_follows_the_unsplit_one_and_resumes(classifier: nn.Module) -> None:
+    target, _ = targets(classifier, torch.full((4,), 0.25), count=4)
+    network = FrozenNetwork(classifier)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    settings = SynthesisConfig(iterations=6, lr=0.01, augment="image")
+    limits = torch.full((3, 1, 1), -3.0), torch.full((3, 1, 1), 3.0)
+
+    def work(size: int, state: State) -> State:
+        with ranks(ComputeConfig(device="cpu")) as job:
+            team = job.team(size, "test")
+            return synthesize(network, state, target, Objective.of(settings), settings, limits, (0,), job, team)
+
+    whole = work(1, State(images))
+    halves = in_ranks(2, lambda: work(2, State(images)).images.tolist())
+    assert halves[0] == halves[1]
+    # Along six steps rounding has no time to grow: images differ by less than a hundredth of a step.
+    assert (torch.tensor(halves[0]) - whole.images).abs().max() < 1e-4
+
+
+def test_a_run_with_split_classes_ends_and_its_teams_share_the_groups(tiny: Config, tmp_path: Path) -> None:
+    split = tiny.model_copy(update={"synthesis": tiny.synthesis.model_copy(update={"split_class": 2})})
+    in_ranks(4, lambda: pipeline.run(split, tmp_path / "run", share=pipeline.Share(("teacher", "distill"))))
+    assert len(DistilledSet.load(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize("key", ["synthesis.split_class", "teacher.ranks", "student.ranks"])
+def test_too_few_ranks_for_a_team_are_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=rf"{key} = 2: the job has 1 ranks.*nproc-per-node 2"):
+        pipeline.run("digits", tmp_path / "run", [*TINY, f"{key}=2", "teacher.seed=99"])
+
+
+def test_ddp_gradients_are_those_of_the_whole_batch() -> None:
+    images, classes = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    torch.manual_seed(0)
+    network = nn.Linear(4, 3)
+
+    def gradient(team: Team) -> list[list[float]]:
+        parallel = team.wrap(network, images)
+        loss = nn.functional.cross_entropy(parallel(team.shard(images)), team.shard(classes), reduction="sum")
+        network.zero_grad()
+        (loss * (team.size / len(images))).backward()
+        assert network.weight.grad is not None
+        found: list[list[float]] = network.weight.grad.tolist()
+        return found
+
+    def work() -> list[list[float]]:
+        with ranks(ComputeConfig(device="cpu")) as job:
+            return gradient(job.team(2, "test"))
+
+    whole = torch.tensor(gradient(SINGLE))
+    for found in in_ranks(2, work):
+        torch.testing.assert_close(torch.tensor(found), whole)
+
+
+@pytest.mark.slow
+def test_teacher_and_students_train_under_ddp_and_learn_as_well(tmp_path: Path) -> None:
+    changes = [
+        "data.classes=4",
+        "ipc=5",
+        "teacher.epochs=4",
+        "student.epochs=30",
+        "student.seeds=3",
+        "student.lr=0.005",
+    ]
+    base = [*TINY, *changes, "labels.regimes=['hard']", "student.baselines=[]", "teacher.network=convnet2x16"]
+    accuracy = {}
+    for size in (1, 2):
+        config = load_config("digits", [*base, f"teacher.ranks={size}", f"student.ranks={size}"])
+        in_ranks(size, lambda config=config, size=size: pipeline.run(config, tmp_path / str(size)))  # type: ignore[misc]
+        records = read_records(tmp_path / str(size) / "records")[0]
+        teacher = (tmp_path / str(size) / "teacher.json").read_text()
+        students = torch.tensor([record.metrics["top1"] for record in records])
+        accuracy[size] = students
+        assert '"network": "convnet2x16"' in teacher and len(records) == 3
+    print("students at 1 and 2 ranks:", accuracy)
+    spread = 3 * max(float(values.std()) for values in accuracy.values()) + 0.02
+    assert abs(float(accuracy[1].mean() - accuracy[2].mean())) < spread
+    assert min(float(values.mean()) for values in accuracy.values()) > 0.7
+
+
+def test_a_rank_that_came_and_left_while_another_looked_is_not_lost() -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    looking = threading.Event()
+
+    class Slow:
+        """The store, to a rank that is held up between two looks at it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def add(self, key: str, amount: int) -> int:
+            count = int(store.add(key, amount))
+            if amount == 0 and not looking.is_set():
+                looking.set()
+                while not store.check(["left/1"]):
+                    time.sleep(0.01)
+            return count
+
+    found: list[object] = []
+
+    def first() -> None:
+        try:
+            found.append(Peers(Slow(), 0, 2, lambda: False).agree("value"))
+        except WmddError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert looking.wait(60)
+    second = Peers(store.clone(), 1, 2, lambda: False)
+    assert second.agree(None) == "value"
+    second.leave()
+    thread.join()
+    assert found == ["value"]
+
+
+@pytest.mark.slow
+def test_ranks_that_stop_at_different_times_have_all_stopped_and_none_is_lost() -> None:
+    def share() -> None:
+        with ranks(ComputeConfig(device="cpu")) as job:
+            if job.rank == 2:
+                job.barrier()
+            time.sleep(9 * job.rank)  # longer than others watch for those who are lost
+            raise Interrupted("checkpointed")
+
+    def work() -> str:
+        try:
+            share()
+        except WmddError as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    assert in_ranks(3, work) == ["Interrupted: checkpointed"] * 2 + ["Interrupted: stopped, as another rank was"]
+
+
+def survivors(work: Callable[[Ranks], object], tmp_path: Path) -> list[tuple[str, str]]:
+    """Return what ranks 0 and 2 raised and printed after rank 1 was killed, whom ``work`` kills."""
+    port = str(free_port())
+    results = fork.SimpleQueue()
+
+    def member(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_PORT=port, MASTER_ADDR="127.0.0.1")
+        log = tmp_path / f"{rank}.log"
+        sys.stderr = log.open("w")
+        try:
+            with ranks(ComputeConfig(device="cpu")) as job:
+                job.barrier()
+                work(job)
+        except Exception as error:
+            results.put((str(error), log.read_text()))
+        else:
+            results.put(("no error", ""))
+
+    processes = [fork.Process(target=member, args=(rank,), daemon=True) for rank in range(3)]
+    try:
+        for process in processes:
+            process.start()
+        found = [take(results, 120) for _ in range(2)]
+        for process in processes:
+            process.join(60)
+        assert processes[1].exitcode == -signal.SIGKILL
+        assert processes[0].exitcode == processes[2].exitcode == 0, "a rank hangs at its end"
+        return found
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def kill(job: Ranks, rank: int) -> None:
+    if job.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_before_a_meeting_is_named(tmp_path: Path) -> None:
+    def work(job: Ranks) -> None:
+        kill(job, 1)
+        job.barrier()
+
+    found = survivors(work, tmp_path)
+    assert all(message.startswith("rank ") and "rank 1 is gone" in message for message, _ in found), found
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_inside_a_collective_is_named_once_and_the_others_leave(tmp_path: Path) -> None:
+    def work(job: Ranks) -> None:
+        team = job.team(3, "test")
+        team.sum(torch.ones(4))
+        kill(job, 1)
+        team.sum(torch.ones(4))
+
+    for message, printed in survivors(work, tmp_path):
+        assert message.startswith("rank ") and "rank 1 is gone" in message
+        assert printed.splitlines().count(f"wmdd: {message}") == 1, printed
+
+
+def test_a_job_on_gpus_is_bound_to_them_and_aborts_its_groups_only_after_a_failure() -> None:
+    gpu = ranks_module._group_options(torch.device("cuda:3"))
+    assert gpu["backend"] == "cpu:gloo,cuda:nccl" and gpu["device_id"] == torch.device("cuda:3")
+    cpu = ranks_module._group_options(torch.device("cpu"))
+    assert cpu["backend"] == "gloo" and "device_id" not in cpu
+    assert gpu["timeout"] == cpu["timeout"] <= timedelta(minutes=10)
+    aborted = {
+        (kind, failed): ranks_module._aborts(kind, failed) for kind in ("cuda", "cpu") for failed in (True, False)
+    }
+    assert [case for case, aborts in aborted.items() if aborts] == [("cuda", True)]
+
+
+def test_ranks_that_never_come_are_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "_PATIENCE", timedelta(seconds=1))
+    here = Placement(0, 2, 0, f"tcp://127.0.0.1:{free_port()}")
+    with (
+        pytest.raises(WmddError, match=r"rank 0 of 2: the ranks do not meet \(tcp://127\.0\.0\.1:\d+\): ") as caught,
+        ranks(ComputeConfig(device="cpu"), here=here),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_gathered_keeps_its_values_in_any_layout() -> None:
+    def work() -> list[bool]:
+        with ranks(ComputeConfig(device="cpu")) as job:
+            values = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last) + job.rank
+            found = job.team(2, "test").gather(values)
+            return [torch.equal(one, values - job.rank + rank) for rank, one in enumerate(found)]
+
+    assert in_ranks(2, work) == [[True, True]] * 2
+
+
+def test_ranks_of_another_run_are_refused(tiny: Config, tmp_path: Path) -> None:
+    """Tasks of one srun that were each meant to do a run of their own."""
+
+    def work() -> str:
+        try:
+            pipeline.run(tiny, tmp_path / os.environ["RANK"])
+        except WmddError as error:
+            return str(error)
+        return "no error"
+
+    first, second = in_ranks(2, work)
+    assert "rank 1 is gone" in first and second.startswith("rank 1 of 2: started with another config, --out or share")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_team_whose_ranks_see_different_checkpoints_does_not_go_on(tiny: Config, tmp_path: Path) -> None:
+    """As on a network file system where one node still sees the folder as it was."""
+    synthesis = tiny.synthesis.model_copy(update={"split_class": 2, "iterations": 40})
+    split = tiny.model_copy(update={"synthesis": synthesis})
+    share = pipeline.Share(("teacher", "distill"))
+
+    def interrupted() -> None:
+        def stop_inside(title: str, steps: int, total: int, unit: str) -> None:
+            if unit == "iterations" and steps == 20:
+                signal.raise_signal(signal.SIGUSR2)
+
+        log_module.observers.append(stop_inside)
+        with pytest.raises(Interrupted):
+            pipeline.run(split, tmp_path / "0" / "run", share=share)
+
+    in_ranks(2, interrupted)
+    (checkpoint,) = (tmp_path / "0").rglob("group-*.checkpoint.safetensors")
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    (tmp_path / "1" / checkpoint.relative_to(tmp_path / "0")).unlink()
+
+    def resumed() -> str:
+        os.chdir(tmp_path / os.environ["RANK"])
+        try:
+            pipeline.run(split, "run", share=share)
+        except WmddError as error:
+            return str(error)
+        return "no error"
+
+    for message in in_ranks(2, resumed):
+        assert "checkpoint.safetensors: not every rank sees the same checkpoint" in message
+
+
+def test_a_lack_of_memory_names_the_key_to_change(tmp_path: Path) -> None:
+    # The draws of so many iterations fill more than a process can address.
+    words = overrides(["synthesis.iterations=100000000000000", "student.baselines=[]"])
+    command = [sys.executable, "-m", "wmdd", "run", "digits", "--out", str(tmp_path / "run"), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    told = (
+        r"wmdd: out of memory on cpu, with a peak of [\d.]+ GB of [\d.]+ GB; set synthesis\.classes_per_group below 2"
+    )
+    assert re.fullmatch(told, done.stderr.splitlines()[-1])
+
+
+def test_only_a_lack_of_memory_is_taken_for_one() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:1")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert memory._short_of_memory(caught.value, gpu) == cpu
+    assert memory._short_of_memory(MemoryError(), gpu) == cpu
+    assert memory._short_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried ..."), gpu) == gpu
+    assert memory._short_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ..."), gpu) == gpu
+    assert memory._short_of_memory(RuntimeError("shapes do not match"), gpu) is None
+    with (
+        pytest.raises(WmddError, match=r"out of memory on cpu.*; lower student\.batch_size$"),
+        memory.within_memory(cpu, "lower student.batch_size"),
+    ):
+        torch.empty(2**50)
+
+
+FRESH = """
+import os, signal, sys, threading
+
+import torch
+from torch import distributed
+
+import wmdd
+from wmdd import console
+from wmdd.errors import WmddError
+
+signal.signal(signal.SIGUSR2, print)
+torch.set_num_threads(3)
+torch.manual_seed(1)
+
+def state():
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    return {
+        "torch": (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()),
+        "random": hash(bytes(torch.get_rng_state().tolist())),
+        "handlers": [signal.getsignal(number) for number in numbers],
+        "environment": dict(os.environ),
+        "console": (console.quiet, list(console.observers)),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "groups": distributed.is_initialized(),
+    }
+
+before = state()
+for settings in sys.argv[2:], [*sys.argv[2:], "data.classes=11"], [*sys.argv[2:], "labels.weighted=true"]:
+    try:
+        wmdd.run("digits", sys.argv[1], settings)
+        print("done")
+    except WmddError as error:
+        print(type(error).__name__)
+    print({key: (before[key], value) for key, value in state().items() if value != before[key]})
+"""
+
+
+def test_a_run_leaves_its_process_as_it_found_it_also_when_it_fails(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "run"), *TINY, "student.baselines=[]"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["done", "{}", "InputError", "{}", "done", "{}"], done.stdout + done.stderr
+
+
+def torchrun(*arguments: str, signals: bool = False) -> subprocess.Popen[str]:
+    """Start two ranks as a user would."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port())]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR2"] if signals else []
+    return subprocess.Popen([*command, "-m", "wmdd", *arguments], stderr=subprocess.PIPE, text=True, env=os.environ)
+
+
+def overrides(extra: list[str]) -> list[str]:
+    return [word for value in [*TINY, *extra] for word in ("--set", value)]
+
+
+@pytest.mark.slow
+def test_torchrun_writes_what_one_process_writes_and_is_resumed_after_a_signal(tmp_path: Path) -> None:
+    extra = ["synthesis.classes_per_group=1", "synthesis.iterations=400", "student.baselines=[]"]
+    pipeline.run("digits", tmp_path / "one", [*TINY, *extra])
+    arguments = [
+        "run",
+        "digits",
+        "--out",
+        str(tmp_path / "two"),
+        *overrides([*extra, "compute.checkpoint_seconds=0.2"]),
+    ]
+    process = torchrun(*arguments, signals=True)
+    while not list((tmp_path / "two").glob("groups/*.checkpoint.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR2)
+    _, errors = process.communicate(timeout=90)
+    # torchrun itself exits with 1 whatever its ranks return; what they did is in the run folder.
+    assert process.returncode == 1 and "checkpointed at iteration" in errors, errors
+    assert not list((tmp_path / "two" / "blocks").glob("*.json"))
+    again = torchrun(*arguments)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert blocks_of(tmp_path / "two") == blocks_of(tmp_path / "one")
+
+
+def test_ranks_take_their_own_share() -> None:
+    assert [Team(index, 3, 0, 1).deal(list(range(7))) for index in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    arithmetic = resolve(ComputeConfig(), Hardware("cpu", bf16=False))
+    assert isinstance(Ranks(0, 1, torch.device("cpu"), arithmetic).agree([1]), list)

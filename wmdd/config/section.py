@@ -1,0 +1,48 @@
+"""What every section of the config has: strict fields, each of which says what it decides."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCOPES = ("data", "teacher", "statistics", "images", "labels", "students")
+"""What keys decide, in the order of the work: a key decides its own scope and all that follow."""
+
+
+@dataclass(frozen=True)
+class Decides:
+    """What depends on a key of the config: written at the field, or at its section for all fields without their own."""
+
+    what: Literal["data", "teacher", "statistics", "images", "labels", "students", "selection", "arithmetic", "nothing"]
+    """One of ``SCOPES``; or ``selection``: which students are trained, and how good none of them is; ``arithmetic``:
+    how results are rounded (``wmdd.arithmetic``); ``nothing``: places, names, speed"""
+
+
+class Strict(BaseModel):
+    """A frozen table of a file that users write: it refuses unknown keys, and each field has its meaning under it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Section(Strict):
+    """A part of the config; each field says what it decides."""
+
+    _decides: ClassVar[dict[str, Decides | None]] = {}
+
+    def __init_subclass__(cls, decides: Decides | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, decides: Decides | None = None, **options: Any) -> None:
+        """Refuse a field that does not say what it decides.
+
+        Raises:
+            TypeError: such a field; the message names it.
+        """
+        super().__pydantic_init_subclass__(**options)
+        cls._decides = {}
+        for name, field in cls.model_fields.items():
+            own = next((mark for mark in field.metadata if isinstance(mark, Decides)), decides)
+            if own is None and not isinstance(field.default, Section):
+                raise TypeError(f"{cls.__name__}.{name} does not say what it decides: Annotated[..., Decides(...)]")
+            cls._decides[name] = own

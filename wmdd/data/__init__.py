@@ -1,0 +1,1 @@
+"""The images: where they lie, which are chosen, how they are decoded, packed and augmented."""

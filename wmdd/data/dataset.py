@@ -1,0 +1,420 @@
+"""The images of a run: chosen, listed and checked before any work, decoded when they are needed."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wmdd.config.schema import DECIDES, Config, DataConfig
+from wmdd.data import lister
+from wmdd.data.decoding import in_order
+from wmdd.data.listing import Catalogue, Fault, Listed, listed_in_memory, open_listing
+from wmdd.data.pixels import fit
+from wmdd.data.shards import Shards
+from wmdd.data.sources import SPLITS, Split, Tree, in_memory, open_source, tree_of
+from wmdd.data.verdicts import chunks, decode_verdicts, decoding_faults
+from wmdd.errors import InputError, Interrupted, WmddError, nearest
+from wmdd.runtime.progress_bars import progress
+from wmdd.runtime.ranks import Ranks
+from wmdd.storage.files import digest
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageSet:
+    """The images of one split that a run uses, listed but not decoded.
+
+    The images of a class are contiguous and in the order of their base names.  ``C`` classes, ``N`` images.
+    """
+
+    catalogue: Catalogue
+    split: Split
+    config: DataConfig
+    classes: tuple[str, ...]
+    """Names of the classes; the position of one is its index."""
+    places: np.ndarray
+    """Position of each class in the catalogue: int64 [C]"""
+    starts: np.ndarray
+    """Position of the first image of each class, and the end of the last: int64 [C + 1]"""
+    left_out: Mapping[int, np.ndarray]
+    """Rows of a class that cannot be used, by index; most classes have none"""
+    held_out: int = 0
+    """Images of each class that are kept apart"""
+    holdout: bool = False
+    """Whether these are the images kept apart, or the others"""
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __repr__(self) -> str:
+        return f"ImageSet({len(self)} images of {len(self.classes)} classes)"
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Class index of each image, made when it is asked for: int64 [N]."""
+        return torch.from_numpy(np.repeat(np.arange(len(self.classes), dtype=np.int64), np.diff(self.starts)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all images, made when they are asked for: 100 bytes each, so of a few images only."""
+        return tuple(self.name(position) for position in range(len(self)))
+
+    def name(self, position: int) -> str:
+        """Return the name of an image, such as ``train/cat/001.png`` or ``train/17``."""
+        return self.catalogue.name(self.split, *self._place(position))
+
+    def where(self, position: int) -> str:
+        """Return what a message calls an image."""
+        return self.catalogue.where(self.split, *self._place(position))
+
+    def read(self, position: int) -> Image.Image:
+        """Return an image as it is stored (packed data: resized and cropped).
+
+        Raises:
+            BrokenImage: it cannot be decoded; the message names it.
+        """
+        return self.catalogue.read(self.split, *self._place(position))
+
+    def of_class(self, index: int) -> range:
+        """Return the positions of the images of one class.
+
+        Raises:
+            IndexError: there is no such class.
+        """
+        if not 0 <= index < len(self.classes):
+            raise IndexError(f"class {index} of {len(self.classes)}")
+        return range(int(self.starts[index]), int(self.starts[index + 1]))
+
+    def first(self, count: int) -> "ImageSet":
+        """Return the first so many images; classes beyond them have none."""
+        return replace(self, starts=np.minimum(self.starts, count))
+
+    def decode(self, indices: Iterable[int]) -> torch.Tensor:
+        """Decode images in this process: uint8 [n, channels, resolution, resolution].
+
+        Raises:
+            BrokenImage: one cannot be decoded; the message names it.
+            InputError: one is not what was listed.
+        """
+        chosen = np.fromiter(indices, dtype=np.int64)
+        side = self.config.resolution
+        images = torch.empty((len(chosen), self.config.channels, side, side), dtype=torch.uint8)
+        owners = np.searchsorted(self.starts, chosen, side="right") - 1
+        for owner in np.unique(owners):
+            wanted = np.flatnonzero(owners == owner)
+            place, rows = int(self.places[owner]), self._rows(int(owner))[chosen[wanted] - self.starts[owner]]
+            if isinstance(self.catalogue, Shards):
+                images[torch.from_numpy(wanted)] = self.catalogue.pixels(self.split, place, rows.tolist())
+                continue
+            for target, row in zip(wanted, rows.tolist(), strict=True):
+                images[target] = fit(self.catalogue.read(self.split, place, row), self.config)
+        return images
+
+    def batches(self, batches: Sequence[Sequence[int]], workers: int) -> Iterator[torch.Tensor]:
+        """Decode batch after batch, ahead of use in ``workers`` processes (0: in this one), in the given order.
+
+        The result and the global random state do not depend on ``workers``.  A long stream is cheaper than many short
+        ones: the processes start once for each call.
+
+        Raises:
+            BrokenImage: an image cannot be decoded; the message names it.
+            InputError: an image is not what was listed.
+            WmddError: a process died.
+        """
+        return in_order(self.decode, batches, workers)
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Return the place of an image's class in the catalogue, and its row there."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"image {position} of {len(self)}")
+        owner = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return int(self.places[owner]), int(self._rows(owner)[position - self.starts[owner]])
+
+    def _rows(self, index: int) -> np.ndarray:
+        """Return the rows of one class that belong to this set: int64 [n]."""
+        count = int(self.catalogue.counts(self.split)[self.places[index]])
+        rows = np.delete(np.arange(count), self.left_out.get(index, ()))
+        held = _held_out(len(rows), self.held_out)
+        return rows[held] if self.holdout else np.delete(rows, held)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The images of a run."""
+
+    train: ImageSet
+    """What is distilled."""
+    holdout: ImageSet | None
+    """Training images kept apart to choose recipes on, if ``holdout_per_class`` asks for them."""
+    test: ImageSet
+    classes: tuple[str, ...]
+    all_classes: tuple[str, ...]
+    """Those of the whole data set, of which ``classes`` were chosen."""
+    fingerprint: str
+    """SHA-256 of what identifies the images and their decoding: never of the place where they lie."""
+    skipped: tuple[str, ...]
+    """Names of the unreadable files that were left out."""
+
+    @property
+    def validation(self) -> ImageSet:
+        """The images that recipes are judged by: the holdout if there is one, else the test set."""
+        return self.test if self.holdout is None else self.holdout
+
+
+def load_dataset(config: DataConfig, workers: int = 0, ranks: Ranks | None = None, refresh: bool = False) -> Dataset:
+    """Find the images of the chosen classes in the listing of the data set, which is made if there is none.
+
+    Making it looks at every image of these classes; with ``on_error="skip"`` it also decodes each, so that what is
+    listed is what can be used.  Rank 0 does this, and the others read what it has found.
+
+    Args:
+        config: which images.
+        workers: processes that decode for ``on_error="skip"``.
+        ranks: those that load the data set together, all of which must call; None: this process alone.
+        refresh: list again what is listed.
+
+    Raises:
+        InputError: the data set, a class or an image is missing or unusable; the message names it.
+        Interrupted: a stop was requested while images were listed.
+    """
+    catalogue = _catalogue(config, workers, ranks, refresh)
+    classes = _choose(catalogue.classes, config)
+    known = {name: place for place, name in enumerate(catalogue.classes)}
+    places = np.array([known[name] for name in classes], dtype=np.int64)
+    faults = {split: _faults_of(catalogue, split, places, config.on_error == "skip") for split in SPLITS}
+    found = [
+        (split, int(places[index]), int(row), fault)
+        for split in SPLITS
+        for index, rows in sorted(faults[split].items())
+        for row, fault in sorted(rows.items())
+    ]
+    if found and config.on_error == "fail":
+        total = sum(int(catalogue.counts(split)[places].sum()) for split in SPLITS)
+        examples = [(catalogue.where(split, place, row), fault.reason) for split, place, row, fault in found[:3]]
+        raise InputError(_complaint(examples, len(found), total))
+    held = config.holdout_per_class
+    make = partial(image_set, catalogue, config, classes, places, faults)
+    train, test = make("train", held), make("test")
+    return Dataset(
+        train,
+        make("train", held, True) if held else None,
+        test,
+        classes,
+        catalogue.classes,
+        _fingerprint(config, catalogue, places, faults, classes),
+        tuple(catalogue.name(split, place, row) for split, place, row, _ in found),
+    )
+
+
+def _catalogue(config: DataConfig, workers: int, ranks: Ranks | None, refresh: bool) -> Catalogue:
+    """Return the listed images; of all ranks, only rank 0 looks at folders and files."""
+    if config.packed:
+        shards = Shards(Path(config.packed).expanduser(), config)
+        if ranks is None or ranks.main:
+            shards.check(_choose(shards.classes, config))
+        return shards
+    if in_memory(config):
+        source = open_source(config)
+        return listed_in_memory(source, source.classes("train"))
+    told: dict[str, str] = {}
+    if ranks is None or ranks.main:
+        try:
+            told = _listed(config, workers, refresh)
+        except Interrupted:
+            raise
+        except WmddError as error:
+            if ranks is None or ranks.size == 1:
+                raise
+            told = {"error": str(error), "input": "yes" if isinstance(error, InputError) else ""}
+    told = told if ranks is None else ranks.agree(told)
+    if "error" in told:
+        raise (InputError if told["input"] else WmddError)(told["error"])
+    return Listed(tree_of(told["format"], Path(told["root"])), open_listing(Path(told["listing"])))
+
+
+def _listed(config: DataConfig, workers: int, refresh: bool) -> dict[str, str]:
+    """Return where the tree and its listing are."""
+    tree = open_source(config)
+    if not isinstance(tree, Tree):
+        raise TypeError(f"{type(tree).__name__} is listed in memory")
+    names, test = tree.classes("train"), set(tree.classes("test"))
+    for missing, here, there in (
+        (set(names) - test, "training", "validation"),
+        (test - set(names), "validation", "training"),
+    ):
+        if missing:
+            raise InputError(f"{config.source}: class {min(missing)!r} has {here} images but no {there} images")
+    verdicts = partial(decode_verdicts, workers) if config.on_error == "skip" else None
+    path = lister.obtain(tree, _choose(names, config), verdicts, refresh)
+    return {"format": tree.format, "root": str(tree.root), "listing": str(path)}
+
+
+def image_set(
+    catalogue: Catalogue,
+    config: DataConfig,
+    classes: tuple[str, ...],
+    places: np.ndarray,
+    faults: Mapping[Split, Mapping[int, Mapping[int, Fault]]],
+    split: Split,
+    held_out: int = 0,
+    holdout: bool = False,
+) -> ImageSet:
+    """Choose the images of one split.
+
+    Raises:
+        InputError: a class has none left, or too few for a hold-out.
+    """
+    left_out = {index: np.array(sorted(rows)) for index, rows in faults[split].items()}
+    counts = catalogue.counts(split)[places]
+    for index, rows in left_out.items():
+        counts[index] -= len(rows)
+    if not counts.all():
+        raise InputError(f"class {classes[int(counts.argmin())]!r}: none of its {split} images can be read")
+    if held_out and held_out >= counts.min():
+        name, count = classes[int(counts.argmin())], counts.min()
+        raise InputError(
+            f"data.holdout_per_class={held_out}: class {name!r} has {count} training images; one must remain"
+        )
+    own = np.full(len(classes), held_out) if holdout else counts - held_out
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(own)])
+    return ImageSet(catalogue, split, config, classes, places, starts, left_out, held_out, holdout)
+
+
+def _fingerprint(
+    config: DataConfig,
+    catalogue: Catalogue,
+    places: np.ndarray,
+    faults: Mapping[Split, Mapping[int, Mapping[int, Fault]]],
+    classes: tuple[str, ...],
+) -> str:
+    """Return the digest of the digests of the chosen classes, and of what decides how they are decoded and split."""
+    images: dict[str, list[str]] = {}
+    for split in SPLITS:
+        images[split] = [row.tobytes().hex() for row in catalogue.digests(split)[places]]
+        for index, left_out in faults[split].items():
+            rows = catalogue.rows(split, int(places[index]))
+            kept = (row for row in range(len(rows)) if row not in left_out)
+            images[split][index] = rows.digest_of(kept).hex()
+    keys = {key.removeprefix("data.") for key, what in DECIDES.items() if what == "data"} - {"classes"}
+    settings = config.model_dump(mode="json", include=keys, exclude_defaults=True)
+    return digest(settings | {"classes": classes, "images": images})
+
+
+def _faults_of(catalogue: Catalogue, split: Split, places: np.ndarray, decoded: bool) -> dict[int, Mapping[int, Fault]]:
+    """Return the faults of the chosen classes by index and row, with or without those that only decoding shows."""
+    indices = {int(place): index for index, place in enumerate(places)}
+    found = {
+        indices[place]: {row: fault for row, fault in rows.items() if decoded or not fault.decoded}
+        for place, rows in catalogue.faults(split).items()
+        if place in indices
+    }
+    return {index: rows for index, rows in found.items() if rows}
+
+
+def check_files(config: DataConfig, workers: int, refresh: bool = False) -> list[tuple[str, str]]:
+    """Decode every image of the chosen classes, and return (file, reason) of those that cannot be.
+
+    A JPEG with a damaged stretch that its decoder repairs counts as readable, as it does in a run.
+
+    Args:
+        config: which images.
+        workers: processes that decode; 0 decodes in this one.
+        refresh: list again what is listed.
+
+    Raises:
+        InputError: the data set or a class is missing, or a file is not what was listed.
+    """
+    catalogue = _catalogue(config.model_copy(update={"on_error": "fail"}), workers, None, refresh)
+    classes = _choose(catalogue.classes, config)
+    if isinstance(catalogue, Shards) and (damaged := catalogue.damaged(classes)):
+        return damaged
+    known = {name: place for place, name in enumerate(catalogue.classes)}
+    places = np.array([known[name] for name in classes], dtype=np.int64)
+    faults = {
+        (split, int(places[index]), row): fault.reason
+        for split in SPLITS
+        for index, rows in sorted(_faults_of(catalogue, split, places, False).items())
+        for row, fault in sorted(rows.items())
+    }
+    chunks = [chunk for split in SPLITS for chunk in chunks(catalogue, split, places.tolist())]
+    faults |= decoding_faults(catalogue, chunks, workers)
+    return [(catalogue.where(*place), reason) for place, reason in faults.items()]
+
+
+def _choose(names: Sequence[str], config: DataConfig) -> tuple[str, ...]:
+    """Return the classes that ``config.classes`` asks for, of those that there are."""
+    wanted = config.classes
+    if wanted is None:
+        return tuple(names)
+    if isinstance(wanted, int):
+        return tuple(names[_part(names, 0, wanted, f"data.classes={wanted}")])
+    if isinstance(wanted, str):
+        positions = None if wanted in names else re.fullmatch(r"(\d*):(\d*)", wanted)
+        if positions:
+            start, end = positions.groups()
+            chosen = _part(names, int(start or 0), int(end or len(names)), f"data.classes={wanted!r}")
+            return tuple(names[chosen])
+        wanted = (wanted,)
+    if not wanted:
+        raise InputError("data.classes: names no class")
+    known = set(names)
+    seen = set()
+    for name in wanted:
+        if name not in known:
+            # A list of a thousand names would hide the message.
+            few = len(names) <= 20 or nearest(name, list(names)).startswith("did")
+            hint = nearest(name, list(names)) if few else f"there are {len(names)}, {names[0]!r} to {names[-1]!r}"
+            raise InputError(f"data.classes: no class {name!r}; {hint}")
+        if name in seen:
+            raise InputError(f"data.classes: {name!r} is given twice")
+        seen.add(name)
+    return tuple(wanted)
+
+
+def _part(names: Sequence[str], start: int, end: int, given: str) -> slice:
+    if end > len(names):
+        raise InputError(f"{given}: there are only {len(names)} classes")
+    if start >= end:
+        raise InputError(f"{given}: selects no class")
+    return slice(start, end)
+
+
+def _complaint(examples: Sequence[tuple[str, str]], count: int, total: int) -> str:
+    named = ", ".join(f"{where} ({reason})" for where, reason in examples[:3])
+    more = ", ..." if count > 3 else ""
+    return (
+        f"{count} of {total} images cannot be read: {named}{more}; "
+        "data.on_error=skip leaves them out, `wmdd data check` lists them all"
+    )
+
+
+def _held_out(images: int, count: int) -> np.ndarray:
+    """Return which training images of a class are kept apart: evenly spaced, whatever the seed; int64 [count]."""
+    return (2 * np.arange(count) + 1) * images // max(2 * count, 1)
+
+
+_DECODED = 16
+"""Images decoded between two looks at the stop request: few, as photographs may take a tenth of a second each."""
+
+
+def decode_all(images: ImageSet, config: Config, title: str, stop: Callable[[], bool] = lambda: False) -> Tensor:
+    """Return all images of a split, uint8 [N, channels, H, W], decoded in workers.
+
+    Raises:
+        Interrupted: a stop was requested; it is looked at between batches.
+    """
+    plan = [range(start, min(start + _DECODED, len(images))) for start in range(0, len(images), _DECODED)]
+    side = config.data.resolution
+    out = torch.empty(len(images), config.data.channels, side, side, dtype=torch.uint8)
+    with progress(title, len(images), "images") as advance:
+        for chosen, batch in zip(plan, images.batches(plan, config.compute.workers), strict=True):
+            if stop():
+                raise Interrupted(f"stopped while {title}")
+            out[chosen.start : chosen.stop] = batch
+            advance(len(chosen))
+    return out

@@ -1,0 +1,92 @@
+"""Decoding: images are decoded ahead of use, in worker processes, in a fixed order."""
+
+import atexit
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import torch
+
+from wmdd.errors import Interrupted, WmddError
+from wmdd.runtime import cpus, signals
+
+_PATIENCE = 30
+"""Seconds that a decoding process outlives SIGTERM: as long as SLURM leaves a task it has cancelled."""
+
+Batch = TypeVar("Batch")
+
+
+Result = TypeVar("Result")
+
+
+class _Guarded(torch.utils.data.Dataset):
+    """A function as DataLoader wants it; an error is returned, because raising it there would bury its message."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, batch: Any) -> Any:
+        try:
+            return self.function(batch)
+        except WmddError as error:
+            return error
+
+
+def _outlast_signals(worker: int) -> None:
+    """Go on after a signal to all processes of a run: it still wants its images while it checkpoints.
+
+    SIGTERM is also how a process that ends in disorder ends its workers, so it is heeded after a while.
+    """
+    signals.leave_to_the_run()
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_PATIENCE))
+
+
+def _unchanged(value: Result) -> Result:
+    return value
+
+
+def in_order(function: Callable[[Batch], Result], batches: Sequence[Batch], workers: int) -> Iterator[Result]:
+    """Return ``function(batch)`` for each batch, worked out by one DataLoader of ``workers`` processes (0: here)."""
+    if not workers or not batches:
+        return map(function, batches)
+    stream = _loaded(function, batches, workers)
+    _streams.add(stream)
+    return stream
+
+
+_streams: "WeakSet[Iterator[Any]]" = WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """End decoders in order when a program ends by an error: Python would send them SIGTERM and wait."""
+    for stream in list(_streams):
+        stream.close()  # type: ignore[attr-defined]
+
+
+def _loaded(function: Callable[[Batch], Result], batches: Sequence[Batch], workers: int) -> Iterator[Result]:
+    loader = torch.utils.data.DataLoader(
+        _Guarded(function),
+        batch_size=None,
+        sampler=batches,
+        num_workers=min(cpus.processes(workers), len(batches)),
+        collate_fn=_unchanged,
+        generator=torch.Generator(),  # else it would draw its seed from the global one
+        worker_init_fn=_outlast_signals,
+        # Python 3.14 starts them otherwise: each would import torch and be sent all names.
+        multiprocessing_context="fork",
+    )
+    try:
+        for result in loader:
+            if isinstance(result, WmddError):
+                raise result
+            yield result
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        if signals.requested():
+            raise Interrupted("stopped while images were decoded") from None
+        raise WmddError(
+            f"a process that decodes images died ({error}); memory may be short: try fewer compute.workers, or 0"
+        ) from error

@@ -1,0 +1,104 @@
+"""Datasets are downloaded, or unpacked from archives that lie in their folder (``wmdd data fetch``)."""
+
+import os
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from wmdd.data.sources import folder_of, unnested
+from wmdd.errors import InputError, WmddError, nearest
+
+TINY_ARCHIVE = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+"""Address and MD5 of the official archive of Tiny-ImageNet."""
+
+
+def fetch(name: str, root: Path | None = None) -> Path:
+    """Download a data set, or unpack the archives that lie in its folder, and return that folder.
+
+    What is there already is left as it is.  Imagenette comes in its 320-pixel edition.
+
+    Args:
+        name: as in ``data.source``.
+        root: its folder; None: ``data/NAME``.
+
+    Raises:
+        InputError: no such data set, or one that has to be downloaded by hand.
+        WmddError: the download failed.
+    """
+    if name == "folder":
+        raise InputError("folder: your own images; give their place with data.root=...")
+    makers: dict[str, Callable[[Path], None]] = {
+        "cifar10": _fetch_cifar10,
+        "imagenette": _fetch_imagenette,
+        "tiny-imagenet": _fetch_tiny,
+        "imagenet-1k": _fetch_imagenet,
+    }
+    place = folder_of(name, root)
+    if name == "digits":  # comes with scikit-learn
+        return place
+    if name not in makers:
+        raise InputError(f"{name}: no such data set; {nearest(name, ['digits', *makers])}")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        makers[name](place)
+    except (OSError, RuntimeError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise WmddError(f"{name}: cannot be fetched into {place}: {error}") from error
+    return place
+
+
+def _make_whole(target: Path, make: Callable[[Path], object]) -> None:
+    """Let ``make`` fill a temporary folder beside ``target``, then move its ``target.name`` there: whole or absent."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
+        make(Path(temporary))
+        os.replace(Path(temporary) / target.name, target)
+
+
+def _fetch_cifar10(root: Path) -> None:
+    from torchvision.datasets import CIFAR10
+
+    CIFAR10(root, download=True)
+
+
+def _fetch_imagenette(root: Path) -> None:
+    from torchvision.datasets import Imagenette
+
+    if not (unnested("imagenette", root) / "train").is_dir():
+        _make_whole(root / "imagenette2-320", lambda folder: Imagenette(folder, size="320px", download=True))
+
+
+def _fetch_tiny(root: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    url, md5 = TINY_ARCHIVE
+    if not (unnested("tiny-imagenet", root) / "train").is_dir():
+        _make_whole(
+            root / "tiny-imagenet-200",
+            lambda folder: download_and_extract_archive(url, str(root), extract_root=str(folder), md5=md5),
+        )
+
+
+def _fetch_imagenet(root: Path) -> None:
+    """Unpack the archives as torchvision.datasets.ImageNet does, but so that an interruption leaves nothing half."""
+    from torchvision.datasets import imagenet
+
+    wanted = [split for split in ("train", "val") if not (root / split).is_dir()]
+    if not wanted:
+        return
+    archives = [imagenet.ARCHIVE_META[key][0] for key in ("devkit", *wanted)]
+    missing = [archive for archive in archives if not (root / archive).is_file()]
+    if missing:
+        raise InputError(
+            f"imagenet-1k: its licence asks every user to download it in person from https://image-net.org/download; "
+            f"put {', '.join(missing)} into {root} and run this again"
+        )
+    imagenet.parse_devkit_archive(root)
+    parsers = {"train": imagenet.parse_train_archive, "val": imagenet.parse_val_archive}
+    for split in wanted:
+        _make_whole(root / split, partial(_unpack, parsers[split], root, split))
+
+
+def _unpack(parse: Callable[..., None], root: Path, split: str, temporary: Path) -> None:
+    parse(root, folder=f"{temporary.name}/{split}")  # torchvision joins the folder to the root

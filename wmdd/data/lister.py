@@ -1,0 +1,253 @@
+"""Makes the listing of a data set once for all processes, and finds it again while its folders are unchanged.
+
+The listings of a tree lie in the store, in ``listings/KEY``; KEY is the digest of its real root and its format.  A
+newer listing has a higher number and is a file of its own, so that whoever has mapped an older one keeps it.  A listing
+holds for every folder that was read the time of its last change: while these are the same, nothing else is looked at.
+Files that had a fault are looked at again, since they are repaired in place.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from PIL import __version__ as pillow_version
+
+from wmdd.data.listing import (
+    ABSENT,
+    DECODED,
+    LISTED,
+    VERSION,
+    Fault,
+    Listed,
+    Listing,
+    Part,
+    Rows,
+    open_listing,
+    rows_of,
+)
+from wmdd.data.sources import SPLITS, Look, Members, Split, Tree, changed
+from wmdd.errors import Interrupted, WmddError
+from wmdd.runtime import signals
+from wmdd.runtime.progress_bars import progress
+from wmdd.storage import cache
+from wmdd.storage.files import digest, locked
+
+_LOOKERS = 8
+"""Threads that list folders and look at files: they mostly wait for the disk."""
+_WINDOW = 64
+"""Classes that are listed at a time."""
+_CHUNK = 256
+"""Files or folders that one thread takes at a time."""
+_KEPT = 16
+"""Listings of one root that are kept: nodes with data of their own under one path have one each."""
+
+Class = dict[Split, Rows]
+Verdicts = Callable[[Listed, Split, Sequence[int]], Mapping[int, Mapping[int, str]]]
+"""Decodes all images of some classes of a split; returns by class and row why those that cannot be decoded cannot."""
+
+
+def obtain(tree: Tree, classes: Sequence[str], verdicts: Verdicts | None = None, refresh: bool = False) -> Path:
+    """Return the file of a listing that has these classes as they are now; what is missing is listed.
+
+    A finished listing is found without a lock and without write access.
+
+    Args:
+        tree: where the images lie.
+        classes: those whose images are wanted.
+        verdicts: if given, every image of these classes has been decoded, too.
+        refresh: list these classes again, whatever is known of them.
+
+    Raises:
+        InputError: a class has no images, or the store cannot be written.
+        Interrupted: a stop was requested; what was listed is kept.
+    """
+    key = digest([VERSION, os.path.realpath(tree.root), tree.format])
+    known = tree.classes("train")
+    folder = cache.folder("listings", key)
+    if not refresh and (found := _current(folder, tree, known, classes, verdicts is not None)):
+        cache.note_use(folder)
+        return found
+    cache.prepare(folder)
+    with locked(folder / ".lock", signals.requested):
+        if not refresh and (found := _current(folder, tree, known, classes, verdicts is not None)):
+            return found  # another process made it meanwhile
+        return _make(folder, tree, known, classes, verdicts, refresh)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the listings of a root, the newest first."""
+    return sorted(folder.glob("[0-9]*.safetensors"), reverse=True)
+
+
+def _opened(paths: Iterable[Path]) -> Iterator[Listing]:
+    """Yield the listings that are whole."""
+    for path in paths:
+        try:
+            yield open_listing(path)
+        except WmddError:
+            continue  # it will be made again
+
+
+def _current(folder: Path, tree: Tree, known: Sequence[str], classes: Sequence[str], decoded: bool) -> Path | None:
+    """Return the newest listing to which nothing has to be added."""
+    look = _Glance(tree.root)
+    for listing in _opened(_files(folder)):
+        if listing.classes == tuple(known) and not _stale(listing, classes, look, decoded):
+            return listing.path
+    return None
+
+
+class _Glance:
+    """Times of the last change of folders, each looked at once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._seen: dict[str, int] = {}
+
+    def at(self, names: Iterable[str]) -> Mapping[str, int]:
+        """Return the time of the last change of each folder."""
+        missing = [name for name in dict.fromkeys(names) if name not in self._seen]
+        chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
+        with ThreadPoolExecutor(_LOOKERS) as pool:
+            for chunk, found in zip(chunks, pool.map(self._look, chunks), strict=True):
+                self._seen.update(zip(chunk, found, strict=True))
+        return self._seen
+
+    def _look(self, names: Sequence[str]) -> list[int]:
+        root = str(self._root)
+        return [changed(f"{root}/{name}") for name in names]
+
+    def same(self, name: str, fault: Fault) -> bool:
+        """Return whether a file that had a fault is as it was."""
+        try:
+            stat = os.stat(self._root / name)
+        except OSError:
+            return fault.changed == 0
+        return (fault.size, fault.changed) == (stat.st_size, stat.st_mtime_ns)
+
+
+def _stale(listing: Listing, classes: Sequence[str], look: _Glance, decoded: bool) -> list[str]:
+    """Return which of these classes have to be listed (or decoded) again."""
+    folders: dict[str, list[tuple[str, int]]] = {}
+    stale = set()
+    if decoded and listing.facts.get("decoder") != pillow_version:
+        return list(classes)
+    for label in classes:
+        index = listing.places.get(label)
+        states = [ABSENT if index is None else int(part.states[index]) for part in listing.parts.values()]
+        if index is None or min(states) < (DECODED if decoded else LISTED):
+            stale.add(label)
+            continue
+        folders[label] = [folder for part in listing.parts.values() for folder in part.folders_of(index)]
+        for part in listing.parts.values():
+            for row, fault in part.faults.get(index, {}).items():
+                if not look.same(part.name(index, row), fault):
+                    stale.add(label)
+    now = look.at(name for found in folders.values() for name, _ in found)
+    # A time of 0 is not to be relied on: the folder was new when it was listed.
+    stale |= {label for label, found in folders.items() if any(then == 0 or now[name] != then for name, then in found)}
+    return [label for label in classes if label in stale]
+
+
+def _make(
+    folder: Path, tree: Tree, known: Sequence[str], classes: Sequence[str], verdicts: Verdicts | None, refresh: bool
+) -> Path:
+    """List what is not known, and write it together with what is."""
+    old = next(_opened(_files(folder)), Listing((), {split: Part.of([]) for split in SPLITS}))
+    todo = list(classes) if refresh else _stale(old, classes, _Glance(tree.root), False)
+    fresh: dict[str, Class] = {}
+    try:
+        with progress(f"listing {tree.root}", len(todo), "classes", observed=False) as advance:
+            for label, rows in _listed(tree, todo):
+                fresh[label] = rows
+                advance(1)
+    except WmddError:
+        if fresh:  # the next attempt goes on from there
+            _write(folder, _joined(old, known, fresh))
+        raise
+    listing = _joined(old, known, fresh)
+    if verdicts is not None:
+        path = _write(folder, listing) if fresh else None  # what was listed outlasts a stop while images are decoded
+        listing = _decoded(Listed(tree, listing), classes, verdicts)
+        if path:
+            path.unlink()  # nobody has seen it: the lock is held
+    return _write(folder, listing)
+
+
+def _joined(old: Listing, known: Sequence[str], fresh: Mapping[str, Class]) -> Listing:
+    """Return the listing of all known classes: those that are fresh, and what an older listing has of the others."""
+    classes = [fresh.get(label) or old.rows(label) for label in known]
+    if old.facts.get("decoder") != pillow_version:
+        classes = [{split: _undecided(rows) for split, rows in each.items()} for each in classes]
+    parts = {split: Part.of([each[split] for each in classes]) for split in SPLITS}
+    return Listing(tuple(known), parts, {"decoder": pillow_version})
+
+
+def _undecided(rows: Rows) -> Rows:
+    """Return rows as they were before they were decoded."""
+    faults = {row: fault for row, fault in rows.faults.items() if not fault.decoded}
+    return replace(rows, faults=faults, state=min(rows.state, LISTED))
+
+
+def _listed(tree: Tree, classes: Sequence[str]) -> Iterator[tuple[str, Class]]:
+    """List classes and look at each of their images."""
+
+    def members(pair: tuple[str, Split]) -> Members:
+        _heed()
+        return tree.members(pair[1], pair[0])
+
+    def looks(names: Sequence[str]) -> list[Look]:
+        _heed()
+        return [tree.look(name) for name in names]
+
+    with ThreadPoolExecutor(_LOOKERS) as pool:
+        for start in range(0, len(classes), _WINDOW):
+            pairs = [(label, split) for label in classes[start : start + _WINDOW] for split in SPLITS]
+            found = list(pool.map(members, pairs))
+            names = [f"{one.folders[0][0]}/{name}" for one in found for name in one.names]
+            chunks = [names[first : first + _CHUNK] for first in range(0, len(names), _CHUNK)]
+            seen = iter([look for chunk in pool.map(looks, chunks) for look in chunk])
+            rows = iter([rows_of(one, list(islice(seen, len(one.names)))) for one in found])
+            for label in classes[start : start + _WINDOW]:
+                yield label, {split: next(rows) for split in SPLITS}
+
+
+def _heed() -> None:
+    if signals.requested():
+        raise Interrupted("stopped while images were listed; what was listed is kept")
+
+
+def _decoded(listed: Listed, classes: Sequence[str], verdicts: Verdicts) -> Listing:
+    """Return a listing with the verdicts on all images of these classes."""
+    listing = listed.listing
+    parts = {}
+    for split, part in listing.parts.items():
+        every = [part.rows(index) for index in range(len(listing.classes))]
+        todo = [listing.places[label] for label in classes if part.states[listing.places[label]] < DECODED]
+        found = verdicts(listed, split, todo)
+        for index in todo:
+            faults = dict(every[index].faults)
+            for row, reason in found.get(index, {}).items():
+                stat = os.stat(listed.where(split, index, row))
+                faults[row] = Fault(reason, True, stat.st_size, stat.st_mtime_ns)
+            every[index] = replace(every[index], faults=faults, state=DECODED)
+        parts[split] = Part.of(every)
+    return Listing(listing.classes, parts, listing.facts)
+
+
+def _write(folder: Path, listing: Listing) -> Path:
+    """Write a listing under the next number."""
+    older = _files(folder)
+    number = int(older[0].name.partition("-")[0]) + 1 if older else 0
+    content = hashlib.sha256()
+    for part in listing.parts.values():
+        content.update(part.digests.tobytes() + part.changed.tobytes())
+    path = folder / f"{number:08d}-{content.hexdigest()[:12]}.safetensors"
+    listing.write(path)
+    for stale in older[_KEPT - 1 :]:
+        stale.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,251 @@
+"""Packed images: decoded once, kept as uint8 in shards of whole classes, read by memory map and staged on a node.
+
+A folder of shards holds ``index.json`` (the settings, all classes, and for each shard its SHA-256 and for each of its
+classes count, digest and faults) and one safetensors file for each shard: the pixels ``train.pixels`` and
+``test.pixels`` (uint8 [N, channels, H, W]), their CRC-32 (int64 [N]) and the listing of the shard's classes.  A process
+opens the index and the shards of its own classes.  What is read is what was packed, byte for byte.
+"""
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from PIL import Image
+
+from wmdd.config.schema import DataConfig
+from wmdd.data.listing import Catalogue, Fault, Listing, Rows
+from wmdd.data.sources import SPLITS, Split
+from wmdd.errors import InputError, WmddError
+from wmdd.runtime.progress_bars import progress
+from wmdd.storage.files import digest, locked, read_json, sha256
+
+INDEX = "index.json"
+VERSION = 2
+SETTINGS = ("source", "resolution", "channels", "crop_ratio")
+"""Fields of ``data`` that the pixels and names of shards depend on."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as the index tells of it."""
+
+    file: str
+    bytes: int
+    sha256: str
+    classes: tuple[str, ...]
+    counts: Mapping[Split, tuple[int, ...]]
+    """Rows of each class, those without pixels included"""
+    digests: Mapping[Split, tuple[str, ...]]
+    """Digest of each class, in hexadecimal"""
+    left_out: Mapping[Split, Mapping[str, Mapping[str, str]]]
+    """Reasons, by class and row, of the images that have no pixels"""
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A shard that is open."""
+
+    listing: Listing
+    pixels: Mapping[Split, torch.Tensor]
+    crcs: Mapping[Split, torch.Tensor]
+
+
+def settings_of(config: DataConfig) -> dict[str, Any]:
+    """Return the settings that shards are made under."""
+    return config.model_dump(mode="json", include=set(SETTINGS))
+
+
+class Shards(Catalogue):
+    """The images of a packed folder, under the names that they had."""
+
+    def __init__(self, root: Path, config: DataConfig) -> None:
+        """Read the index, and check that it fits the config.
+
+        Raises:
+            InputError: the folder has no index, or was packed under other settings.
+        """
+        remedy = f"pack it again: wmdd data pack CONFIG --out {root}"
+        if not (root / INDEX).is_file():
+            raise InputError(f"data.packed={root}: has no finished {INDEX}; {remedy}")
+        try:
+            index = read_json(root / INDEX)
+            version, made = index["version"], index["data"]
+            if version == VERSION:
+                self.classes = tuple(index["classes"])
+                self.shards = [Shard(**entry) for entry in index["shards"]]
+        except (WmddError, KeyError, TypeError) as error:
+            raise InputError(f"{root / INDEX}: is damaged ({error}); {remedy}") from None
+        if version != VERSION:
+            raise InputError(f"data.packed={root}: is of version {version}, this wmdd reads {VERSION}; {remedy}")
+        for field, wanted in settings_of(config).items():
+            if made.get(field) != wanted:
+                raise InputError(
+                    f"data.packed={root}: was packed with data.{field}={made.get(field)!r}, the config asks for "
+                    f"{wanted!r}; set data.{field}={made.get(field)!r}, or {remedy}"
+                )
+        self.root = root
+        self.stage = None if config.stage is None else _stage_folder(Path(config.stage).expanduser(), index)
+        known = {name: place for place, name in enumerate(self.classes)}
+        self._places = {
+            known[name]: (number, position)
+            for number, shard in enumerate(self.shards)
+            for position, name in enumerate(shard.classes)
+        }
+        self._counts = {split: np.zeros(len(self.classes), np.int64) for split in SPLITS}
+        self._digests = {split: np.zeros((len(self.classes), 32), np.uint8) for split in SPLITS}
+        self._faults: dict[Split, dict[int, dict[int, Fault]]] = {split: {} for split in SPLITS}
+        for shard in self.shards:
+            places = [known[name] for name in shard.classes]
+            for split in SPLITS:
+                self._counts[split][places] = shard.counts[split]
+                self._digests[split][places] = [list(bytes.fromhex(each)) for each in shard.digests[split]]
+                for name, rows in shard.left_out[split].items():
+                    self._faults[split][known[name]] = {int(row): Fault(reason) for row, reason in rows.items()}
+        self._maps: dict[int, _Mapped] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_maps": {}}  # a mapping is of one process
+
+    def counts(self, split: Split) -> np.ndarray:
+        """Return the number of rows of each class, 0 for one that was not packed."""
+        return self._counts[split]
+
+    def digests(self, split: Split) -> np.ndarray:
+        """Return the digest of each class."""
+        return self._digests[split]
+
+    def faults(self, split: Split) -> Mapping[int, Mapping[int, Fault]]:
+        """Return why images were left out, by class and row."""
+        return self._faults[split]
+
+    def rows(self, split: Split, index: int) -> Rows:
+        """Return the rows of one class, from its shard."""
+        number, position = self._places[index]
+        return self._mapped(number).listing.parts[split].rows(position)
+
+    def name(self, split: Split, index: int, row: int) -> str:
+        """Return the name of an image in the data set that was packed."""
+        number, position = self._places[index]
+        return self._mapped(number).listing.parts[split].name(position, row)
+
+    def read(self, split: Split, index: int, row: int) -> Image.Image:
+        """Return the image as it was packed: resized and cropped."""
+        pixels = self.pixels(split, index, [row])[0]
+        return Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
+
+    def where(self, split: Split, index: int, row: int) -> str:
+        """Return the shard and the image."""
+        number, _ = self._places[index]
+        return f"{self.root / self.shards[number].file} ({self.name(split, index, row)})"
+
+    def pixels(self, split: Split, index: int, rows: Sequence[int]) -> torch.Tensor:
+        """Return images of one class: uint8 [n, channels, resolution, resolution].
+
+        Raises:
+            InputError: the shard is missing, or the pixels are not those that were packed.
+        """
+        number, position = self._places[index]
+        shard, mapped = self.shards[number], self._mapped(number)
+        left_out = self._faults[split].get(index, {})
+        missing = sum(len(shard.left_out[split].get(name, {})) for name in shard.classes[:position])
+        first = sum(shard.counts[split][:position]) - missing
+        found = []
+        for row in rows:
+            place = first + row - sum(fault < row for fault in left_out)
+            pixels = mapped.pixels[split][place]
+            if zlib.crc32(pixels.numpy().data) != int(mapped.crcs[split][place]):
+                where = self.where(split, index, row)
+                raise InputError(f"{where}: is damaged; delete {self.path(number)} and make it again")
+            found.append(pixels)
+        return torch.stack(found)
+
+    def path(self, number: int) -> Path:
+        """Return the place of a shard: where it was packed, or its copy on this node, which is made if need be."""
+        shard = self.shards[number]
+        origin = self.root / shard.file
+        if self.stage is None:
+            return origin
+        copy = self.stage / shard.file
+        if not copy.is_file():
+            with locked(self.stage / f"{shard.file}.lock"):
+                if not copy.is_file():
+                    _copy(origin, copy, shard.bytes, shard.sha256)
+        return copy
+
+    def check(self, classes: Iterable[str]) -> None:
+        """Refuse classes that were not packed, and shards that are not as long as the index says.
+
+        Raises:
+            InputError: there is one; the message names it.
+        """
+        packed = {name: number for number, shard in enumerate(self.shards) for name in shard.classes}
+        for name in classes:
+            if name not in packed:
+                raise InputError(
+                    f"data.packed={self.root}: holds {len(packed)} of {len(self.classes)} classes, and {name!r} is none"
+                    " of them; choose others by data.classes, or pack more"
+                )
+        for number in sorted({packed[name] for name in classes}):
+            path = self.root / self.shards[number].file
+            if not path.is_file() or path.stat().st_size != self.shards[number].bytes:
+                state = "is cut short or has grown" if path.is_file() else "is missing"
+                raise InputError(f"{path}: {state}; run `wmdd data pack` again, which makes only what is not whole")
+
+    def damaged(self, classes: Iterable[str]) -> list[tuple[str, str]]:
+        """Hash the shards of these classes; return (shard, reason) of those that are not what was packed."""
+        chosen, found = set(classes), []
+        shards = [shard for shard in self.shards if chosen & set(shard.classes)]
+        with progress("hashing the packed images", len(shards), "shards") as advance:
+            for shard in shards:
+                if sha256(self.root / shard.file) != shard.sha256:
+                    found.append((str(self.root / shard.file), "is damaged: its SHA-256 is not that of the index"))
+                advance(1)
+        return found
+
+    def _mapped(self, number: int) -> _Mapped:
+        """Map a shard, once: nothing of it is read until it is asked for."""
+        if number not in self._maps:
+            path = self.path(number)
+            try:
+                file = safetensors.safe_open(path, "pt")
+                self._maps[number] = _Mapped(
+                    Listing.read(file),
+                    {split: file.get_tensor(f"{split}.pixels") for split in SPLITS},
+                    {split: file.get_tensor(f"{split}.crcs") for split in SPLITS},
+                )
+            except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+                raise InputError(f"{path}: is not a whole shard ({error}); pack or stage it again") from None
+        return self._maps[number]
+
+
+def _stage_folder(stage: Path, index: dict[str, Any]) -> Path:
+    folder = stage / f"wmdd-{digest(index)[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"data.stage={stage}: cannot be written: {error.strerror}") from None
+    return folder
+
+
+def _copy(origin: Path, copy: Path, size: int, sha: str) -> None:
+    """Copy a shard whole or not at all."""
+    free = shutil.disk_usage(copy.parent).free
+    if free < size:
+        raise InputError(f"data.stage={copy.parent}: {size / 1e9:.2f} GB asked, {free / 1e9:.2f} GB free; leave it out")
+    temporary = copy.with_name(f".{copy.name}.tmp")  # one name: the lock is held, so what lies there is left over
+    try:
+        shutil.copyfile(origin, temporary)
+        if sha256(temporary) != sha:
+            raise InputError(f"{origin}: is damaged: its SHA-256 is not that of the index; pack it again")
+        os.replace(temporary, copy)
+    except OSError as error:
+        raise WmddError(f"{copy}: cannot be staged: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

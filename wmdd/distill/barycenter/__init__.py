@@ -1,0 +1,1 @@
+"""Barycenters: K atoms that stand for the features of one class."""

@@ -1,0 +1,198 @@
+"""Class statistics: one pass over the real images gives features and per-class BatchNorm moments, exactly."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wmdd.config.schema import Config
+from wmdd.data import augment
+from wmdd.data.dataset import Dataset
+from wmdd.data.pixels import normalize
+from wmdd.errors import Interrupted
+from wmdd.runtime.arithmetic import Arithmetic
+from wmdd.runtime.ranks import Ranks
+from wmdd.runtime.seeding import generator
+from wmdd.storage import cache
+from wmdd.storage.files import digest, read_metadata, read_tensors, sweep, write_tensors
+
+if TYPE_CHECKING:
+    from wmdd.teacher.obtain import Teacher
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations (M2) of vectors, merged exactly.
+
+    Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983), eq. 2.1.
+    """
+
+    count: int
+    mean: Tensor
+    """[M] float64"""
+    m2: Tensor
+    """[M] float64"""
+
+    @staticmethod
+    def of(values: Tensor) -> "Moments":
+        """Return the moments of the rows of ``values`` [n, M]."""
+        values = values.double()
+        mean = values.mean(0)
+        return Moments(len(values), mean, (values - mean).square().sum(0))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Return the moments of both sets of rows together."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + delta * (other.count / count),
+            self.m2 + other.m2 + delta.square() * (self.count * other.count / count),
+        )
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """What the teacher sees in the n real images of one class.
+
+    The variance of a BatchNorm input over images and positions is ``within + between``: the mean over images of their
+    own variances, and the variance of their means (both biased).
+    """
+
+    features: Tensor
+    """[n, D] float32"""
+    mean: Tensor
+    """[M] float32, over images and positions"""
+    within: Tensor
+    """[M] float32"""
+    between: Tensor
+    """[M] float32"""
+    seconds: float = 0.0
+    """Wall-clock time of the pass over its images, whoever made it"""
+
+    def variance(self, weights: Tensor, matched: bool) -> Tensor:
+        """Return the target variance [M] for K images of such weights (they sum to one).
+
+        The total variance of the class, or with ``matched`` the one that K independent images of the class have on
+        average, ``within + (1 − Σ w²) between``: one image has no variance between images.
+        """
+        share = 1 - weights.square().sum().item() if matched else 1.0
+        return self.within + share * self.between
+
+
+def summarise(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]], between: str) -> ClassStatistics:
+    """Combine the batches of one class, in order.
+
+    Args:
+        features: of each batch, [b, D].
+        moments: per-image means and variances of each batch, each [b, M].
+        between: ``exact`` over the class, or ``batchwise``: the mean over batches of their variance (public code).
+    """
+    parts = [Moments.of(means) for means, _ in moments]
+    inner = [Moments.of(variances) for _, variances in moments]
+    total, within = parts[0], inner[0]
+    for part, spread in zip(parts[1:], inner[1:], strict=True):
+        total, within = total.merge(part), within.merge(spread)
+    if between == "exact":
+        inside, across = within.mean, total.m2 / total.count
+    else:
+        inside = torch.stack([part.mean for part in inner]).mean(0)
+        across = torch.stack([part.m2 / part.count for part in parts]).mean(0)
+    return ClassStatistics(torch.cat(list(features)).float(), total.mean.float(), inside.float(), across.float())
+
+
+def key(config: Config, dataset: Dataset, teacher: str, arithmetic: Arithmetic) -> str:
+    """Return the cache's key for the statistics of a dataset under a teacher (its SHA-256), made in an arithmetic."""
+    synthesis = config.synthesis
+    parts = {
+        "teacher": teacher,
+        "data": dataset.fingerprint,
+        "settings": config.fingerprint("statistics"),
+        "arithmetic": arithmetic.facts,
+        "augment": [config.seed, synthesis.crop_scale, synthesis.flip] if config.statistics.augment else None,
+    }
+    return digest(parts)
+
+
+def measure(
+    config: Config,
+    dataset: Dataset,
+    teacher: "Teacher",
+    ranks: Ranks,
+    classes: Sequence[int],
+    advance: Callable[[int], None] = lambda images: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[int, ClassStatistics]]:
+    """Yield (class index, statistics) in the order of ``classes``, from the store or in one decode of their images.
+
+    Every batch holds images of one class and its size is the config's, so that neither ranks nor blocks change a bit.
+    ``advance`` is called with the number of images done.
+
+    Raises:
+        Interrupted: ``stop`` asked for it, between two batches; what is stored of finished classes is kept.
+    """
+    folder = cache.folder("statistics", key(config, dataset, teacher.sha256, ranks.arithmetic))
+    paths = {index: folder / f"{index:05d}.safetensors" for index in classes}
+    # What is damaged has no metadata, and is measured anew.  The rest is read when its turn comes: all of ImageNet's
+    # would take gigabytes.
+    known = {index: read_metadata(path).get("seconds") for index, path in paths.items()}
+    missing = [index for index, seconds in known.items() if seconds is None]
+    if missing:
+        cache.prepare(folder)
+        sweep(folder)
+    cache.note_use(folder)
+    fresh = _compute(config, dataset, teacher, ranks, missing, advance, stop)
+    for index in classes:
+        seconds = known[index]
+        if seconds is None:
+            begun = time.perf_counter()
+            found = replace(next(fresh), seconds=round(time.perf_counter() - begun, 4))
+            tensors = {name: value for name, value in vars(found).items() if isinstance(value, Tensor)}
+            write_tensors(paths[index], tensors, {"seconds": str(found.seconds)})
+        else:
+            found = ClassStatistics(**read_tensors(paths[index]), seconds=float(seconds))
+            advance(len(found.features))
+        yield index, found
+
+
+def _compute(
+    config: Config,
+    dataset: Dataset,
+    teacher: "Teacher",
+    ranks: Ranks,
+    classes: Sequence[int],
+    advance: Callable[[int], None],
+    stop: Callable[[], bool],
+) -> Iterator[ClassStatistics]:
+    size = config.statistics.batch_size
+    plan: list[list[int]] = []
+    sizes: list[int] = []
+    for index in classes:
+        images = list(dataset.train.of_class(index))
+        batches = [images[start : start + size] for start in range(0, len(images), size)]
+        plan += batches
+        sizes.append(len(batches))
+    decoded = iter(dataset.train.batches(plan, config.compute.workers))
+    for index, count in zip(classes, sizes, strict=True):
+        source = generator(config.seed, "statistics", dataset.classes[index])
+        features: list[Tensor] = []
+        moments: list[tuple[Tensor, Tensor]] = []
+        for _ in range(count):
+            if stop():
+                raise Interrupted("stopped while class statistics were measured")
+            shown = normalize(next(decoded).to(ranks.device), config.data)
+            if config.statistics.augment:
+                shown = augment.warp(shown, _draws(config, len(shown), source).to(ranks.device))
+            seen = teacher.observe(shown, ranks, size)
+            features.append(seen.features)
+            moments.append((seen.means, seen.variances))
+            advance(len(shown))
+        yield summarise(features, moments, config.statistics.between)
+
+
+def _draws(config: Config, count: int, source: torch.Generator) -> augment.Draws:
+    synthesis = config.synthesis
+    return augment.draw((count,), config.data.resolution, synthesis.crop_scale, synthesis.flip, 0, source)

@@ -1,0 +1,1 @@
+"""Synthesis: images optimized until their features and moments match their targets."""

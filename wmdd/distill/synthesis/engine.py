@@ -1,0 +1,154 @@
+"""The loop that optimizes images."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from wmdd.config.schema import SynthesisConfig
+from wmdd.data import augment
+from wmdd.distill.synthesis.objective import Loss, Objective, Target, evaluate, own_rows
+from wmdd.errors import Interrupted
+from wmdd.networks.frozen import FrozenNetwork
+from wmdd.runtime.ranks import Ranks
+from wmdd.runtime.seeding import generator
+from wmdd.runtime.team import SINGLE, Team
+
+
+@dataclass
+class State:
+    """Where the synthesis of a group stands: all that is needed to go on from here."""
+
+    images: Tensor
+    """[N, channels, H, W] float32, normalised"""
+    iteration: int = 0
+    first: Tensor | None = None
+    """Adam's first moment, like ``images``; None at the start"""
+    second: Tensor | None = None
+    """Adam's second moment"""
+    curve: dict[str, list[float]] = field(default_factory=dict)
+    """Loss terms at the iterations listed under ``iteration``"""
+
+
+def synthesize(
+    network: FrozenNetwork,
+    state: State,
+    target: Target,
+    objective: Objective,
+    settings: SynthesisConfig,
+    limits: tuple[Tensor, Tensor],
+    seed: tuple[object, ...],
+    ranks: Ranks,
+    team: Team = SINGLE,
+    advance: Callable[[int], None] = lambda iterations: None,
+    save: Callable[[State], None] | None = None,
+    due: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False,
+) -> State:
+    """Optimise the images of one group against its target.
+
+    Adam on the images with a cosine schedule to zero, each iteration seeing them through a random crop, flip and roll;
+    pixels are clamped to ``limits`` after each step.  All draws follow from ``seed`` and the iteration, so a resumed
+    synthesis equals an uninterrupted one.
+
+    Args:
+        network: the frozen teacher.
+        state: where to start; its images are [G·K, channels, H, W].
+        target: what to match.
+        objective: how.
+        settings: iterations, learning rate, augmentation.
+        limits: smallest and largest normalised pixel value, each [channels, 1, 1].
+        seed: names the group; given to ``seed_of``.
+        ranks: device and precision, and whether steps are compiled.
+        team: the ranks that hold the images of each class together; all get the whole state and return it.
+        advance: called with the number of iterations done.
+        save: writes a checkpoint; called when ``due()`` or ``stop()`` says so.
+        due: whether a checkpoint is wanted now.
+        stop: whether to checkpoint and leave.
+
+    Returns:
+        the final state, on the CPU.
+
+    Raises:
+        Interrupted: ``stop`` asked for it; the state was saved.
+    """
+    device = ranks.device
+    classes, count = target.weights.shape
+    rows = own_rows(classes, count, team)
+    target = target.part(team).to(device)
+    low, high = (limit.to(device) for limit in limits)
+    images = state.images[rows].to(device).requires_grad_(True)
+    optimizer = torch.optim.Adam([images], lr=settings.lr, betas=settings.betas, fused=True)
+    if state.first is not None and state.second is not None:
+        step = torch.tensor(float(state.iteration), device=device)
+        moments = {"exp_avg": state.first[rows].to(device), "exp_avg_sq": state.second[rows].to(device)}
+        optimizer.state[images] = {"step": step, **moments}
+    draws = _schedule(settings, classes * count, images.shape[-1], seed, rows).to(device)
+    sizes = network.layer_sizes
+
+    def loss_of(pixels: Tensor, boxes: augment.Draws) -> Loss:
+        with ranks.autocast():
+            seen = network(augment.warp(pixels, boxes))
+        return evaluate(objective, seen, target, sizes, team)
+
+    def whole(part: Tensor) -> Tensor:
+        out = torch.empty(classes * count, *part.shape[1:], dtype=part.dtype)
+        for rank, piece in enumerate(team.gather(part.detach())):
+            out[own_rows(classes, count, replace(team, rank=rank))] = piece.cpu()
+        return out
+
+    step_loss = ranks.compiled(loss_of)
+    every = max(1, settings.iterations // 50)
+    logged: list[tuple[int, Loss]] = []
+
+    def snapshot(iteration: int) -> State:
+        moments = optimizer.state.get(images, {})
+        curve = {name: list(values) for name, values in state.curve.items()}
+        for index, loss in logged:
+            for name, value in {"iteration": float(index), **vars(loss)}.items():
+                curve.setdefault(name, []).append(float(value))
+        first, second = (whole(moments[name]) if name in moments else None for name in ("exp_avg", "exp_avg_sq"))
+        return State(whole(images), iteration, first, second, curve)
+
+    for iteration in range(state.iteration, settings.iterations):
+        if save:
+            stopping, saving = team.anyone(stop(), due())
+            if stopping or saving:
+                save(snapshot(iteration))
+            if stopping:
+                raise Interrupted(f"checkpointed at iteration {iteration} of {settings.iterations}")
+        loss = step_loss(images, draws[iteration])
+        (images.grad,) = torch.autograd.grad(loss.total, images)
+        optimizer.param_groups[0]["lr"] = settings.lr * _cosine(iteration / settings.iterations)
+        optimizer.step()
+        if settings.clamp:
+            with torch.no_grad():
+                images.clamp_(low, high)
+        if iteration % every == 0 or iteration == settings.iterations - 1:
+            logged.append((iteration, Loss(*(value.detach() for value in vars(loss).values()))))
+        advance(1)
+    return snapshot(settings.iterations)
+
+
+def _schedule(
+    settings: SynthesisConfig, count: int, size: int, seed: tuple[object, ...], rows: Tensor | None = None
+) -> augment.Draws:
+    """Draw all crops, flips and rolls of a synthesis: [iterations, 1 or N], then those of the given rows."""
+    grouped = settings.augment == "group"
+    shape = (settings.iterations, 1 if grouped else count)
+    low, high = settings.crop_scale
+    smallest: float | Tensor = low
+    if settings.crop_curriculum:
+        # CDA (Yin & Shen 2023): from global views to local ones, along a cosine.
+        progress = torch.arange(shape[0]) / max(1.0, settings.crop_curriculum * shape[0])
+        smallest = high - (high - low) * (1 - torch.cos(torch.pi * progress.clamp_max(1.0)))[:, None] / 2
+    draws = augment.draw(shape, size, (smallest, high), settings.flip, settings.jitter, generator(*seed, "augment"))
+    if grouped or rows is None:
+        return draws
+    return augment.Draws(draws.boxes[:, rows], draws.flips[:, rows], draws.shifts[:, rows])
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,7 @@
+"""What a method of another package imports: ``from wmdd.methods import ClassData, ClassPlan, Method, Objective``."""
+
+from wmdd.config.schema import BarycenterConfig, SynthesisConfig
+from wmdd.distill.methods.base import ClassData, ClassPlan, Method
+from wmdd.distill.synthesis.objective import Objective
+
+__all__ = ["BarycenterConfig", "ClassData", "ClassPlan", "Method", "Objective", "SynthesisConfig"]

@@ -1,0 +1,1 @@
+"""Networks by name, the frozen network with its moments, weights, checkpoints, accuracy."""

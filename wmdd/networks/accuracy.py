@@ -1,0 +1,66 @@
+"""Accuracy of a classifier on the images it is judged by, decoded once for all networks of a run."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wmdd.config.schema import Config
+from wmdd.data.dataset import Dataset, decode_all
+from wmdd.data.pixels import normalize
+from wmdd.errors import Interrupted
+from wmdd.runtime.ranks import Ranks
+from wmdd.runtime.team import SINGLE, Team
+
+_BATCH = 256
+
+
+class Validation:
+    """Measures classifiers on the hold-out if the config keeps one, else on the test set.
+
+    Args:
+        config: normalisation and decoding workers.
+        dataset: the images; they are decoded to uint8 and kept when first needed.
+        ranks: device and precision.
+        stop: whether to leave; looked at between batches.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, ranks: Ranks, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._config, self._ranks, self._stop = config, ranks, stop
+        self._source = dataset.validation
+        self._images: Tensor | None = None
+        self.on = "test" if dataset.holdout is None else "holdout"
+        """``test`` or ``holdout``"""
+
+    def __call__(self, predict: Callable[[Tensor], Tensor], team: Team = SINGLE) -> dict[str, float]:
+        """Return top-1 and top-5 accuracy (fractions) and mean cross-entropy of ``predict`` (images -> logits).
+
+        The ranks of a team, which must all call it, share the batches.
+
+        Raises:
+            Interrupted: a stop was requested, on any rank of the team.
+        """
+        totals = team.together(lambda: self._totals(predict, team))
+        means = (team.sum(totals) / len(self._source)).tolist()
+        return dict(zip(("top1", "top5", "loss"), means, strict=True))
+
+    def _totals(self, predict: Callable[[Tensor], Tensor], team: Team) -> Tensor:
+        """Return the sums over this rank's batches: images right at once and in five tries, and cross-entropy."""
+        if self._images is None:
+            title = f"decoding the {self.on} images"
+            self._images = decode_all(self._source, self._config, title, self._stop)
+        totals = torch.zeros(3, dtype=torch.float64)
+        batches = list(zip(self._images.split(_BATCH), self._source.labels.split(_BATCH), strict=True))
+        for raw, labels in batches[team.rank :: team.size]:
+            if self._stop():
+                raise Interrupted(f"stopped while a network was judged on the {self.on} images")
+            with torch.inference_mode(), self._ranks.autocast():
+                shown = normalize(raw.to(self._ranks.device), self._config.data)
+                logits = predict(shown.contiguous(memory_format=torch.channels_last)).float().cpu()
+            ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            totals += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss])
+        return totals

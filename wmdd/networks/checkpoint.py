@@ -1,0 +1,191 @@
+"""Checkpoints: what a training loop needs to go on as if it had never stopped, and when the next one is due."""
+
+import functools
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wmdd.errors import WmddError
+from wmdd.networks.weights import restore
+from wmdd.runtime.arithmetic import Arithmetic
+from wmdd.runtime.log import say
+from wmdd.runtime.team import Team
+from wmdd.storage.files import read_metadata, read_tensors, write_tensors
+
+_LOOK_SECONDS = 1.0
+"""Target time between two looks of a team: half of the two seconds within which a stop is noticed."""
+
+
+class Clock:
+    """Tells when a checkpoint is due; jitter keeps a thousand tasks from writing at once."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to wait for the next one."""
+        self._next = time.monotonic() + self._seconds * random.uniform(0.9, 1.1)
+
+    def due(self) -> bool:
+        """Return whether it is time."""
+        return time.monotonic() >= self._next
+
+
+class StopCheck:
+    """Tells all ranks of a team, before the same update, whether to stop and whether to write a checkpoint.
+
+    A rank that works alone looks before every update.  Ranks of a team exchange their flags about once a second: the
+    first rank measures how long updates take, and says in the same exchange how many pass until the next one.
+
+    Args:
+        team: ranks that call this together, before every update.
+        stop: whether this rank was asked to stop.
+        due: whether this rank wants a checkpoint.
+    """
+
+    def __init__(self, team: Team, stop: Callable[[], bool], due: Callable[[], bool]) -> None:
+        self._team, self._stop, self._due = team, stop, due
+        self._every = self._left = 1
+        self._looked = time.monotonic()
+
+    def __call__(self) -> tuple[bool, bool]:
+        """Return whether to stop, and whether to write a checkpoint; the same on every rank."""
+        if self._team.size == 1:
+            return self._stop(), self._due()
+        self._left -= 1
+        if self._left:
+            return False, False
+        now = time.monotonic()
+        wanted = until_next_look(self._every, now - self._looked) if self._team.rank == 0 else 0
+        self._looked = now
+        flags = torch.tensor([self._stop(), self._due(), wanted], dtype=torch.float64)
+        stopping, saving, every = self._team.sum(flags).tolist()
+        self._every = self._left = int(every)
+        return stopping > 0, saving > 0
+
+
+def until_next_look(updates: int, seconds: float) -> int:
+    """Return after how many updates a team looks again, if its last ones took so many seconds; at most twice as many.
+
+    The first updates of a process are slow, and tell little of the next ones.
+    """
+    return max(1, min(2 * updates, int(updates * _LOOK_SECONDS / max(seconds, 1e-6))))
+
+
+class Checkpoint:
+    """The state of a training loop before an update, in one file.
+
+    BatchNorm buffers are the first rank's: those of the others are overwritten before each forward pass.
+
+    Args:
+        path: of the file.
+        of: names what is trained; a file of anything else is not gone on from.
+        seconds: between two checkpoints.
+        arithmetic: that it is trained in; a file of another one is not gone on from either.
+    """
+
+    def __init__(self, path: Path, of: str, seconds: float, arithmetic: Arithmetic | None = None) -> None:
+        self._path, self._of, self._clock, self._arithmetic = path, of, Clock(seconds), arithmetic
+
+    def due(self) -> bool:
+        """Return whether it is time for one, by this rank's clock."""
+        return self._clock.due()
+
+    def save(self, parts: Mapping[str, Any], device: torch.device, team: Team, **facts: Any) -> None:
+        """Write the states of networks, optimisers and schedules, of torch's random numbers, and numbers beside them.
+
+        All ranks of the team call it, and the first one writes.
+
+        Raises:
+            WmddError: there is no room, or no right to write.
+        """
+        self._clock.restart()
+        # Dropout draws from these, on each rank for its own images.
+        numbers = [team.gather(torch.get_rng_state())]
+        numbers += [team.gather(torch.cuda.get_rng_state(device))] if device.type == "cuda" else []
+        if team.rank:
+            return
+        states = {name: part.state_dict() for name, part in parts.items()}
+        tensors: dict[str, Tensor] = {}
+        content = _pack({"states": states, "random": numbers, "facts": facts}, tensors)
+        meta = {"of": self._of, "arithmetic": marked(self._arithmetic), "content": json.dumps(content)}
+        write_tensors(self._path, tensors, meta)
+
+    def load(self, parts: Mapping[str, Any], device: torch.device, team: Team) -> dict[str, Any]:
+        """Give the parts their states back and return what was saved beside them; nothing when there is no checkpoint.
+
+        Raises:
+            WmddError: the ranks of the team do not all see the same file.
+        """
+        found = self._read()
+        facts: dict[str, Any] = found["facts"] if found else {}
+        if not all([team.alike(facts.get(key, -1)) for key in ("epoch", "position")]):
+            raise WmddError(f"{self._path}: not every rank sees the same checkpoint; start the same command again")
+        if not found:
+            return {}
+        for name, part in parts.items():
+            load = functools.partial(restore, part) if isinstance(part, nn.Module) else part.load_state_dict
+            load(found["states"][name])
+        torch.set_rng_state(found["random"][0][team.rank])
+        if device.type == "cuda" and len(found["random"]) > 1:
+            torch.cuda.set_rng_state(found["random"][1][team.rank], device)
+        return facts
+
+    def remove(self) -> None:
+        """Delete it: the work is done."""
+        self._path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        meta = read_metadata(self._path)
+        if meta.get("of") == self._of and is_of(self._arithmetic, meta, f"{self._path}: training begins anew"):
+            found: dict[str, Any] = _unpack(json.loads(meta["content"]), read_tensors(self._path))
+            return found
+        if not meta and self._path.exists():
+            say(f"{self._path}: is damaged: training begins anew")
+        return {}
+
+
+def marked(arithmetic: Arithmetic | None) -> str:
+    """Return an arithmetic as the metadata of a file hold it."""
+    return json.dumps(arithmetic and arithmetic.facts, sort_keys=True)
+
+
+def is_of(arithmetic: Arithmetic | None, meta: Mapping[str, str], otherwise: str) -> bool:
+    """Return whether a checkpoint was computed in an arithmetic; if not, say so, after ``otherwise``: what happens."""
+    if meta.get("arithmetic") == marked(arithmetic):
+        return True
+    other = Arithmetic.of(json.loads(meta.get("arithmetic", "null")))
+    say(f"{otherwise}: its checkpoint was computed in {other or 'an unknown arithmetic'}, this is {arithmetic}")
+    return False
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return a tree of dicts and lists as JSON can hold it; its tensors go to ``tensors``."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {"tensor": name, "stride": value.stride()}
+    if isinstance(value, dict):
+        return {"items": [[key, _pack(item, tensors)] for key, item in value.items()]}  # keys may be numbers
+    if isinstance(value, list | tuple):
+        return [_pack(item, tensors) for item in value]
+    return value
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "items" in value:
+        return {key: _unpack(item, tensors) for key, item in value["items"]}
+    # Fused optimisers want a weight and its moments in one layout.
+    stored = tensors[value["tensor"]]
+    return torch.empty_strided(stored.shape, value["stride"], dtype=stored.dtype).copy_(stored)

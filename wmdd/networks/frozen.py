@@ -1,0 +1,184 @@
+"""The frozen network: logits, features and the moments of its BatchNorm inputs."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wmdd.errors import InputError
+from wmdd.networks.create import AUXILIARY, replace_module
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a frozen network saw in N images.
+
+    ``means`` and ``variances`` are those of each image over its positions (biased), at the input of every BatchNorm
+    layer, all layers side by side: M channels, fp32.
+    """
+
+    logits: Tensor
+    """[N, C]"""
+    features: Tensor
+    """[N, D], the input of the last linear layer"""
+    means: Tensor
+    """[N, M]"""
+    variances: Tensor
+    """[N, M]"""
+
+
+def _full(values: Tensor) -> Tensor:
+    """Return bf16 values as fp32, and leave fp32 and fp64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class _ImageMoments(torch.autograd.Function):
+    """Mean and biased variance of each image and channel over its positions: [N, C, h, w] -> two [N, C], fp32.
+
+    Two passes, because a variance by E[x²] − E[x]² loses digits.  The gradient, (g_mean + 2 g_var (x − mean)) / hw, is
+    affine in x: one pass over memory, where autograd's own formula takes four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        values = _full(inputs)  # also under autocast: a variance of bf16 values in bf16 is useless
+        mean = values.mean((2, 3))
+        variance = values.sub(mean[..., None, None]).square_().mean((2, 3))
+        ctx.save_for_backward(inputs, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        inputs, mean = ctx.saved_tensors
+        positions = inputs.shape[2] * inputs.shape[3]
+        slope = gradients[1] * (2 / positions)
+        offset = gradients[0] / positions - slope * mean
+        gradient = torch.addcmul(offset[..., None, None], _full(inputs), slope[..., None, None])
+        return gradient.to(inputs.dtype)
+
+
+class _ReportingBatchNorm(nn.Module):
+    """BatchNorm by running statistics that keeps the moments of its last input until the network collects them."""
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.reporting = True
+        """Off while only the network's answer is asked for"""
+        self.of_batch = False
+        """Whether it normalises by the statistics of its input instead, all images together; nothing is updated"""
+        self._moments: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.reporting:
+            self._moments = _ImageMoments.apply(inputs)
+        if self.of_batch:
+            layer = self.layer
+            return functional.batch_norm(inputs, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
+        outputs: Tensor = self.layer(inputs)
+        return outputs
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Return the moments and forget them, so that no graph outlives its step."""
+        if self._moments is None:
+            raise InputError("the teacher has a BatchNorm layer that takes no part in its forward pass")
+        moments, self._moments = self._moments, None
+        return moments
+
+
+class FrozenNetwork(nn.Module):
+    """A classifier in evaluation mode, without gradients for its weights, that returns an ``Observation``.
+
+    Args:
+        network: the classifier; it is copied.
+        outputs: which of its outputs to keep, in the order of the data's classes; None keeps all.
+
+    Raises:
+        InputError: the network has no BatchNorm2d or no final linear layer.
+    """
+
+    def __init__(self, network: nn.Module, outputs: list[int] | None = None) -> None:
+        super().__init__()
+        network = copy.deepcopy(network)
+        for auxiliary in AUXILIARY:
+            if hasattr(network, auxiliary):
+                setattr(network, auxiliary, None)
+        linear = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+        norms = [path for path, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+        if not norms:
+            raise InputError(
+                f"teacher {type(network).__name__} has no BatchNorm2d layer: its moments cannot be matched"
+            )
+        if not linear:
+            raise InputError(f"teacher {type(network).__name__} has no linear layer to take features from")
+        head = network.get_submodule(linear[-1])
+        assert isinstance(head, nn.Linear)  # noqa: S101 - tells the type checker what the line above selected
+        self.head = head if outputs is None else _rows(head, outputs)
+        replace_module(network, linear[-1], nn.Identity())
+        for path in norms:
+            layer = network.get_submodule(path)
+            assert isinstance(layer, nn.BatchNorm2d)  # noqa: S101 - likewise
+            replace_module(network, path, _ReportingBatchNorm(layer))
+        self.body = network
+        self.eval().requires_grad_(False)
+        self._norms = [module for module in network.modules() if isinstance(module, _ReportingBatchNorm)]
+
+    @property
+    def layer_sizes(self) -> list[int]:
+        """Channels of each BatchNorm layer; they sum to M."""
+        return [norm.layer.num_features for norm in self._norms]
+
+    @property
+    def feature_size(self) -> int:
+        """D, the dimension of the features."""
+        return self.head.in_features
+
+    @property
+    def classes(self) -> int:
+        """Number of logits."""
+        return self.head.out_features
+
+    def predict(self, images: Tensor, of_batch: bool = False) -> Tensor:
+        """Return the logits [N, C] alone; nothing is measured on the way.
+
+        Args:
+            images: [N, channels, H, W], normalised.
+            of_batch: whether every BatchNorm2d goes by the statistics of these images, and not by its running ones.
+        """
+        for norm in self._norms:
+            norm.reporting, norm.of_batch = False, of_batch
+        try:
+            return _full(self.head(self.body(images).flatten(1)))
+        finally:
+            for norm in self._norms:
+                norm.reporting, norm.of_batch = True, False
+
+    def running_moments(self) -> tuple[Tensor, Tensor]:
+        """Return the running means and variances of all layers, each [M]: the global BatchNorm target."""
+        layers = [norm.layer for norm in self._norms]
+        means = [layer.running_mean for layer in layers if layer.running_mean is not None]
+        variances = [layer.running_var for layer in layers if layer.running_var is not None]
+        return torch.cat(means), torch.cat(variances)
+
+    def train(self, mode: bool = True) -> "FrozenNetwork":
+        """Stay in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Observation:
+        """Observe normalised images [N, channels, H, W]."""
+        features = self.body(images).flatten(1)
+        logits = self.head(features)
+        means, variances = zip(*(norm.take() for norm in self._norms), strict=True)
+        return Observation(_full(logits), _full(features), torch.cat(means, 1), torch.cat(variances, 1))
+
+
+def _rows(head: nn.Linear, outputs: list[int]) -> nn.Linear:
+    chosen = nn.Linear(head.in_features, len(outputs), bias=head.bias is not None)
+    with torch.no_grad():
+        chosen.weight.copy_(head.weight[outputs])
+        if head.bias is not None:
+            chosen.bias.copy_(head.bias[outputs])
+    return chosen

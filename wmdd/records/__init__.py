@@ -1,0 +1,1 @@
+"""What was measured: records, their files, provenance and statistics."""

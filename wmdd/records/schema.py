@@ -1,0 +1,117 @@
+"""Records: what was measured, in which circumstances."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from wmdd.config.schema import Count, Positive
+
+Sha = Annotated[str, Field(min_length=1)]
+
+
+class Measurement(BaseModel):
+    """What every line of a file of records has."""
+
+    # A student that diverged has a loss of NaN; as a string it stays JSON and is read back as a float.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+    schema_version: Literal[1] = 1
+    """Version of these fields."""
+    time: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
+    """When it was finished, UTC."""
+    provenance: dict[str, Any] = {}
+    """Code, versions, hardware and job (``provenance``)."""
+
+
+class Record(Measurement):
+    """An accuracy, with all that is needed to trace it and to know what it may be compared with."""
+
+    kind: Literal["student", "teacher", "distillation"]
+    """What was measured."""
+    run: str
+    """Name of the run, as in its config."""
+    dataset: str
+    """Name of the data set."""
+    classes: Positive
+    """Number of classes that were told apart."""
+    resolution: Positive
+    """Height and width of the images, in pixels."""
+    method: str
+    """Name of the method in the registry."""
+    ipc: Positive | None = None
+    """Images per class; None on the whole training set."""
+    network: str
+    """The network that was measured; for a distillation, the teacher's."""
+    regime: Literal["hard", "soft", "stored", "budget"] | None = None
+    """Labels that the student learned from (``labels.regimes``)."""
+    view: Literal["epochs", "updates", "plain"] = "epochs"
+    """How long the student trained and on what (``student.views``)."""
+    distillation_seed: Count | None = None
+    """Seed of the distilled images."""
+    student_seed: Count | None = None
+    """Seed of the student."""
+    evaluated_on: Literal["test", "holdout"]
+    """The images that it was measured on."""
+    metrics: dict[str, float]
+    """``top1`` and ``top5`` as fractions, ``loss`` in nats, and whatever else was measured."""
+    recipe: dict[str, Any]
+    """What must agree before two records are averaged or compared: epochs, updates, batch_size, checkpoint, lr,
+    temperature, the teacher's SHA-256, the student's arithmetic."""
+    protocol: Sha
+    """Fingerprint of ``recipe`` (``protocol_of``)."""
+    config: Sha
+    """Fingerprint of the distillation's config (``Config.fingerprint``)."""
+    artefact: Sha | None = None
+    """SHA-256 of the distilled set's manifest, or of the teacher's weights."""
+    cost: dict[str, float] = {}
+    """What it took (``wmdd.cost``): seconds, device_seconds, peak_bytes, joules; of a student also updates,
+    labelling_flops and the bytes on disk of what it learned from: image_bytes, label_bytes, teacher_bytes (online)."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Record":
+        for key in ("top1", "top5"):
+            if self.metrics.get(key, 0) < 0 or self.metrics.get(key, 0) > 1:
+                raise ValueError(f"metrics.{key} is {self.metrics[key]}; accuracies are fractions from 0 to 1")
+        if self.kind == "student":
+            for field in ("ipc", "regime", "distillation_seed", "student_seed"):
+                if getattr(self, field) is None:
+                    raise ValueError(f"a student's record needs {field}")
+            if "top1" not in self.metrics:
+                raise ValueError("a student's record needs metrics.top1")
+        return self
+
+
+class SpeedRecord(Measurement):
+    """A speed: one stage of the work on so many ranks, by one engine."""
+
+    kind: Literal["throughput", "scaling"]
+    """One engine on one set of ranks, or one point of a study over their number."""
+    stage: Literal["synthesis", "statistics", "students", "barycenters"]
+    """What was timed."""
+    engine: str
+    """``wmdd``, or what it is held against: ``reference`` (the method written plainly), ``pot``."""
+    dataset: str
+    """Name of the data set; generated images are called ``synthetic``."""
+    network: str | None = None
+    """The network that computed."""
+    resolution: Positive | None = None
+    """Height and width of the images, in pixels."""
+    ranks: Positive = 1
+    """Processes that worked together."""
+    mode: Literal["strong", "weak"] | None = None
+    """Of a scaling study: the same work on every number of ranks, or as much for each rank."""
+    unit: str
+    """Of ``rate``: ``img·iter/s``, ``img/s``, ``students/h``, ``classes/s``."""
+    metrics: dict[str, float]
+    """``rate`` (median over repeats), ``rate_low``, ``rate_high``, ``repeats``, ``seconds``, ``p50``, ``p90`` (of a
+    step, in seconds), ``peak_bytes``, ``mfu`` (against a measured peak); ``ratio``, ``ratio_low``, ``ratio_high`` to
+    the engine that the same command timed as its baseline; ``efficiency`` of a scaling study."""
+    setup: dict[str, Any]
+    """What two speeds must share to be compared: batch, precision, threads, compile, iterations, classes, ipc."""
+
+
+Line = TypeVar("Line", Record, SpeedRecord)
+
+
+LINE: TypeAdapter[Record | SpeedRecord] = TypeAdapter(Annotated[Record | SpeedRecord, Field(discriminator="kind")])

@@ -1,0 +1,358 @@
+"""Runs as tables of numbers: accuracy, robustness, coverage, cost, provenance; fractions, seconds and bytes throughout.
+
+Only like is averaged and compared with like: students of one setting (``wmdd.metrics.SETTING``) share one recipe and
+one set of test images, and runs of one name share one distillation; else the report is refused with what differs.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+
+from wmdd.config.schema import DECIDES, DEFAULTS, decides
+from wmdd.records.likeness import complete, refuse_unlike
+from wmdd.records.schema import Record, SpeedRecord
+from wmdd.records.scores import augmentation_robust_score, hard_label_recovery, label_robust_score
+from wmdd.report.comparison import REFERENCE, SETTING, compare
+from wmdd.report.runs import MissingRun, Run
+from wmdd.storage.files import digest, flatten
+
+BYTES = ("image_bytes", "label_bytes", "teacher_bytes", "labelling_flops")
+"""What students learned from, as their records tell it (``Record.cost``)."""
+STAGES = ("teacher", "statistics", "distillation", "students")
+
+
+def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
+    """Return the students that count, one for each setting, method, name of the run and pair of seeds.
+
+    Raises:
+        InputError: students that would be averaged or compared are unlike; the message names the keys that differ.
+    """
+    taken = [*SETTING, "method", "distillation_seed", "student_seed", "metrics", "time"]
+    rows = [
+        {key: getattr(record, key) for key in taken}
+        | {"name": run.name, "baseline": run.baseline or record.method == REFERENCE}
+        | {"images": record.artefact or record.config, "run": run, "record": record}
+        for run in runs
+        for record in run.records
+        if record.kind == "student"
+    ]
+    frame = pd.DataFrame(rows, columns=[*taken, "name", "baseline", "images", "run", "record"]).sort_values("time")
+    for setting, group in frame.groupby(SETTING):
+        refuse_unlike(f"students of {where(setting)}", _recipes(group))
+    # A baseline that several runs measured on the same images makes one row, whatever the runs are called.
+    for _, group in frame[frame["baseline"].astype(bool)].groupby([*SETTING, "method"]):
+        if (group.groupby("distillation_seed")["images"].nunique() == 1).all():
+            frame.loc[group.index, "name"] = ""
+    cell, seeds = [*SETTING, "method", "name"], ["distillation_seed", "student_seed"]
+    latest = frame.drop_duplicates([*cell, *seeds, "images"], keep="last")
+    if repeated := len(frame) - len(latest):
+        problems.append(f"{repeated} measurements were repeated on the same images; the latest of each counts")
+    for (*setting, method, name), group in latest.groupby(cell):
+        what = f"runs of {method} that go by one name ({name or method}) on {where(setting)}"
+        refuse_unlike(what, _distillations(group))
+        for _, twice in group[group.duplicated(seeds, keep=False)].groupby(seeds):
+            images = zip(twice["run"], twice["images"], strict=True)
+            refuse_unlike(f"{what} and one seed", ((run.label, {"artefact": artefact}) for run, artefact in images))
+    return latest
+
+
+def _recipes(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
+    for run, record in zip(group["run"], group["record"], strict=True):
+        yield run.label, complete(record.recipe) | {"evaluated_on": record.evaluated_on}
+
+
+def _distillations(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
+    for run in {run.label: run for run in group["run"] if run.config}.values():
+        yield run.label, distillation(run)
+
+
+def distillation(run: Run) -> dict[str, Any]:
+    """Return what decides a run's images, but for its seed or the files of an external set."""
+    config = flatten(run.config)
+    # A baseline that selects real images depends neither on rounding nor on how the run that owns it synthesises.
+    selected = run.baseline and not run.optimised
+    scope = "data" if selected else "images"
+    used = [sidecar.get("arithmetic") for _, sidecar in sorted(run.blocks.items())]
+    keys = {"method", "ipc", *(key for key in DECIDES if decides(key, scope))} - {"seed", "external.sha256"}
+    settings = {key: config.get(key, DEFAULTS[key]) for key in sorted(keys)}
+    return settings | ({"arithmetic": used[0]} if used and not selected else {})
+
+
+def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
+    """Return ``wmdd.metrics.compare`` with what belongs to each row; then a row for each teacher, without an IPC.
+
+    Added: ``recipe``, ``teacher`` (SHA-256), ``origins`` (``origins`` of its records), the columns ``BYTES``,
+    ``device_seconds`` that the teacher, the statistics and one distilled set took, λ as ``bn_weight`` and
+    ``otherwise``, a name for all else that decided the images.
+    """
+    frame = compare(chosen)
+    several = frame.groupby("method")["name"].nunique() > 1
+    names = zip(frame["method"], frame["name"], strict=True)
+    labels = [f"{m} ({n})" if several[m] and n not in ("", m) else m for m, n in names]
+    spent = {row["run"]: row for row in cost(runs).to_dict("records")}
+    key = [*SETTING, "method", "name"]
+    cells = {cell: _about(group, spent) for cell, group in chosen.groupby(key)}
+    added = pd.DataFrame([cells[cell] for cell in frame[key].itertuples(index=False, name=None)])
+    teachers = pd.DataFrame(list(_teachers(runs)), dtype=object)
+    columns = [*frame.columns, "recipe", "teacher", "origins", *BYTES, "device_seconds", "bn_weight", "otherwise"]
+    frame = frame.assign(method=labels).join(added).astype(object)
+    whole = pd.concat([part for part in (frame, teachers) if len(part)] or [frame]).reindex(columns=columns)
+    return whole.sort_values("dataset", kind="stable", ignore_index=True)
+
+
+def _about(group: pd.DataFrame, spent: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    records: list[Record] = list(group["record"])
+    sizes = {key: [record.cost[key] for record in records if key in record.cost] for key in BYTES}
+    labels = dict.fromkeys(run.label for run in group["run"])
+    devices = [spent[label]["set_device_seconds"] for label in labels if label in spent]
+    known = [seconds for seconds in devices if not pd.isna(seconds)]
+    return {
+        **{key: sum(found) / len(found) if found else None for key, found in sizes.items()},
+        "device_seconds": sum(known) / len(known) if known else None,
+        "recipe": {"evaluated_on": records[0].evaluated_on, **flatten(records[0].recipe)},
+        "teacher": records[0].recipe.get("teacher"),
+        **_bn_weight(group["run"].iloc[0]),
+        "origins": origins(zip(group["run"], records, strict=True)),
+    }
+
+
+def _bn_weight(run: Run) -> dict[str, Any]:
+    """Return λ of a run and a name for all else that decides its images, if it was optimised."""
+    weight = run.config.get("synthesis", {}).get("bn_weight")
+    if weight is None or not run.optimised:
+        return {}
+    otherwise = {key: value for key, value in distillation(run).items() if key != "synthesis.bn_weight"}
+    return {"bn_weight": weight, "otherwise": digest(otherwise)}
+
+
+def _teachers(runs: list[Run]) -> Iterator[dict[str, Any]]:
+    seen = set()
+    for run in runs:
+        data, about = run.config.get("data", {}), run.records[0] if run.records else None
+        found = [
+            {
+                "network": record.network,
+                **record.metrics,
+                "evaluated_on": record.evaluated_on,
+                "sha256": record.artefact,
+            }
+            for record in run.records
+            if record.kind == "teacher"
+        ]
+        for facts in found or ([run.teacher] if "top1" in run.teacher else []):
+            sha = facts.get("sha256")
+            if (sha or run.label) in seen:
+                continue
+            seen.add(sha or run.label)
+            yield {
+                **{key: facts.get(key) for key in ("network", "top1", "top5")},
+                "dataset": about.dataset if about else data.get("source", "?"),
+                "resolution": about.resolution if about else data.get("resolution"),
+                "classes": about.classes if about else None,
+                "view": "epochs",
+                "method": "teacher",
+                "name": "",
+                "baseline": True,
+                "n": 1,
+                "recipe": {"evaluated_on": facts.get("evaluated_on")},
+                "teacher": sha,
+                "origins": [{"run": run.label, "weights": str(sha or "–"), "origin": str(facts.get("origin", "–"))}],
+            }
+
+
+def robustness(found: pd.DataFrame) -> pd.DataFrame:
+    """Return HLR, IOR, LRS and ARS (``wmdd.metrics``) of each row of students in ``accuracy``; missing where unknown.
+
+    The accuracy of the whole training set under hard labels is the teacher's, where teacher and student are one
+    network and were measured on the same images. ARS compares the views ``epochs`` and ``plain``, on the row of the
+    former.
+    """
+    rows = found.to_dict("records")
+    whole = {row["teacher"]: row for row in rows if pd.isna(row["ipc"]) and row["teacher"]}
+    cell = [key for key in [*SETTING, "method", "name"] if key not in ("regime", "view")]
+    table = {(row["regime"], row["view"], *(row[key] for key in cell)): row for row in rows if not pd.isna(row["ipc"])}
+    scores = []
+    for (regime, view, *rest), row in table.items():
+        hard, plain = table.get(("hard", view, *rest)), table.get((regime, "plain", *rest))
+        gain = _gain(row)
+        score: dict[str, Any] = {key: row[key] for key in [*SETTING, "method", "name", "origins"]} | {"ior": gain}
+        full = _whole(row, whole.get(row["teacher"]))
+        if full is not None and hard:
+            score["hlr"] = hard_label_recovery(full, hard["top1"])
+            if gain is not None:
+                score["lrs"] = label_robust_score(hard["top1"], row["top1"], full, row["top1"] - gain)
+        if plain and view == "epochs" and gain is not None and (other := _gain(plain)) is not None:
+            pair = plain["top1"], plain["top1"] - other
+            score["ars"] = augmentation_robust_score(row["top1"], row["top1"] - gain, *pair)
+        scores.append(score)
+    return pd.DataFrame(scores, columns=[*SETTING, "method", "name", "origins", "hlr", "ior", "lrs", "ars"])
+
+
+def _whole(row: dict[str, Any], teacher: dict[str, Any] | None) -> float | None:
+    """Return the accuracy of a row's teacher, if it tells what the row's network reaches on the whole training set."""
+    if teacher is None or teacher["recipe"]["evaluated_on"] != row["recipe"]["evaluated_on"]:
+        return None
+    alike = all(teacher[key] == row[key] for key in ("dataset", "classes", "resolution", "network"))
+    return float(teacher["top1"]) if alike else None
+
+
+def _gain(row: dict[str, Any]) -> float | None:
+    """Return the gain over random real images, paired by seed; random images gain nothing over themselves."""
+    if row["method"].partition(" ")[0] == REFERENCE:
+        return 0.0
+    return None if pd.isna(row["difference"]) else row["difference"]
+
+
+def speeds(runs: list[Run], problems: list[str]) -> list[tuple[Run, SpeedRecord]]:
+    """Return the speeds that count: of one that was measured again under the same circumstances, the latest."""
+    found = [(run, speed) for run in runs for speed in run.speeds]
+    latest: dict[str, tuple[Run, SpeedRecord]] = {}
+    for run, speed in sorted(found, key=lambda pair: pair[1].time):
+        about = speed.model_dump(include=set(SpeedRecord.model_fields) - {"schema_version", "time", "metrics"})
+        about["provenance"] = origin(speed.provenance)
+        latest[str(flatten(about))] = run, speed
+    if repeated := len(found) - len(latest):
+        problems.append(f"{repeated} speeds were measured again on the same machine; the latest of each counts")
+    return list(latest.values())
+
+
+def coverage(runs: list[Run], waiting: Sequence[MissingRun]) -> pd.DataFrame:
+    """Return a row for each run that has a config, or that one or a protocol asks for, with what is missing of it."""
+    rows: list[dict[str, Any]] = []
+    for run in (run for run in runs if run.folder.is_dir() and (run.config or run.records)):
+        student, labels = run.config.get("student", {}), run.config.get("labels", {})
+        kinds = [
+            (network, regime, view)
+            for network in student.get("networks", ())
+            for regime in labels.get("regimes", ())
+            for view in student.get("views", ("epochs",))
+        ]
+        first, count = student.get("first_seed", 0), student.get("seeds", 0)
+        seeds, blocks = range(first, first + count), range(run.config.get("blocks", 0))
+        done = {(record.network, record.regime, record.view, record.student_seed) for record in run.records}
+        missing = [f"block {gap}" for gap in _ranges(index for index in blocks if index not in run.blocks)]
+        for kind in kinds:
+            gaps = _ranges(seed for seed in seeds if (*kind, seed) not in done)
+            words = [word for word in kind if word != "epochs"]
+            missing += [f"student {' '.join(words)} seed {gap}" for gap in gaps]
+        row = {"run": run.label, "method": run.method, "seed": run.config.get("seed")}
+        row |= {"blocks": len(run.blocks), "blocks_expected": len(blocks), "students_expected": len(kinds) * count}
+        row["students"] = sum((*kind, seed) in done for kind in kinds for seed in seeds)
+        rows.append(row | {"missing": ", ".join(missing) if run.config else "config.json"})
+        there = {run.method} | {other.folder.name for other in runs if other.owner == run.folder}
+        for method in student.get("baselines", ()):
+            if run.owner is None and method not in there:
+                label = f"{run.label}/baselines/{method}"
+                rows.append({**row, "run": label, "method": method, "blocks": 0, "students": 0, "missing": "all"})
+    for cell in waiting:
+        rows.append({"run": cell.label, "method": cell.method, "seed": cell.seed, "missing": "all"})
+    columns = ["run", "method", "seed", "blocks", "blocks_expected", "students", "students_expected", "missing"]
+    return pd.DataFrame(rows, columns=columns).astype(object)
+
+
+def _ranges(numbers: Iterable[int]) -> list[str]:
+    """Return [3, 5, 6, 7] as ["3", "5–7"]."""
+    found = list(numbers)
+    edges = [index for index, (one, other) in enumerate(pairwise(found), start=1) if other != one + 1]
+    parts = [found[low:high] for low, high in pairwise([0, *edges, len(found)])] if found else []
+    return [str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts]
+
+
+def cost(runs: list[Run]) -> pd.DataFrame:
+    """Return what each run took: the seconds of each stage, ``device_seconds``, ``peak_bytes``, ``joules``.
+
+    ``set_device_seconds``: of the teacher, the statistics and the distilled set, without students. Where only seconds
+    were recorded, one device is counted. The teacher counts in each of its runs; ``teacher_sha256`` tells them apart.
+    """
+    rows = []
+    for run in runs:
+        recorded: dict[str, list[dict[str, Any]]] = {}
+        for record in run.records:
+            if record.cost:
+                recorded.setdefault(record.kind, []).append(record.cost)
+        statistics = [group["statistics_seconds"] for group in run.groups if group.get("statistics_seconds")]
+        parts = {
+            "teacher": recorded.get("teacher") or [part for part in [run.teacher] if "seconds" in part],
+            "statistics": [{"seconds": seconds} for seconds in statistics],
+            "distillation": run.groups or recorded.get("distillation", []),
+            "students": recorded.get("student", []),
+        }
+        if not any(parts.values()):
+            continue
+        row: dict[str, Any] = {"run": run.label, "teacher_sha256": run.teacher.get("sha256")}
+        seconds = {stage: sum(part.get("seconds", 0.0) for part in found) for stage, found in parts.items()}
+        row |= {stage: seconds[stage] if parts[stage] else None for stage in STAGES} | {"total": sum(seconds.values())}
+        devices = {stage: sum(map(_device_seconds, found)) for stage, found in parts.items()}
+        row["device_seconds"] = sum(devices.values())
+        made = bool(parts["distillation"])
+        row["teacher_device_seconds"] = devices["teacher"]
+        row["set_device_seconds"] = row["device_seconds"] - devices["students"] if made else None
+        every = [part for found in parts.values() for part in found]
+        row["peak_bytes"] = max((part["peak_bytes"] for part in every if "peak_bytes" in part), default=None)
+        joules = [part["joules"] for part in every if "joules" in part]
+        row["joules"] = sum(joules) if joules else None
+        rows.append(row)
+    columns = ["run", *STAGES, "total", "device_seconds", "set_device_seconds", "teacher_device_seconds"]
+    return pd.DataFrame(rows, columns=[*columns, "peak_bytes", "joules", "teacher_sha256"])
+
+
+def _device_seconds(part: dict[str, Any]) -> float:
+    return float(part.get("device_seconds", part.get("seconds", 0.0)))
+
+
+def provenance(chosen: pd.DataFrame, runs: list[Run], timed: Sequence[tuple[Run, SpeedRecord]]) -> pd.DataFrame:
+    """Return a row for each distinct origin of accuracies, speeds and blocks, with the number of these."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for run, record in zip(chosen["run"], chosen["record"], strict=True):
+        found["accuracy", run.label, record.config, record.artefact or "", *origin(record.provenance)] += 1
+    for run, speed in timed:
+        found["speed", run.label, "", "", *origin(speed.provenance)] += 1
+    for run in runs:
+        for sidecar in run.blocks.values():
+            found["block", run.label, "", "", *origin(sidecar.get("provenance") or {})] += 1
+    columns = ["of", "run", "config", "artefact", "revision", "hardware", "versions", "setup", "count"]
+    return pd.DataFrame([(*one, count) for one, count in found.items()], columns=columns)
+
+
+def origins(measured: Iterable[tuple[Run, Record]]) -> list[dict[str, str]]:
+    """Return where the students of one row come from: one entry for each run, artefact and circumstance."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for run, record in measured:
+        key = (run.label, record.config, record.artefact or "–", *origin(record.provenance))
+        found.setdefault(key, []).append(record)
+    names = ("run", "config", "artefact", "revision", "hardware", "versions", "set-up")
+    return [
+        {
+            **dict(zip(names, key, strict=True)),
+            "seeds": _seeds(own),
+            "measured": f"{max(r.time for r in own):%Y-%m-%d %H:%M}",
+        }
+        for key, own in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def _seeds(records: list[Record]) -> str:
+    by_set: dict[int, list[int]] = {}
+    for record in records:
+        by_set.setdefault(record.distillation_seed or 0, []).append(record.student_seed or 0)
+    return "; ".join(f"{seed} with students {', '.join(_ranges(sorted(own)))}" for seed, own in sorted(by_set.items()))
+
+
+def origin(found: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Return the code revision (marked where it had changes), hardware, versions and set-up of a provenance."""
+    revision = str(found.get("revision") or "") + (" + changes" if found.get("dirty") else "")
+    hardware = [str(found[key]) for key in ("device", "cpu") if found.get(key) not in (None, "cpu")]
+    versions = [f"{name} {found[name]}" for name in ("wmdd", "torch", "python", "cuda") if found.get(name)]
+    keys = ("world_size", "threads", "precision")
+    setup = {key: found[key] for key in keys if key in found} | flatten({"slurm": found.get("slurm") or {}})
+    return revision, ", ".join(hardware), ", ".join(versions), ", ".join(f"{key} {setup[key]}" for key in setup)
+
+
+def where(setting: Sequence[Any]) -> str:
+    """Return a setting in words."""
+    dataset, classes, resolution, ipc, network, regime, view = setting
+    longer = {"epochs": "", "updates": ", fixed updates", "plain": ", no augmentation"}[view]
+    return f"{dataset} ({classes} classes, {resolution} px), IPC {ipc}, {network}, {regime} labels{longer}"

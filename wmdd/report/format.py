@@ -1,0 +1,66 @@
+"""Numbers as text."""
+
+from typing import Any
+
+import pandas as pd
+
+NONE = "–"
+
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
+
+UNITS = {"checkpoint": "epoch", "resolution": "px"}
+
+Row = dict[str, Any]
+
+
+def percent(row: Row, metric: str) -> str:
+    """Return an accuracy in percent with its interval."""
+    mean, half_width = row[metric], row[f"{metric}_half_width"]
+    if pd.isna(mean):
+        return NONE
+    return f"{100 * mean:.1f}" if pd.isna(half_width) else f"{100 * mean:.1f} ± {100 * half_width:.1f}"
+
+
+def difference(row: Row, prefix: str = "") -> str:
+    """Return a difference in points with its interval: to the baseline, or with ``coreset_`` to the coreset."""
+    value, low, high = (row[f"{prefix}{key}"] for key in ("difference", "low", "high"))
+    if pd.isna(value):
+        return NONE
+    text = f"{100 * value:+.1f}"
+    if not pd.isna(low):
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return text.replace("-", "−")
+
+
+def count(row: Row) -> str:
+    """Return distinct distilled sets × students of each."""
+    if pd.isna(row["sets"]):
+        return str(row["n"])
+    crossed = f"{row['sets']}×{row['students']}"
+    return crossed if row["n"] == row["sets"] * row["students"] else f"{row['n']} of {crossed}"
+
+
+def points(value: Any, sign: str = "") -> str:
+    """Return a fraction as hundredths."""
+    return NONE if pd.isna(value) else f"{100 * value:{sign if value else ''}.1f}".replace("-", "−")
+
+
+def number(value: Any, unit: int = 1, digits: int = 1) -> str:
+    """Return a number of so many units."""
+    return NONE if pd.isna(value) else f"{value / unit:,.{digits}f}"
+
+
+def size(value: Any, unit: str = "B") -> str:
+    """Return an amount with a decimal prefix: 24.6 kB, 5.67 GB, 1.2 TFLOP."""
+    if pd.isna(value):
+        return NONE
+    amount, power = float(value), 0
+    while abs(amount) >= 999.5 and power < len(_PREFIXES) - 1:
+        amount, power = amount / 1000, power + 1
+    return f"{amount:.3g} {_PREFIXES[power]}{unit}"
+
+
+def p_value(value: Any) -> str:
+    """Return a p-value."""
+    return NONE if pd.isna(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""One run on disk: its folder, its partition into blocks, the distilled set, progress and status."""

@@ -1,0 +1,146 @@
+"""The arithmetic that results are computed in: resolved from ``compute`` on the device at hand, set, recorded.
+
+The same config may compute in bf16 on one machine and in fp32 on another.  Its fingerprint therefore leaves rounding
+out; what was really used stands beside it, and results of two arithmetics are never joined.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from wmdd.config.schema import ComputeConfig
+from wmdd.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a device can do."""
+
+    device: Literal["cpu", "cuda"]
+    bf16: bool
+    """Whether it has instructions for bf16"""
+    tf32: bool = False
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How results are rounded."""
+
+    device: Literal["cpu", "cuda"]
+    precision: Literal["fp32", "tf32", "bf16"]
+    """``fp32`` is IEEE single precision"""
+    compile: bool
+    """Whether steps go through torch.compile"""
+    deterministic: bool
+    """Whether cuDNN takes deterministic algorithms only; always true on a CPU"""
+    threads: int | None
+    """Threads of each rank, among which a CPU splits its sums; None on a GPU"""
+
+    @staticmethod
+    def of(facts: Mapping[str, Any] | None) -> "Arithmetic | None":
+        """Return what ``facts`` wrote down; None for anything else."""
+        try:
+            return Arithmetic(**(facts or {}))
+        except TypeError:
+            return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What files and digests hold of it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"{self.precision} on {self.device}"]
+        parts += [] if self.threads is None else [f"{self.threads} thread{'s' * (self.threads != 1)}"]
+        parts += ["compiled"] * self.compile + ["not deterministic"] * (not self.deterministic)
+        return ", ".join(parts)
+
+    def keys_unlike(self, other: "Arithmetic") -> str:
+        """Return the settings that make a process compute like this one where ``other`` does not."""
+        mine, theirs = self.facts, other.facts
+        unlike = [key for key, value in mine.items() if value != theirs[key] and value is not None]
+        return " ".join(f"compute.{key}={str(mine[key]).lower()}" for key in unlike)
+
+
+def resolve(compute: ComputeConfig, hardware: Hardware) -> Arithmetic:
+    """Return the arithmetic that a config asks for on a device.
+
+    Raises:
+        InputError: the device has no TF32.
+    """
+    precision = compute.precision
+    if precision == "tf32" and not hardware.tf32:
+        raise InputError(
+            f"compute.precision = tf32: this {hardware.device} device has no TF32, which NVIDIA GPUs have from Ampere"
+            " on; use fp32, bf16 or auto"
+        )
+    if precision == "auto":
+        precision = "bf16" if hardware.bf16 else "fp32"
+    cpu = hardware.device == "cpu"
+    threads = compute.threads if cpu else None
+    return Arithmetic(hardware.device, precision, compute.compile, cpu or compute.deterministic, threads)
+
+
+def candidates(compute: ComputeConfig, *devices: Literal["cpu", "cuda"]) -> list[Arithmetic]:
+    """Return what a config may resolve to on devices that cannot be asked, by default on any: ``auto`` has many."""
+    precisions = ("bf16", "fp32") if compute.precision == "auto" else (compute.precision,)
+    found = []
+    for device in devices or ("cpu", "cuda"):
+        if compute.device == "auto" or compute.device.startswith(device):
+            hardware = Hardware(device, bf16=True, tf32=device == "cuda")
+            asked = [compute.model_copy(update={"precision": one}) for one in precisions]
+            found += [resolve(one, hardware) for one in asked if one.precision != "tf32" or hardware.tf32]
+    return found
+
+
+def permits(compute: ComputeConfig, used: Arithmetic) -> bool:
+    """Return whether a config may resolve to an arithmetic on some machine."""
+    return used in candidates(compute)
+
+
+def hardware_of(device: "torch.device") -> Hardware:
+    """Return what a device of this machine can do; a GPU must be the current one (``torch.cuda.set_device``)."""
+    import torch
+
+    if device.type != "cuda":
+        return Hardware("cpu", native_bf16())
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Hardware("cuda", bf16, torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def native_bf16() -> bool:
+    """Return whether this CPU has bf16 instructions; without them bf16 is 2 to 4 times slower than fp32."""
+    import torch
+
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("avx512_bf16", False)
+
+
+def switches(arithmetic: Arithmetic) -> dict[str, bool]:
+    """Return the switches of ``torch.backends`` for an arithmetic; by torch's own defaults cuDNN would use TF32."""
+    return {
+        "cudnn.allow_tf32": arithmetic.precision == "tf32",
+        "cuda.matmul.allow_tf32": arithmetic.precision == "tf32",
+        "cudnn.deterministic": arithmetic.deterministic,
+        "cudnn.benchmark": not arithmetic.deterministic,
+    }
+
+
+@contextmanager
+def applied(arithmetic: Arithmetic) -> Iterator[None]:
+    """Make torch compute so, in this process, and give its switches back as they were."""
+    import torch
+
+    with ExitStack() as stack:
+        for name, wanted in switches(arithmetic).items():
+            place, _, switch = name.rpartition(".")
+            backend = torch.backends
+            for part in place.split("."):
+                backend = getattr(backend, part)
+            stack.callback(setattr, backend, switch, getattr(backend, switch))
+            setattr(backend, switch, wanted)
+        yield

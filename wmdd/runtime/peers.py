@@ -1,0 +1,169 @@
+"""The roll of a job's ranks: who is alive, and what they agree on.
+
+Ranks meet in the job's key-value store and not in a collective: a collective tells nobody who is missing, and whoever
+waits in it cannot be asked to stop.  Every rank beats there; a rank whose beat stands still, or that has left, is gone.
+"""
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from wmdd.errors import Interrupted, WmddError
+
+_BEAT = 0.5
+"""Seconds between two beats."""
+_PATIENCE = 30.0
+"""Seconds without a beat after which a rank counts as gone."""
+_HURRIED = 5.0
+"""The same once somebody has asked this rank to stop: a launcher that lost one rank ends the others."""
+_STOPPED = "stopped"
+"""Mark of a rank that has left because it was asked to stop."""
+
+
+class PeerLost(WmddError):
+    """Another rank of the job is gone."""
+
+
+class Peers:
+    """One rank's view of the others.
+
+    Args:
+        store: ``torch.distributed`` store of the job.
+        rank: this process.
+        size: number of ranks.
+        stop: whether this process was asked to stop.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, stop: Callable[[], bool]) -> None:
+        self._store, self._rank, self._size, self._stop = store, rank, size, stop
+        self._turns = itertools.count()
+        self._left = threading.Event()
+        self._beat(store, 0)
+        # A client of its own: one that waits would keep the beat waiting.
+        self._thread = threading.Thread(target=self._keep_beating, args=(store.clone(),), daemon=True)
+        self._thread.start()
+
+    def agree(self, value: Any) -> Any:
+        """Wait until all ranks are here, and return rank 0's value (anything JSON holds).
+
+        Raises:
+            PeerLost: a rank is gone; the message names it.
+            Interrupted: this rank was asked to stop while it waited, and no rank is gone.
+        """
+        turn = next(self._turns)
+        try:
+            if self._rank == 0:
+                self._store.set(f"value/{turn}", json.dumps(value))
+            self._store.add(f"here/{turn}", 1)
+            watch = _Watch(self._store, self._rank, self._size)
+            pause = 0.001
+            while self._store.add(f"here/{turn}", 0) < self._size:
+                gone = watch.gone(_PATIENCE)
+                if (gone or watch.stopped) and self._store.add(f"here/{turn}", 0) == self._size:
+                    break  # who has left came here first
+                gone = self._verdict(gone)
+                if not gone and self._stop():
+                    gone = self.missing()
+                    if not gone:
+                        raise Interrupted("stopped while waiting for the other ranks")
+                if gone:
+                    raise PeerLost(f"rank {self._rank} of {self._size}: {describe(gone)}; start the same command again")
+                if watch.stopped:
+                    raise Interrupted("stopped, as another rank was")
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+            return json.loads(self._store.get(f"value/{turn}"))
+        except RuntimeError as error:
+            raise PeerLost(f"rank {self._rank} of {self._size}: the rank that keeps the job's store is gone") from error
+
+    def missing(self) -> list[int]:
+        """Return the ranks that are gone, after a short watch."""
+        watch = _Watch(self._store, self._rank, self._size)
+        deadline = time.monotonic() + _HURRIED + 2 * _BEAT
+        gone: list[int] = []
+        try:
+            while not gone and time.monotonic() < deadline:
+                time.sleep(_BEAT)
+                gone = watch.gone(_HURRIED)
+            return self._verdict(gone)
+        except RuntimeError:
+            return [0]
+
+    def _verdict(self, gone: list[int]) -> list[int]:
+        """Return what the first rank to find some gone has found, and has told before it left.
+
+        So that all name the cause, and not the finder.
+        """
+        if not gone:
+            return []
+        found: list[int] = json.loads(self._store.compare_set("gone", "", json.dumps(gone)))
+        return found
+
+    def leave(self, stopped: bool = False) -> None:
+        """Tell the others that this rank comes to no further meeting, and stop beating.
+
+        Ranks that are asked to stop do so when they can: one that has stopped is not lost to the others.
+        """
+        self._left.set()
+        self._thread.join(timeout=2 * _BEAT)
+        try:
+            self._store.set(f"left/{self._rank}", _STOPPED if stopped else "")
+            if self._rank == 0:  # which may keep the store: wait for the others to read what it holds
+                everyone = [f"left/{rank}" for rank in range(self._size)]
+                self._store.wait(everyone, timedelta(seconds=_PATIENCE if stopped else _HURRIED))
+        except RuntimeError:
+            pass  # the store went with another rank
+
+    def _keep_beating(self, store: Any) -> None:
+        for count in itertools.count(1):
+            if self._left.wait(_BEAT):
+                return
+            try:
+                self._beat(store, count)
+            except RuntimeError:
+                return  # the store is gone, and the next meeting will say so
+
+    def _beat(self, store: Any, count: int) -> None:
+        store.set(f"beat/{self._rank}", str(count))
+
+
+class _Watch:
+    """Remembers when each rank's beat last changed, by this rank's own clock."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self._store = store
+        self._others = [other for other in range(size) if other != rank]
+        self._beats: dict[int, bytes] = {}
+        self._changed: dict[int, float] = {}
+        self._looked = -_BEAT
+        self.stopped = False
+        """Whether a rank was seen to have left because it was asked to stop"""
+
+    def gone(self, patience: float) -> list[int]:
+        """Return the ranks that have left or whose beat stood still for ``patience`` seconds."""
+        now = time.monotonic()
+        if now - self._looked < _BEAT:
+            return []
+        self._looked = now
+        found = []
+        for rank in self._others:
+            left = self._store.get(f"left/{rank}") if self._store.check([f"left/{rank}"]) else None
+            if left == _STOPPED.encode():
+                self.stopped = True
+                continue
+            beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
+            if self._beats.get(rank) != beat:
+                self._beats[rank], self._changed[rank] = beat, now
+            if now - self._changed[rank] > patience or left is not None:
+                found.append(rank)
+        return found
+
+
+def describe(ranks: list[int]) -> str:
+    """Return ``rank 1 is gone`` or ``ranks 1 and 3 are gone``."""
+    named = " and ".join(map(str, ranks))
+    return f"rank {named} is gone" if len(ranks) == 1 else f"ranks {named} are gone"

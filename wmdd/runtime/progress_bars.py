@@ -1,0 +1,73 @@
+"""Progress on long work: bars on a terminal, lines elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from wmdd.runtime.log import console, observers, quiet, say
+
+_bars: Progress | None = None
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str, observed: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show the progress of one piece of work; yields ``advance(steps)``.  May be nested.
+
+    Without a terminal, one line says when it begins and one when it ends.  ``observed=False`` tells no observers: they
+    write into the run folder, which may not be this run's before its data are known.
+    """
+    if quiet or total == 0:
+        yield lambda steps: None
+        return
+    begun = time.monotonic()
+    done = 0
+
+    def tell() -> None:
+        for observer in observers if observed else ():
+            observer(title, done, total, unit)
+
+    with _bar(title, total, unit) as move:
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            done += steps
+            move(steps)
+            tell()
+
+        tell()
+        yield advance
+        tell()
+    say(f"{title}: {done:,} {unit} in {time.monotonic() - begun:.1f} s")
+
+
+@contextmanager
+def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    global _bars
+    if not console.is_terminal:
+        say(f"{title}: {total:,} {unit} ...")
+        yield lambda steps: None
+        return
+    outermost = _bars is None
+    bars = _bars or Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    if outermost:
+        _bars = bars
+        bars.start()
+    task = bars.add_task(title, total=total, unit=unit)
+    try:
+        yield lambda steps: bars.advance(task, steps)
+    finally:
+        bars.remove_task(task)
+        if outermost:
+            bars.stop()
+            _bars = None

@@ -1,0 +1,255 @@
+"""Ranks, devices and random numbers that do not depend on how the work is spread."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from wmdd.config.schema import ComputeConfig
+from wmdd.errors import InputError, Interrupted, WmddError, tell
+from wmdd.runtime.arithmetic import Arithmetic, applied, hardware_of, resolve
+from wmdd.runtime.log import say
+from wmdd.runtime.memory import within_memory
+from wmdd.runtime.peers import PeerLost, Peers, describe
+from wmdd.runtime.placement import Placement, choose_device, placement_of
+from wmdd.runtime.team import T, Team
+
+_PATIENCE = timedelta(minutes=10)
+"""How long ranks wait for each other when they meet, and in a collective: long waits are meetings in the roll."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the job: ``rank`` of ``size``, with its device and arithmetic."""
+
+    rank: int
+    size: int
+    device: torch.device
+    arithmetic: Arithmetic
+    """The same on all ranks of the job"""
+    roll: Peers | None = None
+    """Of the job's ranks; None when there is one"""
+    _groups: dict[int, list[Any]] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``tf32`` or ``bf16``."""
+        return self.arithmetic.precision
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that writes what is shared."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks; free when there is one.
+
+        Raises:
+            PeerLost: another rank is gone; the message names it.
+            Interrupted: a stop was asked for while waiting.
+        """
+        self.agree(None)
+
+    def agree(self, value: T) -> T:
+        """Return rank 0's value (anything JSON holds) on every rank, so that all take the same decision.
+
+        Raises:
+            PeerLost: another rank is gone; the message names it.
+            Interrupted: a stop was asked for while waiting.
+        """
+        return value if self.roll is None else self.roll.agree(value)
+
+    def team(self, size: int, key: str) -> Team:
+        """Return this rank's team when the job is cut into teams of ``size`` consecutive ranks; all ranks must ask.
+
+        Args:
+            size: ranks of a team.
+            key: of the config, for the message.
+
+        Raises:
+            InputError: the number of ranks is no multiple of ``size``.
+        """
+        if self.size % size:
+            raise InputError(
+                f"{key} = {size}: the job has {self.size} ranks, which is no multiple; start it with torchrun"
+                f" --nproc-per-node {size}, or set {key}=1"
+            )
+        if size > 1 and size not in self._groups:
+            self._groups[size] = [
+                dist.new_group(list(range(i, i + size)), _PATIENCE) for i in range(0, self.size, size)
+            ]
+        index, rank = divmod(self.rank, size)
+        return Team(index, self.size // size, rank, size, self._groups[size][index] if size > 1 else None)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context under which networks run: bf16 autocast, or nothing at other precisions."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def compiled(self, function: F) -> F:
+        """Return a function or network for a loop that calls it with few shapes, compiled if the config asks for it.
+
+        Each shape is compiled for itself: with sizes as variables it would be slower for all.
+        """
+        return torch.compile(function, dynamic=False) if self.arithmetic.compile else function  # type: ignore[return-value]
+
+
+@contextmanager
+def ranks(
+    compute: ComputeConfig, stop: Callable[[], bool] = lambda: False, here: Placement | None = None
+) -> Iterator[Ranks]:
+    """Join the job that torchrun or srun started (or stand alone), with threads and arithmetic from the config.
+
+    Torch's threads, switches, current device and random numbers are afterwards as they were.  In a job of several
+    ranks an error is printed before the job is left, which may take seconds.
+
+    Args:
+        compute: device, threads, precision.
+        stop: whether this process was asked to stop; looked at while it waits for other ranks.
+        here: where this process stands; by default what its environment says.
+
+    Raises:
+        InputError: the device does not exist here, lacks a precision, or computes otherwise than that of another rank.
+        PeerLost: another rank is gone.
+        WmddError: the other ranks do not come, or memory is short.
+    """
+    here = here or placement_of(os.environ)
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(choose_device(compute.device, here, visible))
+    with _settings(compute, device):
+        arithmetic = resolve(compute, hardware_of(device))
+        with (
+            applied(arithmetic),
+            _joined(here, device, stop) if here.size > 1 else nullcontext() as roll,
+            within_memory(device),
+        ):
+            job = Ranks(here.rank, here.size, device, arithmetic, roll)
+            _refuse_unlike(job)
+            yield job
+
+
+@contextmanager
+def _settings(compute: ComputeConfig, device: torch.device) -> Iterator[None]:
+    """Set torch's threads and current device, and give all back as it was, the random numbers too."""
+    gpus = [device] if device.type == "cuda" else []
+    threads = torch.get_num_threads()
+    with ExitStack() as stack:
+        if gpus:
+            # Before anything else is asked of CUDA: a question would go to GPU 0, and open a context there.
+            try:
+                stack.enter_context(torch.cuda.device(device))
+                torch.zeros(1, device=device)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise WmddError(f"{device} on {os.uname().nodename} does not work: {reason}") from error
+        stack.enter_context(torch.random.fork_rng(gpus))
+        if compute.compile:
+            stack.enter_context(_many_graphs())
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(compute.threads)
+        yield
+
+
+@contextmanager
+def _many_graphs() -> Iterator[None]:
+    """Let torch.compile make a graph for each shape, objective and network of a process.
+
+    By default the ninth, and what follows it, runs eager without a word.
+
+    Raises:
+        WmddError: there are more than ``_GRAPHS``.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    limits = {"recompile_limit": _GRAPHS, "accumulated_recompile_limit": _GRAPHS, "fail_on_recompile_limit_hit": True}
+    try:
+        with config.patch(limits):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise WmddError(
+            f"compute.compile = true: one process made {_GRAPHS} graphs of one step; do fewer runs in a process, or set"
+            " compute.compile=false"
+        ) from error
+
+
+_GRAPHS = 256
+
+
+@contextmanager
+def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> Iterator[Peers]:
+    """Meet the other ranks of the job, and leave them so that none waits for this one."""
+    if here.by_srun and here.rank == 0:
+        say(f"one run on the {here.size} tasks that srun started, which meet at {here.meeting}")
+    try:
+        store, *_ = next(dist.rendezvous(here.meeting, here.rank, here.size, timeout=_PATIENCE))
+        dist.init_process_group(store=store, rank=here.rank, world_size=here.size, **_group_options(device))
+    except (dist.DistError, TimeoutError) as error:
+        # NCCL says what is wrong in its last line, others in their first.
+        told = str(error).rpartition("Last error:\n")[2].partition("\n")[0]
+        raise WmddError(f"rank {here.rank} of {here.size}: the ranks do not meet ({here.meeting}): {told}") from error
+    roll = Peers(dist.PrefixStore("roll", store), here.rank, here.size, stop)
+    failure: BaseException | None = None
+    try:
+        yield roll
+    except BaseException as error:
+        failure = error
+        # A collective that broke, or a launcher that ends all ranks because it lost one: say which.
+        if isinstance(error, RuntimeError | Interrupted) and (gone := roll.missing()):
+            failure = PeerLost(f"rank {here.rank} of {here.size}: {describe(gone)}; start the same command again")
+            tell(failure)
+            raise failure from error
+        if isinstance(error, WmddError):
+            tell(error)
+        raise
+    finally:
+        roll.leave(stopped=isinstance(failure, Interrupted))
+        if _aborts(device.type, failed=failure is not None):
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+
+
+def _group_options(device: torch.device) -> dict[str, Any]:
+    """Return how the process groups of a job are made, for ranks that work on such a device."""
+    if device.type == "cuda":
+        # Tensors on the CPU go through gloo.  Bound to its device, NCCL connects now and refuses two ranks on one GPU.
+        return {"backend": "cpu:gloo,cuda:nccl", "timeout": _PATIENCE, "device_id": device}
+    return {"backend": "gloo", "timeout": _PATIENCE}
+
+
+def _aborts(device_type: str, failed: bool) -> bool:
+    """Return whether the groups are aborted and not destroyed.
+
+    Destroying waits for pending collectives of NCCL; after a failure one may wait for a rank that is gone.
+    """
+    return failed and device_type == "cuda"
+
+
+def _refuse_unlike(job: Ranks) -> None:
+    """Refuse ranks of two arithmetics, on every rank.
+
+    Raises:
+        InputError: ``compute`` means different things to two ranks.
+    """
+    if job.size == 1:
+        return
+    own = json.dumps(job.arithmetic.facts).encode()
+    sent = torch.zeros(256, dtype=torch.uint8)
+    sent[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    everyone = Team(0, 1, job.rank, job.size)
+    found = [Arithmetic(**json.loads(bytes(one.tolist()).rstrip(b"\0"))) for one in everyone.gather(sent)]
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise InputError(
+                f"the ranks compute differently: rank 0 in {found[0]}, rank {rank} in {other}; use nodes of one kind,"
+                f" or set {found[0].keys_unlike(other)}"
+            )

@@ -1,0 +1,1 @@
+"""Stage 3: students are trained on distilled images and measured on real ones."""

@@ -1,0 +1,88 @@
+"""Augmented batches of distilled images, which follow from the seed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wmdd.config.schema import Config, LabelsConfig
+from wmdd.data import augment
+from wmdd.data.pixels import normalize
+from wmdd.runtime.seeding import generator
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How one update sees the distilled set."""
+
+    images: Tensor
+    """[b] int64, positions in the set"""
+    draws: augment.Draws
+    """crop and flip of each image"""
+    partners: Tensor
+    """[b] int64, position in the batch that each image is mixed with"""
+    box: Tensor
+    """[4] int64, the CutMix box: top, bottom, left, right; empty for other mixes"""
+    share: float
+    """λ, the share that an image keeps of itself"""
+
+
+def batches(
+    seed: int,
+    epoch: int,
+    count: int,
+    size: int,
+    batch_size: int,
+    settings: LabelsConfig,
+    device: torch.device = _CPU,
+) -> list[Batch]:
+    """Draw the batches of one epoch, on the CPU whatever the device, so that they are the same everywhere.
+
+    Args:
+        seed: of the student.
+        epoch: from 0.
+        count: images in the distilled set.
+        size: height and width, in pixels.
+        batch_size: images of one update; a rest of one image joins the batch before it (BatchNorm needs two).
+        settings: crops, flips and mixing.
+        device: where the batches shall lie: all are copied there at once, as every copy makes the host wait.
+    """
+    source = generator("student", seed, "epoch", epoch)
+    order = torch.randperm(count, generator=source)
+    draws = augment.draw((count,), size, (settings.crop_scale, 1.0), settings.flip, 0, source)
+    cuts = list(range(batch_size, count - 1, batch_size))
+    concentration = torch.full((len(cuts) + 1,), settings.mix_alpha)
+    # Beta(α, α) as a ratio of Gammas, because torch.distributions takes no generator.
+    gammas = [torch._standard_gamma(concentration, generator=source) for _ in range(2)]
+    shares = gammas[0] / (gammas[0] + gammas[1])
+    boxes = augment.mix_boxes(size, shares, source)
+    if settings.mix == "cutmix":
+        shares = 1 - ((boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])) / size**2
+    else:
+        boxes = torch.zeros_like(boxes)
+    if settings.mix == "none":
+        shares = torch.ones_like(shares)
+    rows = [slice(start, stop) for start, stop in zip([0, *cuts], [*cuts, count], strict=True)]
+    partners = torch.cat([torch.randperm(piece.stop - piece.start, generator=source) for piece in rows]).to(device)
+    order, draws, boxes = order.to(device), draws.to(device), boxes.to(device)
+    return [
+        Batch(order[piece], draws[piece], partners[piece], box, share)
+        for piece, box, share in zip(rows, boxes, shares.tolist(), strict=True)
+    ]
+
+
+def augmented_batch(images: Tensor, batch: Batch, config: Config) -> Tensor:
+    """Return the batch as a student sees it: [b, channels, H, W] float32, cropped, flipped, mixed.
+
+    Args:
+        images: the whole set, [N, channels, H, W] uint8.
+        batch: what to do; on the same device.
+        config: normalisation and kind of mixing.
+    """
+    seen = augment.warp(normalize(images[batch.images], config.data), batch.draws)
+    others = seen[batch.partners]
+    if config.labels.mix == "cutmix":
+        return torch.where(augment.inside(batch.box, seen.shape[-1]), others, seen)
+    return seen if batch.share == 1 else batch.share * seen + (1 - batch.share) * others

@@ -1,0 +1,219 @@
+"""The students of a distilled set: which are missing, their training, and one record each."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+from wmdd.config.schema import Config, decides
+from wmdd.data.synthetic import name_of
+from wmdd.errors import InputError
+from wmdd.networks.accuracy import Validation
+from wmdd.networks.checkpoint import Checkpoint
+from wmdd.records.files import read_records, write_records
+from wmdd.records.likeness import complete, protocol_of
+from wmdd.records.provenance import provenance
+from wmdd.records.schema import Record
+from wmdd.run.distilled_set import DistilledSet
+from wmdd.run.folder import RunFolder
+from wmdd.runtime.arithmetic import Arithmetic, permits
+from wmdd.runtime.log import say
+from wmdd.runtime.progress_bars import progress
+from wmdd.runtime.ranks import Ranks
+from wmdd.runtime.signals import StopRequest
+from wmdd.storage.files import digest
+from wmdd.students import tasks as tasks_module
+from wmdd.students import train
+from wmdd.students.tasks import StudentTask
+from wmdd.teacher.obtain import Teacher
+
+
+def evaluate(
+    config: Config,
+    folder: RunFolder,
+    tasks: list[StudentTask],
+    teacher: Teacher,
+    validation: Validation,
+    job: Ranks,
+    stop: StopRequest,
+) -> None:
+    """Train and measure the students that have no record yet; each record is a file of its own.
+
+    Records of an earlier recipe are moved to ``RUN/superseded``: unlike students are never averaged, and none is lost.
+    Whoever is to train all students looks at all records; whoever trains a part of them, at the records of that part.
+
+    Raises:
+        WmddError: blocks of the set are missing or damaged.
+        Interrupted: a stop was requested; finished students are kept, and one in training goes on next time.
+    """
+    if job.main:
+        folder.merge()
+    distilled = DistilledSet.load(folder.path)
+
+    def recipe(regime: str, view: str) -> dict[str, object]:
+        return _recipe(config, teacher, job, regime, view, len(distilled))
+
+    if job.main:
+        mine = None if set(tasks_module.tasks(config.student, config.labels.regimes)) <= set(tasks) else tasks
+        set_aside(folder, lambda record: record.protocol == protocol_of(recipe(str(record.regime), record.view)), mine)
+
+    def done(task: StudentTask) -> bool:
+        file, protocol = record_file(folder, task), protocol_of(recipe(task.regime, task.view))
+        records, _ = _read(file)
+        return any(record.protocol == protocol and record.artefact == distilled.sha256 for record in records)
+
+    missing = [position for position, task in enumerate(tasks) if not done(task)]
+    if job.main:  # left by a kill after the record was written
+        for position in set(range(len(tasks))) - set(missing):
+            folder.student_checkpoint(_name(tasks[position])).unlink(missing_ok=True)
+    team = job.team(config.student.ranks, "student.ranks")
+    todo = [tasks[position] for position in team.deal(job.agree(missing))]
+    updates = {task: tasks_module.update_count(config, task.view, len(distilled)) for task in todo}
+    with progress(f"{len(todo)} students on {config.method}", sum(updates.values()), "updates") as advance:
+        for task in todo:
+            with folder.locked(_name(task), stop) if team.size == 1 else nullcontext():
+                if team.size == 1 and done(task):
+                    advance(updates[task])  # another process was faster
+                    continue
+                own, labels = recipe(task.regime, task.view), folder.path / "labels"
+                unrounded = {key: value for key, value in own.items() if key != "arithmetic"}
+                of = digest([protocol_of(unrounded), distilled.sha256])
+                file, seconds = folder.student_checkpoint(_name(task)), config.compute.checkpoint_seconds
+                saved = Checkpoint(file, of, seconds, job.arithmetic)
+                result = train.train(
+                    config, task, distilled, teacher, validation, job, team, labels, advance, stop, saved
+                )
+                if team.rank == 0:
+                    record = _record(config, task, result, validation, distilled, own, job)
+                    with folder.locked(_RECORDS):
+                        write_records(record_file(folder, task), [record])
+                    saved.remove()
+
+
+def _name(task: StudentTask) -> str:
+    view = "" if task.view == "epochs" else f"-{task.view}"
+    return f"student-{task.network.replace(':', '-')}-{task.regime}{view}-{task.seed:03d}"
+
+
+def record_file(folder: RunFolder, task: StudentTask) -> Path:
+    """Return where the record of a student lies: one file each, written whole."""
+    return folder.path / "records" / f"{_name(task)}.jsonl"
+
+
+def is_begun(folder: RunFolder, task: StudentTask) -> bool:
+    """Return whether a student was trained, or is in training."""
+    return record_file(folder, task).exists() or folder.student_checkpoint(_name(task)).exists()
+
+
+def set_aside(folder: RunFolder, wanted: Callable[[Record], bool], tasks: Sequence[StudentTask] | None = None) -> None:
+    """Move the records that are not wanted, or cannot be read, to ``RUN/superseded``.
+
+    Several processes may do so at once, beside others that write records.
+
+    Args:
+        folder: of the run.
+        wanted: whether a record stays.
+        tasks: the students whose records are looked at; None for all that there are.
+    """
+    moved = 0
+    with folder.locked(_RECORDS):
+        if tasks is None:
+            paths = sorted((folder.path / "records").glob("student-*.jsonl"))
+        else:
+            paths = [record_file(folder, task) for task in tasks]
+        for path in paths:
+            records, problems = _read(path)
+            if problems or not all(map(wanted, records)):
+                other = records[0].protocol[:8] if records else "unreadable"
+                target = folder.path / "superseded" / f"{path.stem}-{other}.jsonl"
+                target.parent.mkdir(exist_ok=True)
+                with suppress(FileNotFoundError):  # where there are no locks, another process may have been faster
+                    os.replace(path, target)
+                    moved += 1
+    if moved:
+        say(f"{moved} records of another student recipe are moved to {folder.path / 'superseded'}")
+
+
+_RECORDS = "records"
+"""Lock of a run under which its records are written and moved."""
+
+
+def _read(path: Path) -> tuple[list[Record], list[str]]:
+    """Return the records and the problems of a file; neither when there is none."""
+    try:
+        return read_records(path)
+    except InputError:
+        return [], []
+
+
+def _record(
+    config: Config,
+    task: StudentTask,
+    result: train.Result,
+    validation: Validation,
+    distilled: DistilledSet,
+    recipe: dict[str, object],
+    job: Ranks,
+) -> Record:
+    return Record(
+        kind="student",
+        run=config.name,
+        dataset=name_of(config.data),
+        classes=len(distilled.classes),
+        resolution=config.data.resolution,
+        method=config.method,
+        ipc=config.ipc,
+        network=task.network,
+        regime=task.regime,
+        view=task.view,
+        distillation_seed=config.seed,
+        student_seed=task.seed,
+        evaluated_on=validation.on,
+        metrics=result.metrics,
+        recipe=recipe,
+        protocol=protocol_of(recipe),
+        config=config.fingerprint("images"),
+        artefact=distilled.sha256,
+        cost=result.cost,
+        provenance=provenance(config.compute, job.arithmetic),
+    )
+
+
+def _recipe(config: Config, teacher: Teacher, job: Ranks, regime: str, view: str, images: int) -> dict[str, object]:
+    """Return all that two students must have in common to be compared."""
+    beside = {"teacher": teacher.sha256, "arithmetic": job.arithmetic.facts}
+    return recipe_settings(config, regime, view, images) | beside
+
+
+def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict[str, object]:
+    """Return the part of a student's recipe that the config decides, for a distilled set of so many images."""
+    seen = tasks_module.config_for_view(config, view, images)
+    # How long it trains follows from the view: the epochs of a fixed number of updates depend on the set.
+    unused = {"epochs" if view == "updates" else "updates"}
+    storage = {"encoding", "top_k", "budget"}
+    unused |= storage - {"stored": {"encoding", "top_k"}, "budget": storage}.get(regime, set())
+    unused |= {"ce_weight"} if seen.labels.loss == "kl" else set()
+    settings = {
+        key.partition(".")[2]: value
+        for key, value in seen.flat().items()
+        if decides(key, "students") and not decides(key, "images")
+    }
+    return {key: value for key, value in settings.items() if key not in unused} | {
+        "updates": tasks_module.update_count(config, view, images),
+        "optimizer": "adamw",
+        "checkpoint": "last",
+    }
+
+
+def is_of_recipe(record: Record, config: Config, images: int) -> bool:
+    """Return whether a student was trained as the config says, on a distilled set of so many images.
+
+    Its teacher is not looked at, which the config alone does not tell; its arithmetic must be one that the config may
+    mean on some machine.
+    """
+    used = Arithmetic.of(record.recipe.get("arithmetic"))
+    if used and not permits(config.compute, used):
+        return False
+    wanted = recipe_settings(config, str(record.regime), record.view, images)
+    trained = complete(record.recipe)
+    return all(trained.get(key) == value for key, value in wanted.items())

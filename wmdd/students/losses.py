@@ -1,0 +1,52 @@
+"""The losses of students: hard labels, soft labels, squared error."""
+
+from torch import Tensor
+from torch.nn import functional
+
+from wmdd.run.distilled_set import DistilledSet
+from wmdd.runtime.team import Team
+from wmdd.students import batches
+
+
+def importance_of(distilled: DistilledSet) -> Tensor:
+    """Return how much each image counts, [N]: its barycenter weight, on average 1."""
+    weights = distilled.weights.float()
+    return weights * (len(weights) / weights.sum())
+
+
+def mixed(importance: Tensor, batch: batches.Batch) -> Tensor:
+    """Return how much each mixed image of a batch counts, [b]."""
+    own = importance[batch.images]
+    return batch.share * own + (1 - batch.share) * own[batch.partners]
+
+
+def hard_loss(
+    logits: Tensor, classes: Tensor, batch: batches.Batch, team: Team, importance: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy with the classes of both images of a mix, summed over this rank's images."""
+
+    def part(images: Tensor) -> Tensor:
+        wanted = team.shard(classes[images])
+        if importance is None:
+            return functional.cross_entropy(logits, wanted, reduction="sum")
+        return functional.cross_entropy(logits, wanted, reduction="none") @ team.shard(importance[images])
+
+    loss = batch.share * part(batch.images)
+    if batch.share < 1:
+        loss = loss + (1 - batch.share) * part(batch.images[batch.partners])
+    return loss
+
+
+def soft_loss(logits: Tensor, wanted: Tensor, temperature: float, importance: Tensor | None = None) -> Tensor:
+    """KL divergence at a temperature, summed over images, times T² so that gradients keep their size (Hinton 2015)."""
+    student = functional.log_softmax(logits / temperature, dim=1)
+    teacher = functional.softmax(wanted / temperature, dim=1)
+    if importance is None:
+        return functional.kl_div(student, teacher, reduction="sum") * temperature**2
+    return functional.kl_div(student, teacher, reduction="none").sum(1) @ importance * temperature**2
+
+
+def squared_error(logits: Tensor, wanted: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Squared error between logits, mean over classes, summed over images (Shao et al. 2024, EDC)."""
+    errors = functional.mse_loss(logits, wanted, reduction="none").mean(1)
+    return errors.sum() if importance is None else errors @ importance

@@ -1,0 +1,159 @@
+"""Soft labels: the teacher's logits, online or stored."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from wmdd.config.schema import Config, LabelsConfig
+from wmdd.errors import InputError, Interrupted, WmddError
+from wmdd.run.distilled_set import DistilledSet
+from wmdd.runtime.ranks import Ranks
+from wmdd.runtime.team import SINGLE, Team
+from wmdd.storage.files import digest, read_tensors, sweep, write_tensors
+from wmdd.students.batches import Batch, augmented_batch, batches
+from wmdd.students.logit_files import decode, encode, row_bytes
+from wmdd.teacher.obtain import Teacher
+
+
+class SoftLabels:
+    """The teacher's logits for every batch of a student's training, online or stored.
+
+    Stored logits lie in one file an epoch.  A student of the regime ``budget`` visits as many epochs as its budget pays
+    for in turn; they are the first ones of ``stored``, and the same files.
+
+    Args:
+        config: of the run, as the student sees it (``student.seen``).
+        distilled: the set.
+        teacher: who labels.
+        regime: ``soft``, ``stored`` or ``budget``.
+        seed: of the student.
+        ranks: device and precision.
+        folder: where stored labels lie.
+
+    Raises:
+        InputError: the budget does not pay for one epoch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        distilled: DistilledSet,
+        teacher: Teacher,
+        regime: str,
+        seed: int,
+        ranks: Ranks,
+        folder: Path,
+    ) -> None:
+        self._config, self._teacher, self._seed, self._ranks = config, teacher, seed, ranks
+        self._predict = ranks.compiled(teacher.network.predict)
+        self._count, self._classes = len(distilled), len(distilled.classes)
+        self.stored = regime in STORED
+        """Whether logits come from files"""
+        self._epochs = stored_epochs(config, regime, self._count, self._classes) if self.stored else 0
+        made_from = [distilled.sha256, teacher.sha256, config.fingerprint("labels"), ranks.arithmetic.facts, seed]
+        self.identity = digest(made_from)
+        """Names what these labels were made from"""
+        self.folder = folder / self.identity[:16]
+        if self.stored:
+            sweep(self.folder)
+
+    def online(self, views: Tensor, team: Team = SINGLE) -> Tensor:
+        """Return the teacher's logits [b / ranks, C] float32 for this rank's rows of a batch as the student sees it.
+
+        With the statistics of the batch each rank labels all of it: a share would have others.
+        """
+        of_batch = self._config.labels.teacher_mode == "batch"
+        with torch.inference_mode(), self._ranks.autocast():
+            logits = self._predict(views if of_batch else team.shard(views), of_batch)
+        return (team.shard(logits) if of_batch else logits).clone()  # outside: a loss may keep it for its gradient
+
+    def file(self, epoch: int) -> Path:
+        """Return the file of one epoch's logits."""
+        return self.folder / f"epoch-{epoch:05d}.safetensors"
+
+    def visited(self, epoch: int) -> int:
+        """Return the epoch whose views and labels a student sees in this one."""
+        return epoch % self._epochs if self.stored else epoch
+
+    def store(self, images: Tensor, epoch: int, stop: Callable[[], bool] = lambda: False) -> None:
+        """Write one epoch's logits, in the order in which the epoch visits the images.
+
+        Raises:
+            Interrupted: a stop was requested; nothing of this epoch is written.
+        """
+        logits = []
+        for batch in self._plan(epoch):
+            if stop():
+                raise Interrupted("stopped while soft labels were computed")
+            logits.append(self.online(augmented_batch(images, batch, self._config)))
+        write_tensors(self.file(epoch), encode(torch.cat(logits), self._config.labels), {"labels": self.identity})
+
+    def read(self, epoch: int) -> list[Tensor]:
+        """Return one epoch's stored logits, float32, batch by batch.
+
+        Raises:
+            WmddError: the file is absent or damaged, or does not fit the set.
+        """
+        logits = decode(read_tensors(self.file(epoch)), self._classes)
+        if len(logits) != self._count:
+            raise WmddError(f"{self.file(epoch)}: holds labels of {len(logits)} images, the set has {self._count}")
+        sizes = [len(batch.images) for batch in self._plan(epoch)]
+        return [part.to(self._ranks.device) for part in logits.split(sizes)]
+
+    def cost(self, labelled: int, team: Team = SINGLE) -> dict[str, float]:
+        """Return the bytes on disk and the FLOPs that the labels of a finished student took.
+
+        ``label_bytes``: of the stored files, 0 online.  ``teacher_bytes``: of its weights, which online labels need
+        beside the images.  ``labelling_flops``: of the teacher's forward passes over ``labelled`` views (stored: over
+        each once), by every rank of the team where each labels whole batches.
+        """
+        files = [self.file(epoch) for epoch in range(self._epochs)]
+        side, channels = self._config.data.resolution, self._config.data.channels
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            self._teacher.network.predict(torch.zeros(1, channels, side, side, device=self._ranks.device))
+        passes = team.size if self._config.labels.teacher_mode == "batch" else 1
+        views = self._epochs * self._count if self.stored else labelled * passes
+        return {
+            "label_bytes": float(sum(file.stat().st_size for file in files if file.exists())),
+            "teacher_bytes": 0.0 if self.stored else float(self._teacher.facts.get("bytes", 0)),
+            "labelling_flops": float(counter.get_total_flops() * views),
+        }
+
+    def _plan(self, epoch: int) -> list[Batch]:
+        data, student = self._config.data, self._config.student
+        recipe, device = self._config.labels, self._ranks.device
+        return batches(self._seed, epoch, self._count, data.resolution, student.batch_size, recipe, device)
+
+
+STORED = ("stored", "budget")
+"""Regimes whose logits come from files"""
+
+
+_HEADER = 512
+"""Bytes that a file of logits holds besides them, at most."""
+
+
+def stored_epochs(config: Config, regime: str, images: int, classes: int) -> int:
+    """Return how many epochs of logits a student of a stored regime has on disk.
+
+    Raises:
+        InputError: ``labels.budget`` does not pay for one.
+    """
+    if regime != "budget":
+        return config.student.epochs
+    budget = config.labels.budget * images * config.data.channels * config.data.resolution**2
+    epoch = epoch_bytes(config.labels, images, classes)
+    if budget < epoch:
+        raise InputError(
+            f"labels.budget = {config.labels.budget:g} pays for {budget:,.0f} bytes, one epoch of logits takes"
+            f" {epoch:,}; use labels.budget >= {config.labels.budget * epoch / budget:.2g}, or labels.encoding=topk"
+        )
+    return min(config.student.epochs, int(budget / epoch))
+
+
+def epoch_bytes(settings: LabelsConfig, images: int, classes: int) -> int:
+    """Return the bytes that one epoch of stored logits takes, at most."""
+    return images * row_bytes(classes, settings) + _HEADER

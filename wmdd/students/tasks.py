@@ -1,0 +1,100 @@
+"""The students of a run: which there are, and how long each trains."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wmdd.config.schema import Config, StudentConfig
+from wmdd.errors import InputError
+from wmdd.networks import create
+from wmdd.runtime.team import Team
+from wmdd.students import soft_labels
+
+
+@dataclass(frozen=True)
+class StudentTask:
+    """One student: architecture, label regime, seed, and how long and on what it trains (``student.views``)."""
+
+    network: str
+    regime: str
+    seed: int
+    view: str = "epochs"
+
+
+def tasks(settings: StudentConfig, regimes: tuple[str, ...]) -> list[StudentTask]:
+    """Return the students of a run: architectures × label regimes × views × seeds."""
+    return [
+        StudentTask(network, regime, seed, view)
+        for network in settings.networks
+        for regime in regimes
+        for view in settings.views
+        for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
+    ]
+
+
+def config_for_view(config: Config, view: str, images: int) -> Config:
+    """Return the config under which a student of a view trains: its number of epochs and its augmentation."""
+    student, settings = config.student, config.labels
+    if view == "updates":
+        student = student.model_copy(update={"epochs": -(-student.updates // updates_per_epoch(config, images))})
+    if view == "plain":
+        settings = settings.model_copy(update={"crop_scale": 1.0, "flip": False, "mix": "none"})
+    return config.model_copy(update={"student": student, "labels": settings})
+
+
+def update_count(config: Config, view: str, images: int) -> int:
+    """Return the optimiser steps of one student on a set of so many images."""
+    return config.student.updates if view == "updates" else config.student.epochs * updates_per_epoch(config, images)
+
+
+def checkpoint_bytes(config: Config, classes: int) -> int:
+    """Return the bytes of the largest student's checkpoint: its weights, their average, and AdamW's two moments."""
+    copies = 4 if config.student.ema else 3
+    sizes = [sum(weight.numel() for weight in network.parameters()) for network in _outlines(config, classes)]
+    return 4 * copies * max(sizes)
+
+
+def _outlines(config: Config, classes: int) -> list[nn.Module]:
+    """Build every student architecture once, without weights."""
+    data = config.data
+    with torch.device("meta"):
+        return [create.create(name, classes, data.channels, data.resolution) for name in config.student.networks]
+
+
+def updates_per_epoch(config: Config, images: int) -> int:
+    """Return the optimiser steps of one epoch (``labels.batches``)."""
+    size = config.student.batch_size
+    return len(range(size, images - 1, size)) + 1
+
+
+def reads_stored_labels(
+    soft: soft_labels.SoftLabels, images: Tensor, epoch: int, team: Team, stop: Callable[[], bool]
+) -> list[Tensor]:
+    """Return the logits of one epoch from its file, which is written first if it is missing."""
+
+    # In a team each rank may write the file: they write the same bytes, each under a name of its own first.
+    def write() -> None:
+        if not soft.file(epoch).exists():
+            soft.store(images, epoch, stop)
+
+    team.together(write)
+    return soft.read(epoch)
+
+
+def check(config: Config, classes: int) -> None:
+    """Build every student architecture once, and see whether a budget pays for labels.
+
+    Raises:
+        InputError: no such network, or it cannot take images that small, or ``labels.budget`` is too small, or a
+            teacher that goes by the statistics of its batch would get one image.
+    """
+    images = classes * config.ipc
+    for regime in config.labels.regimes:
+        soft_labels.stored_epochs(config, regime, images, classes)
+    if config.labels.teacher_mode == "batch" and min(config.student.batch_size, images) == 1:
+        raise InputError(
+            "labels.teacher_mode = batch: a batch of one image has no statistics; use larger ones, or teacher_mode=eval"
+        )
+    _outlines(config, classes)

@@ -1,0 +1,168 @@
+"""The training of a student."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from wmdd.config.schema import Config, StudentConfig
+from wmdd.errors import Interrupted
+from wmdd.networks import create
+from wmdd.networks.accuracy import Validation
+from wmdd.networks.checkpoint import Checkpoint, StopCheck
+from wmdd.run.distilled_set import DistilledSet
+from wmdd.runtime.meter import Meter
+from wmdd.runtime.ranks import Ranks
+from wmdd.runtime.seeding import seed_of
+from wmdd.runtime.team import Team
+from wmdd.students import batches, soft_labels
+from wmdd.students.losses import hard_loss, importance_of, mixed, soft_loss, squared_error
+from wmdd.students.tasks import (
+    StudentTask,
+    config_for_view,
+    reads_stored_labels,
+    update_count,
+    updates_per_epoch,
+)
+from wmdd.teacher.obtain import Teacher
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a student reached at its last epoch."""
+
+    metrics: dict[str, float]
+    """top1, top5 (fractions), loss"""
+    updates: int
+    """Optimiser steps"""
+    cost: dict[str, float]
+    """What training, labelling and validation took (``Meter.read``, ``SoftLabels.cost``), and bytes of the images"""
+
+
+def train(
+    config: Config,
+    task: StudentTask,
+    distilled: DistilledSet,
+    teacher: Teacher,
+    validation: Validation,
+    ranks: Ranks,
+    team: Team,
+    folder: Path,
+    advance: Callable[[int], None] = lambda updates: None,
+    stop: Callable[[], bool] = lambda: False,
+    checkpoint: Checkpoint | None = None,
+) -> Result:
+    """Train one student and measure it.
+
+    AdamW with a (smoothed) cosine schedule per epoch.  ``hard``: cross-entropy with the mixed classes.  Else: KL
+    divergence to the teacher's logits for the same mixed batch at temperature T, times T², or their squared error
+    (``labels.loss``).  Initialisation and batches follow from the student's seed alone, so students of one seed on
+    different sets are pairs.
+
+    Args:
+        config: recipe.
+        task: which student.
+        distilled: the set.
+        teacher: labels the batches of the soft regimes.
+        validation: judges the student.
+        ranks: device and precision.
+        team: the ranks that train it together; each takes its share of every batch.
+        folder: where soft labels are stored if the config says so.
+        advance: called with the number of updates done.
+        stop: whether to leave; looked at before every update, by a team about once a second.
+        checkpoint: where it is kept when that is due and at a stop, and where it resumes.
+
+    Raises:
+        Interrupted: a stop was requested.
+    """
+    meter = Meter(ranks.device, team.size)
+    wanted_updates = update_count(config, task.view, len(distilled))
+    config = config_for_view(config, task.view, len(distilled))
+    settings, data = config.student, config.data
+    torch.manual_seed(seed_of("student", task.seed))
+    network = create.create(task.network, len(distilled.classes), data.channels, data.resolution).to(ranks.device)
+    optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
+    soft = None
+    if task.regime != "hard":
+        soft = soft_labels.SoftLabels(config, distilled, teacher, task.regime, task.seed, ranks, folder)
+    images, classes = distilled.images.to(ranks.device), distilled.labels.to(ranks.device)
+    importance = importance_of(distilled).to(ranks.device) if config.labels.weighted else None
+    # Not torch's AveragedModel, whose counter makes the host wait for the device in every update.
+    weights, follow = list(network.parameters()), get_ema_multi_avg_fn(settings.ema)
+    average = [weight.detach().clone() for weight in weights] if settings.ema else []
+    parts = {"network": network, "optimizer": optimizer}
+    found = checkpoint.load(parts, ranks.device, team) if checkpoint else {}
+    steps = updates_per_epoch(config, len(distilled))
+    done = int(found.get("epoch", 0)) * steps + int(found.get("position", 0))
+    for mean, kept in zip(average, found.get("average", average), strict=True):
+        mean.copy_(kept)
+    meter.include(found.get("spent", {}))
+    if done:
+        advance(done)
+    example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
+    parallel = ranks.compiled(team.wrap(network.train(), example))
+    check = StopCheck(team, stop, checkpoint.due if checkpoint else lambda: False)
+
+    def save() -> None:
+        if checkpoint:
+            epoch, position = divmod(done, steps)
+            checkpoint.save(
+                parts, ranks.device, team, epoch=epoch, position=position, average=average, spent=meter.read()
+            )
+
+    try:
+        for epoch in range(done // steps, settings.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
+            visit = soft.visited(epoch) if soft else epoch
+            plan = batches.batches(
+                task.seed, visit, len(images), data.resolution, settings.batch_size, config.labels, ranks.device
+            )
+            stored = reads_stored_labels(soft, images, visit, team, stop) if soft and soft.stored else None
+            for position in range(done % steps, min(steps, wanted_updates - epoch * steps)):
+                stopping, saving = check()
+                if stopping:
+                    raise Interrupted
+                if saving:
+                    save()
+                batch = plan[position]
+                views = batches.augmented_batch(images, batch, config)
+                with ranks.autocast():
+                    logits = parallel(team.shard(views))
+                if soft is None:
+                    loss = hard_loss(logits.float(), classes, batch, team, importance)
+                else:
+                    wanted = team.shard(stored[position]) if stored else soft.online(views, team)
+                    shares = None if importance is None else team.shard(mixed(importance, batch))
+                    if config.labels.loss == "kl":
+                        loss = soft_loss(logits.float(), wanted, config.labels.temperature, shares)
+                    else:
+                        entropy = hard_loss(logits.float(), classes, batch, team, importance)
+                        loss = squared_error(logits.float(), wanted, shares) + config.labels.ce_weight * entropy
+                optimizer.zero_grad(set_to_none=True)
+                (loss * (team.size / len(batch.images))).backward()
+                optimizer.step()
+                if average:
+                    follow(average, weights, None)
+                done += 1
+                advance(1)
+        if average:
+            for weight, mean in zip(weights, average, strict=True):
+                weight.data.copy_(mean)
+        team.share_buffers(network)
+        network.eval()
+        metrics = validation(network, team)
+    except Interrupted:
+        save()
+        how = "checkpointed" if checkpoint else "stopped"
+        raise Interrupted(f"student {how} after {done} of {wanted_updates} updates") from None
+    labelled = done // steps * len(distilled) + done % steps * settings.batch_size
+    cost = {"image_bytes": float(distilled.bytes), "label_bytes": 0.0, **(soft.cost(labelled, team) if soft else {})}
+    return Result(metrics, done, meter.read() | {"updates": float(done)} | cost)
+
+
+def _smoothed_cosine(epoch: int, settings: StudentConfig) -> float:
+    return 0.5 * (1 + math.cos(math.pi * epoch / (settings.epochs * settings.cosine_stretch)))

@@ -1,0 +1,1 @@
+"""Stage 1: the frozen teacher, trained here or imported."""

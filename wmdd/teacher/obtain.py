@@ -1,0 +1,219 @@
+"""The frozen teacher: trained here or loaded strictly, kept in the store, named by the SHA-256 of its weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wmdd.config.schema import Config
+from wmdd.data.dataset import Dataset
+from wmdd.errors import InputError, WmddError
+from wmdd.networks import weights
+from wmdd.networks.accuracy import Validation
+from wmdd.networks.checkpoint import Checkpoint
+from wmdd.networks.frozen import FrozenNetwork, Observation
+from wmdd.runtime.arithmetic import Arithmetic
+from wmdd.runtime.log import say
+from wmdd.runtime.meter import Meter
+from wmdd.runtime.ranks import Ranks
+from wmdd.storage import cache
+from wmdd.storage.files import digest, expect, locked, read_json, read_tensors, sha256, sweep, write_json, write_tensors
+from wmdd.teacher.train import create_network, train
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen classifier whose outputs are the data's classes in order."""
+
+    network: FrozenNetwork
+    sha256: str
+    """Of its weights file in the store: the teacher's name"""
+    facts: dict[str, Any]
+    """Network, origin, top-1 and top-5 (fractions) and what they were measured on, seconds of training, bytes"""
+
+    def observe(self, images: Tensor, ranks: Ranks, batch_size: int) -> Observation:
+        """Return what the network sees in normalised images [N, channels, H, W], batch by batch, on the CPU."""
+        parts = []
+        for part in images.split(batch_size):
+            shown = part.to(ranks.device).contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode(), ranks.autocast():
+                parts.append(self.network(shown))
+        joined = {key: torch.cat([getattr(seen, key) for seen in parts]).cpu() for key in vars(parts[0])}
+        return Observation(**joined)
+
+
+def get_or_train_teacher(
+    config: Config,
+    dataset: Dataset,
+    validation: Validation,
+    ranks: Ranks,
+    stop: Callable[[], bool],
+    bound: Mapping[str, Any] | None = None,
+) -> Teacher:
+    """Return the teacher from the cache; it is trained or imported there first if it is not yet known.
+
+    Args:
+        config: network, weights or training.
+        dataset: what it is trained on.
+        validation: measures it.
+        ranks: device and arithmetic.
+        stop: whether to leave between two epochs of training.
+        bound: what is known of the teacher that images were made with (``Teacher.facts``); it is taken in whatever
+            arithmetic it was trained. The same on all ranks.
+
+    Raises:
+        InputError: no such network, or weights that do not fit it, or the teacher is not the one that ``bound`` names.
+        Interrupted: a stop was requested; training goes on from its checkpoint next time.
+    """
+    kept = ranks.agree(_kept(bound["sha256"]) if ranks.main and bound else None)
+    if kept:
+        folder = cache.folder("teachers", kept)
+    else:
+        if bound and (trained := Arithmetic.of(bound.get("arithmetic"))) not in (None, ranks.arithmetic):
+            raise InputError(
+                f"the images were made with the teacher {bound['sha256'][:12]}, which the cache does not hold; it was"
+                f" trained in {trained}, and cannot be trained again in {ranks.arithmetic}; bring it back (WMDD_CACHE)"
+            )
+        folder, origin = _entry(config, dataset, ranks.arithmetic)
+        if not ranks.agree(ranks.main and _is_complete(folder)):
+            _add(config, dataset, validation, ranks, folder, origin, stop)
+    if ranks.main:
+        cache.note_use(folder)
+    file, facts = folder / _FILE, folder / _FACTS
+    expect([file, facts], stop)
+    known = read_json(facts)
+    if bound and bound["sha256"] != known["sha256"]:
+        raise InputError(
+            f"the images were made with the teacher {bound['sha256'][:12]}, the cache now holds"
+            f" {known['sha256'][:12]}; bring the first one back (WMDD_CACHE), or use another --out"
+        )
+    network = create_network(config, known["all_outputs"])
+    weights.restore(network, read_tensors(file))
+    frozen = FrozenNetwork(network, known["outputs"]).to(ranks.device)
+    return Teacher(frozen, known["sha256"], known)
+
+
+def _add(
+    config: Config,
+    dataset: Dataset,
+    validation: Validation,
+    ranks: Ranks,
+    folder: Path,
+    origin: Path | None,
+    stop: Callable[[], bool],
+) -> None:
+    """Put the teacher into the cache, unless another process is faster."""
+    if ranks.main:
+        cache.prepare(folder)
+    with locked(folder / ".lock", stop) if ranks.main else nullcontext():
+        if ranks.main:
+            expect([folder / _FACTS], stop, seconds=0.1)
+            sweep(folder)
+        if ranks.agree(ranks.main and not _is_complete(folder)):
+            _make(config, dataset, validation, ranks, folder, origin, stop)
+        ranks.barrier()
+
+
+def is_stored(
+    config: Config, dataset: Dataset, arithmetics: Sequence[Arithmetic], bound: Mapping[str, Any] | None = None
+) -> bool:
+    """Return whether the cache holds this teacher in one of these arithmetics; if ``bound`` (``obtain``), that one."""
+    if bound:
+        return _kept(bound["sha256"]) is not None
+    return any(_is_complete(_entry(config, dataset, arithmetic)[0]) for arithmetic in arithmetics)
+
+
+def name_of_stored(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Path, str | None]:
+    """Return the teacher's folder in the store, and the SHA-256 of its weights if it is there."""
+    folder, _ = _entry(config, dataset, arithmetic)
+    return folder, read_json(folder / _FACTS)["sha256"] if _is_complete(folder) else None
+
+
+def _entry(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Path, Path | None]:
+    """Return the teacher's folder in the cache, and the file it is imported from if it is not trained here."""
+    settings = config.teacher
+    origin = weights.locate(settings.weights, settings.network)
+    made = arithmetic.facts if origin is None else sha256(origin)
+    return cache.folder("teachers", digest([config.fingerprint("teacher"), dataset.fingerprint, made])), origin
+
+
+def _kept(sha: str) -> str | None:
+    """Return the key under which the cache holds a teacher, whole; None if it does not."""
+    for entry in cache.entries("teachers"):
+        if not entry.current:
+            continue
+        try:
+            found = read_json(entry.path / _FACTS)["sha256"] == sha
+        except (WmddError, KeyError, TypeError):
+            continue
+        if found and _is_complete(entry.path):
+            return entry.key
+    return None
+
+
+_FILE, _FACTS = "teacher.safetensors", "teacher.json"
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return bool(read_json(folder / _FACTS)["sha256"] == sha256(folder / _FILE))
+    except (WmddError, OSError, KeyError, TypeError):
+        return False
+
+
+def _import(config: Config, dataset: Dataset, path: Path) -> tuple[nn.Module, list[int] | None]:
+    state, names = weights.read(path)
+    outputs = weights.output_count(state, path)
+    network = create_network(config, outputs)
+    weights.fit(network, state, path)
+    return network, weights.class_map(dataset, outputs, names, config.teacher.outputs, path)
+
+
+def _make(
+    config: Config,
+    dataset: Dataset,
+    validation: Validation,
+    ranks: Ranks,
+    folder: Path,
+    origin: Path | None,
+    stop: Callable[[], bool],
+) -> None:
+    """Train or import the teacher and put it into the store, with what is to be known of it."""
+    meter = Meter(ranks.device)
+    checkpoint = Checkpoint(folder / "checkpoint.safetensors", folder.name, config.compute.checkpoint_seconds)
+    outputs = None
+    if origin is None:
+        team = ranks.team(config.teacher.ranks, "teacher.ranks")
+        if ranks.main and (old := cache.of_other_versions()):
+            say(f"{cache.cache_root()}: {old} entries of another version of wmdd are not used (`wmdd cache list`)")
+        if team.index:
+            return  # one team trains, the others wait
+        network = train(config, dataset, ranks, team, checkpoint, meter, stop)
+    elif ranks.main:
+        network, outputs = _import(config, dataset, origin)
+    if not ranks.main:
+        return
+    seconds = meter.read()["seconds"]
+    state = network.state_dict()
+    accuracy = validation(FrozenNetwork(network, outputs).to(ranks.device).predict)
+    file = folder / _FILE
+    name = config.teacher.network
+    facts: dict[str, Any] = {
+        "sha256": write_tensors(file, state, {"classes": "\n".join(dataset.classes)} if origin is None else None),
+        "network": name,
+        "origin": config.teacher.weights or "trained here",
+        "arithmetic": ranks.arithmetic.facts if origin is None else None,
+        **accuracy,
+        "evaluated_on": validation.on,
+        "seconds": seconds,
+        "bytes": file.stat().st_size,
+        "all_outputs": weights.output_count(state, file),
+        "outputs": outputs,
+    }
+    write_json(folder / _FACTS, facts)  # last: it is what makes the entry count
+    checkpoint.remove()
+    say(f"teacher {name}: top-1 {accuracy['top1']:.1%} ({validation.on}), SHA-256 {facts['sha256'][:12]}")

@@ -1,0 +1,125 @@
+"""The training of a teacher: crops and flips, a cosine to zero, checkpoints."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wmdd.config.schema import Config
+from wmdd.data import augment
+from wmdd.data.dataset import Dataset, decode_all
+from wmdd.data.pixels import normalize
+from wmdd.errors import Interrupted
+from wmdd.networks import create
+from wmdd.networks.checkpoint import Checkpoint, StopCheck
+from wmdd.networks.frozen import FrozenNetwork
+from wmdd.runtime.meter import Meter
+from wmdd.runtime.progress_bars import progress
+from wmdd.runtime.ranks import Ranks
+from wmdd.runtime.seeding import generator, seed_of
+from wmdd.runtime.team import Team
+
+
+def create_network(config: Config, classes: int) -> nn.Module:
+    """Return an untrained teacher with so many outputs."""
+    data, settings = config.data, config.teacher
+    return create.create(settings.network, classes, data.channels, data.resolution, settings.stem)
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    ranks: Ranks,
+    team: Team,
+    checkpoint: Checkpoint,
+    meter: Meter,
+    stop: Callable[[], bool],
+) -> nn.Module:
+    """Train on the decoded images with crops and flips, cosine to zero.
+
+    Checkpoints are written when they are due, at a stop, and after the last update: a stop while the teacher is judged
+    costs no training.
+    """
+    settings, data = config.teacher, config.data
+    torch.manual_seed(seed_of(settings.seed, "teacher"))
+    network = create_network(config, len(dataset.classes)).to(ranks.device)
+    FrozenNetwork(network)  # refuses a network without BatchNorm before it is trained
+    optimizer = _optimizer(network, config)
+    batches = -(-len(dataset.train) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
+    parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    found = checkpoint.load(parts, ranks.device, team)
+    done = int(found.get("epoch", 0)) * batches + int(found.get("position", 0))
+    meter.include(found.get("spent", {}))
+    if done == settings.epochs * batches:
+        return network.cpu()
+
+    def decoded() -> Tensor:
+        return decode_all(dataset.train, config, "decoding the training images", stop)
+
+    def save() -> None:
+        epoch, position = divmod(done, batches)
+        checkpoint.save(parts, ranks.device, team, epoch=epoch, position=position, spent=meter.read())
+
+    images = to_gpu_if_it_fits(team.together(decoded), ranks.device)
+    labels = dataset.train.labels.to(ranks.device)
+    example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
+    parallel = ranks.compiled(team.wrap(network.train(), example))
+    check = StopCheck(team, stop, checkpoint.due)
+    with progress("teacher: training", settings.epochs * batches, "updates") as advance:
+        advance(done)
+        for epoch in range(done // batches, settings.epochs):
+            source = generator(settings.seed, "teacher", epoch)
+            order = torch.randperm(len(images), generator=source)
+            size, scale = data.resolution, (settings.crop_scale, 1.0)
+            draws = augment.draw((len(images),), size, scale, settings.flip, 0, source).to(ranks.device)
+            places, classes = order.to(images.device), labels[order.to(ranks.device)]
+            for position in range(done % batches, batches):
+                stopping, saving = check()
+                if stopping or saving:
+                    save()
+                if stopping:
+                    raise Interrupted(f"teacher checkpointed after {done} of {settings.epochs * batches} updates")
+                done += 1
+                start = position * settings.batch_size
+                end = min(start + settings.batch_size, len(images))
+                if end - start < 2 * team.size:
+                    continue  # BatchNorm cannot train on one image
+                own = team.own(start, end)
+                shown = augment.warp(normalize(images[places[own]].to(ranks.device), data), draws[own])
+                with ranks.autocast():
+                    logits = parallel(shown)
+                wanted = classes[own]
+                smoothing = settings.label_smoothing
+                loss = functional.cross_entropy(logits.float(), wanted, label_smoothing=smoothing, reduction="sum")
+                optimizer.zero_grad(set_to_none=True)
+                (loss * (team.size / (end - start))).backward()
+                optimizer.step()
+                schedule.step()
+                advance(1)
+    save()
+    return network.cpu()
+
+
+def to_gpu_if_it_fits(images: Tensor, device: torch.device) -> Tensor:
+    """Return the images on a GPU if they take up no more than a quarter of its free memory, else where they are.
+
+    Else every batch is copied there, for which the host waits.
+    """
+    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+        return images.to(device)
+    return images
+
+
+def _optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer:
+    settings = config.teacher
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        network.parameters(),
+        settings.lr,
+        settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.momentum > 0,
+    )
