@@ -26,7 +26,7 @@ LAUNCH = """
 import sys
 from pathlib import Path
 from wmdd import launchers, worker
-from wmdd.config import load_config
+from wmdd.config.loading import load_config
 from wmdd.errors import WmddError
 worker.GRACE_SECONDS = float(sys.argv[1])
 config = load_config("digits", sys.argv[3:])
@@ -189,7 +189,7 @@ def test_a_later_signal_of_the_same_kind_acts_at_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0.0)
     code = """
 import signal, time
-from wmdd import signals
+from wmdd.runtime import signals
 signals.SAME_REQUEST_SECONDS = 0.0
 with signals.stop_on(signal.SIGTERM):
     signal.raise_signal(signal.SIGTERM)

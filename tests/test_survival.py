@@ -311,10 +311,10 @@ def test_a_signal_to_all_processes_ends_no_decoder(number: signal.Signals) -> No
 def test_decoders_are_forked_whatever_python_starts_by_default() -> None:
     code = """
 import multiprocessing
-from wmdd import data
+from wmdd.data import decoding
 multiprocessing.set_start_method("forkserver")
 factor = 2
-print(list(data._in_order(lambda number: factor * number, list(range(4)), workers=2)))
+print(list(decoding.in_order(lambda number: factor * number, list(range(4)), workers=2)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout == "[0, 2, 4, 6]\n", done.stderr
@@ -341,9 +341,9 @@ def test_checking_files_looks_at_the_stop_request(tiny: Config) -> None:
 @pytest.mark.slow
 def test_decoders_end_with_a_program_that_ends_by_an_error() -> None:
     code = """
-from wmdd import data
-data._PATIENCE = 3600
-stream = data._in_order(abs, list(range(40)), workers=2)
+from wmdd.data import decoding
+decoding._PATIENCE = 3600
+stream = decoding.in_order(abs, list(range(40)), workers=2)
 next(stream), next(stream)
 raise RuntimeError("the cause")
 """

@@ -82,9 +82,8 @@ def watch(event, arguments):
     if event == "open" and isinstance(arguments[0], str):
         opened.append(arguments[0])
 sys.addaudithook(watch)
-from wmdd.config import Data
-from wmdd.data import load_dataset
-from wmdd.sources import Tree
+from wmdd.config.schema import DataConfig
+from wmdd.data.dataset import load_dataset
 root = sys.argv[1]
 real = os.stat
 def counted(path, *rest, **more):
@@ -92,7 +91,7 @@ def counted(path, *rest, **more):
     seen += str(path).startswith(root + "/train/") or str(path).startswith(root + "/val/")
     return real(path, *rest, **more)
 os.stat = counted
-dataset = load_dataset(Data(root=root, resolution=8))
+dataset = load_dataset(DataConfig(root=root, resolution=8))
 for index in range(int(sys.argv[2]), int(sys.argv[3])):
     dataset.train.decode(dataset.train.of_class(index))
 print(json.dumps({"opened": [name for name in opened if name.startswith(root)], "seen": seen}))
@@ -163,14 +162,14 @@ import json, sys
 from pathlib import Path
 opened = []
 sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event in ("open", "os.scandir") else None)
-from wmdd.config import Compute, Data
-from wmdd.data import load_dataset
-from wmdd.distributed import ranks
+from wmdd.config.schema import ComputeConfig, DataConfig
+from wmdd.data.dataset import load_dataset
+from wmdd.runtime.ranks import ranks
 from wmdd.errors import InputError
 root, out = sys.argv[1:]
-with ranks(Compute(device="cpu")) as job:
+with ranks(ComputeConfig(device="cpu")) as job:
     try:
-        told = load_dataset(Data(root=root, resolution=8), 0, job).fingerprint
+        told = load_dataset(DataConfig(root=root, resolution=8), 0, job).fingerprint
     except InputError as error:
         told = str(error)
     Path(out, f"{job.rank}.json").write_text(json.dumps([told, [name for name in opened if name.startswith(root)]]))

@@ -120,9 +120,9 @@ sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if ev
 import safetensors
 safe_open = safetensors.safe_open  # maps a file without an audit event
 safetensors.safe_open = lambda path, framework: (opened.append(str(path)), safe_open(path, framework))[1]
-from wmdd.config import Data
-from wmdd.data import load_dataset
-dataset = load_dataset(Data(packed=sys.argv[1], resolution=8, crop_ratio=0.875))
+from wmdd.config.schema import DataConfig
+from wmdd.data.dataset import load_dataset
+dataset = load_dataset(DataConfig(packed=sys.argv[1], resolution=8, crop_ratio=0.875))
 dataset.train.decode(dataset.train.of_class(3))
 print(*[name for name in opened if name.endswith((".json", ".safetensors"))])
 """

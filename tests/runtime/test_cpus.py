@@ -47,9 +47,9 @@ def test_none_is_started_unasked_and_one_for_each_cpu_at_most(one_cpu: None) -> 
 def test_presets_for_large_machines_decode_on_one_cpu_without_a_warning_and_in_the_same_order() -> None:
     code = """
 import os, multiprocessing
-from wmdd import data
+from wmdd.data import decoding
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-stream = data._in_order(abs, list(range(-40, 0)), workers=16)
+stream = decoding.in_order(abs, list(range(-40, 0)), workers=16)
 first = next(stream)
 assert len(multiprocessing.active_children()) == 1
 assert [first, *stream] == list(range(40, 0, -1))

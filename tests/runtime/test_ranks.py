@@ -417,7 +417,7 @@ import torch
 from torch import distributed
 
 import wmdd
-from wmdd import console
+from wmdd.runtime import log
 from wmdd.errors import WmddError
 
 signal.signal(signal.SIGUSR2, print)
@@ -431,7 +431,7 @@ def state():
         "random": hash(bytes(torch.get_rng_state().tolist())),
         "handlers": [signal.getsignal(number) for number in numbers],
         "environment": dict(os.environ),
-        "console": (console.quiet, list(console.observers)),
+        "log": (log.quiet, list(log.observers)),
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "groups": distributed.is_initialized(),
     }

@@ -50,7 +50,7 @@ def test_tasks_of_one_srun_with_runs_of_their_own_are_refused(cluster: LocalClus
 
 
 def test_a_single_task_and_a_shell_on_a_terminal_stand_alone(cluster: LocalCluster) -> None:
-    program = "import os; from wmdd.placement import placement_of; print(placement_of(os.environ).size)"
+    program = "import os; from wmdd.runtime.placement import placement_of; print(placement_of(os.environ).size)"
     command = [sys.executable, "-c", program]
     assert srun(*command, tasks=1).stdout.split() == ["1"]
     assert srun(*command, tasks=3).stdout.split() == ["3"] * 3

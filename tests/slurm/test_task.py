@@ -69,7 +69,7 @@ def test_a_task_whose_blocks_are_whole_never_imports_torch(digits: Config, tmp_p
     whole = task(digits, tmp_path / "run")
     assert not whole.is_whole()
     pipeline.run(digits, tmp_path / "run", share=pipeline.Share(("teacher", "distill")))
-    program = f"import sys; from slurm.jobs import Task; print(({whole!r}).is_whole(), 'torch' in sys.modules)"
+    program = f"import sys; from slurm.task import SlurmTask; print(({whole!r}).is_whole(), 'torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["True", "False"]
     (tmp_path / "run" / "baselines" / "random" / "blocks" / "block-00000.json").unlink()
@@ -86,7 +86,7 @@ def test_of_several_ranks_one_decides_whether_a_block_is_whole(digits: Config, t
     try:
         for rank in ("0", "1"):
             # Each rank is in a folder of its own, and the run's is given relative to it.
-            program = f"from slurm.jobs import Task; ({task(digits, Path('.'))!r})()"
+            program = f"from slurm.task import SlurmTask; ({task(digits, Path('.'))!r})()"
             own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
             command = [sys.executable, "-c", program]
             ranks.append(subprocess.Popen(command, cwd=tmp_path / rank, env={**os.environ, **common, **own}))
