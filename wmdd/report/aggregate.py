@@ -82,7 +82,7 @@ def distillation(run: Run) -> dict[str, Any]:
 
 
 def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
-    """Return ``wmdd.report.comparison.compare`` with what belongs to each row; then a row for each teacher, without an IPC.
+    """Return ``comparison.compare`` with what belongs to each row; then a row for each teacher, without an IPC.
 
     Added: ``recipe``, ``teacher`` (SHA-256), ``origins`` (``origins`` of its records), the columns ``BYTES``,
     ``device_seconds`` that the teacher, the statistics and one distilled set took, λ as ``bn_weight`` and
