@@ -18,7 +18,7 @@ from wmdd.data.dataset import Dataset, load_dataset
 from wmdd.distill.methods import registry
 from wmdd.errors import InputError, WmddError, complaint, nearest
 from wmdd.records.files import read_records
-from wmdd.run.folder import RunFolder
+from wmdd.runs.folder import RunFolder
 from wmdd.storage.files import read_json, read_toml, write_json
 from wmdd.students import evaluate, tasks
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from bench.projection import size_of
 from bench.protocol import ProtocolRun, students_left
 from wmdd.distill.methods import registry
-from wmdd.run.folder import RunFolder
+from wmdd.runs.folder import RunFolder
 from wmdd.students import tasks
 
 

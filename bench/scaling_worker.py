@@ -25,7 +25,7 @@ from wmdd.distill import groups as groups_module
 from wmdd.distill import job as job_module
 from wmdd.distill.synthesis.engine import State, synthesize
 from wmdd.errors import InputError
-from wmdd.run import folder as folder_module
+from wmdd.runs import folder as folder_module
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import Team
 from wmdd.storage.files import write_json

@@ -12,7 +12,7 @@ from bench.timing import Stopwatch, flops
 from bench.workloads import OWN, Bench, Checks, Workload
 from wmdd.errors import InputError
 from wmdd.networks import create
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.cpus import processes
 from wmdd.runtime.seeding import seed_of
 from wmdd.runtime.team import SINGLE, Team

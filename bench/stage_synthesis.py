@@ -19,7 +19,7 @@ from wmdd.distill.methods import registry
 from wmdd.distill.synthesis import engine as engine_module
 from wmdd.distill.synthesis import objective as objective_module
 from wmdd.errors import InputError, WmddError
-from wmdd.run import folder as folder_module
+from wmdd.runs import folder as folder_module
 
 
 def first_group(bench: Bench) -> tuple[groups.Prepared, objective_module.Target]:

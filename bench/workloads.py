@@ -18,7 +18,7 @@ from wmdd.errors import WmddError
 from wmdd.networks import create
 from wmdd.networks.accuracy import Validation
 from wmdd.networks.frozen import FrozenNetwork
-from wmdd.run import partition
+from wmdd.runs import partition
 from wmdd.runtime.log import say
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.ranks import Ranks, ranks

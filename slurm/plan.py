@@ -15,8 +15,8 @@ from wmdd.distill.methods import registry
 from wmdd.errors import InputError, WmddError
 from wmdd.records.files import read_records
 from wmdd.records.schema import Record
-from wmdd.run import partition
-from wmdd.run.folder import RunFolder
+from wmdd.runs import partition
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import candidates
 from wmdd.storage.files import read_json
 from wmdd.students import evaluate

@@ -20,8 +20,8 @@ from wmdd import pipeline
 from wmdd.config.schema import Config
 from wmdd.data.dataset import Dataset, load_dataset
 from wmdd.errors import InputError, WmddError
-from wmdd.run import partition
-from wmdd.run.folder import RunFolder
+from wmdd.runs import partition
+from wmdd.runs.folder import RunFolder
 from wmdd.storage import cache
 from wmdd.storage.files import read_json
 from wmdd.students import evaluate

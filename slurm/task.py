@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slurm import scheduler
 from wmdd.errors import EXIT_RESUMABLE, Interrupted, WmddError
-from wmdd.run.folder import RunFolder
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime.log import say
 from wmdd.runtime.placement import Placement, placement_of
 from wmdd.runtime.signals import stop_on

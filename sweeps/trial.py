@@ -32,9 +32,9 @@ from wmdd.distill.synthesis.engine import State
 from wmdd.errors import InputError, Interrupted
 from wmdd.networks.accuracy import Validation
 from wmdd.records.scores import label_robust_score
-from wmdd.run import folder as folder_module
-from wmdd.run import partition
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs import folder as folder_module
+from wmdd.runs import partition
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime import progress_bars
 from wmdd.runtime.placement import Placement
 from wmdd.runtime.ranks import Ranks, ranks

@@ -113,7 +113,7 @@ def classifier() -> torch.nn.Module:
 
 def blocks_of(run: Path) -> dict[str, bytes]:
     """Return the images of each class of a run, however its blocks are cut."""
-    from wmdd.run.distilled_set import DistilledSet
+    from wmdd.runs.distilled_set import DistilledSet
 
     found = DistilledSet.load(run)
     return {name: found.images[found.labels == index].numpy().tobytes() for index, name in enumerate(found.classes)}

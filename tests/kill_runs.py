@@ -25,7 +25,7 @@ from wmdd import pipeline
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.records.files import read_records
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime import log
 
 SETTINGS = [

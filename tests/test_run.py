@@ -20,9 +20,9 @@ from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, WmddError
 from wmdd.records.files import read_records
-from wmdd.run import partition
-from wmdd.run.distilled_set import DistilledSet, export, verify
-from wmdd.run.folder import RunFolder
+from wmdd.runs import partition
+from wmdd.runs.distilled_set import DistilledSet, export, verify
+from wmdd.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ from wmdd.data import dataset, decoding
 from wmdd.data.dataset import decode_all
 from wmdd.errors import Interrupted, WmddError
 from wmdd.records.files import read_records, write_records
-from wmdd.run.distilled_set import DistilledSet
-from wmdd.run.folder import RunFolder
+from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log as log_module
 from wmdd.runtime.signals import stop_on
 from wmdd.storage import files

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wmdd.config.loading import load_config
     from wmdd.pipeline import run
-    from wmdd.run.distilled_set import DistilledSet
+    from wmdd.runs.distilled_set import DistilledSet
 
 __all__ = ["DistilledSet", "load_config", "run"]
 
-_HOME = {"load_config": "wmdd.config.loading", "run": "wmdd.pipeline", "DistilledSet": "wmdd.run.distilled_set"}
+_HOME = {"load_config": "wmdd.config.loading", "run": "wmdd.pipeline", "DistilledSet": "wmdd.runs.distilled_set"}
 
 
 def __getattr__(name: str) -> Any:

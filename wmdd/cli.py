@@ -82,7 +82,7 @@ def export(
     format: Annotated[str, typer.Option(help="imagefolder (lossless PNG) or parquet.")] = "imagefolder",
 ) -> None:
     """Write a distilled set for other tools, losslessly."""
-    from wmdd.run import distilled_set
+    from wmdd.runs import distilled_set
     from wmdd.runtime.progress_bars import progress
 
     found = distilled_set.DistilledSet.load(run)
@@ -93,7 +93,7 @@ def export(
 @app.command(epilog="Example:  watch -n 10 wmdd status runs/imagenet-1k")
 def status(run: RunArgument) -> None:
     """Show what of a run is done, what is at work, how fast, and how long it will take."""
-    from wmdd.run.status import show
+    from wmdd.runs.status import show
     from wmdd.runtime.log import results
 
     show(run, results())
@@ -102,7 +102,7 @@ def status(run: RunArgument) -> None:
 @app.command()
 def verify(run: RunArgument) -> None:
     """Hash every block of a run again; exit 1 and name what is damaged or missing."""
-    from wmdd.run.distilled_set import DistilledSet
+    from wmdd.runs.distilled_set import DistilledSet
 
     found = DistilledSet.load(run)
     typer.echo(f"{run}: {len(found)} images of {len(found.classes)} classes are whole, SHA-256 {found.sha256}")

@@ -17,8 +17,8 @@ from wmdd.distill import statistics
 from wmdd.distill.methods import registry
 from wmdd.errors import InputError, Interrupted
 from wmdd.networks.accuracy import Validation
-from wmdd.run import partition, progress
-from wmdd.run.folder import RunFolder
+from wmdd.runs import partition, progress
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log
 from wmdd.runtime.arithmetic import candidates
 from wmdd.runtime.memory import within_memory

@@ -23,8 +23,8 @@ from wmdd.distill.methods import external_folder, registry
 from wmdd.errors import InputError
 from wmdd.records.files import read_records
 from wmdd.records.schema import Record
-from wmdd.run.distilled_set import DistilledSet, export
-from wmdd.run.folder import RunFolder
+from wmdd.runs.distilled_set import DistilledSet, export
+from wmdd.runs.folder import RunFolder
 
 QUICK = [*TINY, "student.seeds=1"]
 

@@ -15,8 +15,8 @@ from wmdd import pipeline
 from wmdd.config.schema import Config
 from wmdd.data.dataset import load_dataset
 from wmdd.errors import Interrupted, WmddError
-from wmdd.run.distilled_set import DistilledSet
-from wmdd.run.folder import RunFolder
+from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log
 from wmdd.storage.files import read_metadata, write_tensors
 

@@ -25,7 +25,7 @@ from wmdd.distill.synthesis.objective import Objective
 from wmdd.networks import create
 from wmdd.networks.frozen import FrozenNetwork, Observation
 from wmdd.records.files import read_records
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 
 
 def features_of_a_class(seed: int, images: int = 60, size: int = 6) -> Tensor:

@@ -23,8 +23,8 @@ from wmdd.networks.accuracy import Validation
 from wmdd.networks.checkpoint import Checkpoint
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
-from wmdd.run.distilled_set import DistilledSet
-from wmdd.run.folder import RunFolder
+from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log
 from wmdd.runtime.meter import Meter
 from wmdd.runtime.ranks import Ranks, ranks

@@ -25,8 +25,8 @@ from wmdd.networks.accuracy import Validation
 from wmdd.networks.checkpoint import Checkpoint, Clock
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
-from wmdd.run.distilled_set import DistilledSet
-from wmdd.run.folder import RunFolder
+from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import Arithmetic, Hardware, applied, candidates, permits, resolve, switches
 from wmdd.runtime.ranks import ranks
 from wmdd.runtime.team import SINGLE

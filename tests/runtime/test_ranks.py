@@ -29,7 +29,7 @@ from wmdd.distill.synthesis.objective import Objective, evaluate, own_rows
 from wmdd.errors import Interrupted, WmddError
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime import log as log_module
 from wmdd.runtime import memory
 from wmdd.runtime import ranks as ranks_module

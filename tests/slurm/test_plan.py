@@ -12,7 +12,7 @@ from wmdd import pipeline
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.errors import InputError
-from wmdd.run.folder import RunFolder
+from wmdd.runs.folder import RunFolder
 
 from .conftest import NARROW
 

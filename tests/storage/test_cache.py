@@ -21,7 +21,7 @@ from wmdd.config.schema import Config, DataConfig
 from wmdd.data import verdicts
 from wmdd.data.dataset import load_dataset
 from wmdd.errors import InputError, Interrupted
-from wmdd.run.folder import RunFolder
+from wmdd.runs.folder import RunFolder
 from wmdd.storage import cache
 from wmdd.storage.files import expect
 

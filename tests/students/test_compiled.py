@@ -16,7 +16,7 @@ from wmdd.distill.synthesis.objective import Objective, Target
 from wmdd.errors import WmddError
 from wmdd.networks import create
 from wmdd.networks.frozen import FrozenNetwork
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime import ranks as ranks_module
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE

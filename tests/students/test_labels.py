@@ -11,7 +11,7 @@ from wmdd.config.loading import load_config
 from wmdd.config.schema import ComputeConfig, Config, LabelsConfig
 from wmdd.errors import InputError
 from wmdd.networks.frozen import FrozenNetwork
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE, Team
 from wmdd.storage.files import write_tensors

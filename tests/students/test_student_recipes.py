@@ -23,7 +23,7 @@ from wmdd.networks import create
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
 from wmdd.records.likeness import protocol_of
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.seeding import seed_of
 from wmdd.runtime.team import SINGLE, Team

@@ -14,8 +14,8 @@ from wmdd.distill import job as job_module
 from wmdd.errors import InputError
 from wmdd.networks.accuracy import Validation
 from wmdd.records.scores import label_robust_score
-from wmdd.run.folder import RunFolder
-from wmdd.run.partition import plan
+from wmdd.runs.folder import RunFolder
+from wmdd.runs.partition import plan
 from wmdd.runtime.ranks import ranks
 from wmdd.runtime.team import SINGLE
 from wmdd.students import losses

@@ -17,7 +17,7 @@ from wmdd.distill.job import Job, StatisticsByClass
 from wmdd.distill.methods import base, registry
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.records.provenance import provenance
-from wmdd.run.partition import Block, Group
+from wmdd.runs.partition import Block, Group
 from wmdd.runtime.log import say
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.progress_bars import progress

@@ -7,7 +7,7 @@ from typing import Any
 from wmdd.distill.job import Job
 from wmdd.distill.synthesis.engine import State
 from wmdd.networks.checkpoint import is_of, marked
-from wmdd.run.partition import Group
+from wmdd.runs.partition import Group
 from wmdd.storage.files import digest, read_metadata, read_tensors, write_tensors
 
 

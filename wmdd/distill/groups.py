@@ -18,7 +18,7 @@ from wmdd.distill.synthesis.engine import State, synthesize
 from wmdd.distill.synthesis.objective import Target
 from wmdd.errors import WmddError
 from wmdd.networks.checkpoint import Clock
-from wmdd.run.partition import Group
+from wmdd.runs.partition import Group
 from wmdd.runtime.log import say
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.meter import Meter

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from wmdd.config.schema import Config
 from wmdd.data.dataset import Dataset
 from wmdd.distill import statistics
-from wmdd.run.folder import RunFolder
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime.ranks import Ranks
 from wmdd.teacher.obtain import Teacher
 

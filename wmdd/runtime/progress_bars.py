@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from wmdd.runtime.log import console, observers, quiet, say
+from wmdd.runtime import log
 
 _bars: Progress | None = None
 
@@ -18,14 +18,14 @@ def progress(title: str, total: int, unit: str, observed: bool = True) -> Iterat
     Without a terminal, one line says when it begins and one when it ends.  ``observed=False`` tells no observers: they
     write into the run folder, which may not be this run's before its data are known.
     """
-    if quiet or total == 0:
+    if log.quiet or total == 0:
         yield lambda steps: None
         return
     begun = time.monotonic()
     done = 0
 
     def tell() -> None:
-        for observer in observers if observed else ():
+        for observer in log.observers if observed else ():
             observer(title, done, total, unit)
 
     with _bar(title, total, unit) as move:
@@ -39,14 +39,14 @@ def progress(title: str, total: int, unit: str, observed: bool = True) -> Iterat
         tell()
         yield advance
         tell()
-    say(f"{title}: {done:,} {unit} in {time.monotonic() - begun:.1f} s")
+    log.say(f"{title}: {done:,} {unit} in {time.monotonic() - begun:.1f} s")
 
 
 @contextmanager
 def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     global _bars
-    if not console.is_terminal:
-        say(f"{title}: {total:,} {unit} ...")
+    if not log.console.is_terminal:
+        log.say(f"{title}: {total:,} {unit} ...")
         yield lambda steps: None
         return
     outermost = _bars is None
@@ -57,7 +57,7 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=log.console,
         transient=True,
     )
     if outermost:

@@ -14,8 +14,8 @@ from wmdd.records.files import read_records, write_records
 from wmdd.records.likeness import complete, protocol_of
 from wmdd.records.provenance import provenance
 from wmdd.records.schema import Record
-from wmdd.run.distilled_set import DistilledSet
-from wmdd.run.folder import RunFolder
+from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import Arithmetic, permits
 from wmdd.runtime.log import say
 from wmdd.runtime.progress_bars import progress

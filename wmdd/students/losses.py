@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional
 
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.team import Team
 from wmdd.students import batches
 

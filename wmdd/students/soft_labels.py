@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wmdd.config.schema import Config, LabelsConfig
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.team import SINGLE, Team
 from wmdd.storage.files import digest, read_tensors, sweep, write_tensors

@@ -13,7 +13,7 @@ from wmdd.errors import Interrupted
 from wmdd.networks import create
 from wmdd.networks.accuracy import Validation
 from wmdd.networks.checkpoint import Checkpoint, StopCheck
-from wmdd.run.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.meter import Meter
 from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.seeding import seed_of

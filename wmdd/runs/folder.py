@@ -19,7 +19,7 @@ from typing import Any
 
 from wmdd.config.schema import DECIDES, DEFAULTS, Config, decides
 from wmdd.errors import InputError, WmddError
-from wmdd.run.partition import Block
+from wmdd.runs.partition import Block
 from wmdd.runtime.arithmetic import Arithmetic
 from wmdd.storage.files import FORMAT, digest, flatten, locked, read_json, sha256, sweep, write_json
 

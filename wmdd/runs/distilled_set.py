@@ -12,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from wmdd.config.schema import Config, DataConfig
 from wmdd.data.pixels import normalize
 from wmdd.errors import InputError, WmddError
-from wmdd.run.folder import RunFolder
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import Arithmetic
 from wmdd.storage.files import read_tensors, write_bytes
 

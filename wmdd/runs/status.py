@@ -5,8 +5,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wmdd.run import progress
-from wmdd.run.folder import RunFolder
+from wmdd.runs import progress
+from wmdd.runs.folder import RunFolder
 from wmdd.storage.files import read_json
 
 if TYPE_CHECKING:

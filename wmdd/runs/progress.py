@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.run.folder import RunFolder
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log
 from wmdd.storage.files import read_json, write_json
 
