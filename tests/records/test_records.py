@@ -151,7 +151,8 @@ def test_provenance_tells_versions_hardware_and_job(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():  # as torchrun does
+        monkeypatch.setenv(name, value)
 
     found = provenance(ComputeConfig(device="cpu", threads=2))
 

@@ -140,7 +140,7 @@ def test_a_bf16_block_does_not_join_an_fp32_run(tiny: Config, tmp_path: Path) ->
     assert read_json(tmp_path / "run" / "arithmetic.json") == CPU.facts
     assert RunFolder(tmp_path / "run").sidecar(0)["arithmetic"] == CPU.facts
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError) as caught:
-        patch.setattr(pipeline.teachers, "obtain", lambda *_: pytest.fail("a teacher was asked for before the refusal"))
+        patch.setattr(obtain, "get_or_train_teacher", lambda *_: pytest.fail("a teacher was asked for"))
         pipeline.run(in_(config, "bf16"), tmp_path / "run", share=two)
     for word in ("computed in fp32 on cpu", "computes in bf16 on cpu", "set compute.precision=fp32", "--out"):
         assert word in str(caught.value)
@@ -232,7 +232,7 @@ def test_the_checkpoint_of_a_group_in_another_arithmetic_is_not_resumed(
             raise Interrupted("stopped")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "write_checkpoint", written)
+        patch.setattr(groups, "write_checkpoint", written)
         with pytest.raises(Interrupted):
             pipeline.run(tiny, tmp_path / "run", share=IMAGES)
     assert list((tmp_path / "run" / "groups").glob("*.checkpoint.safetensors"))

@@ -341,8 +341,8 @@ def check_files(config: DataConfig, workers: int, refresh: bool = False) -> list
         for index, rows in sorted(_faults_of(catalogue, split, places, False).items())
         for row, fault in sorted(rows.items())
     }
-    chunks = [chunk for split in SPLITS for chunk in chunks(catalogue, split, places.tolist())]
-    faults |= decoding_faults(catalogue, chunks, workers)
+    every = [chunk for split in SPLITS for chunk in chunks(catalogue, split, places.tolist())]
+    faults |= decoding_faults(catalogue, every, workers)
     return [(catalogue.where(*place), reason) for place, reason in faults.items()]
 
 
