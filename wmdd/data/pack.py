@@ -1,4 +1,4 @@
-"""Packing a data set into shards (``wmdd data pack``); ``packed.py`` reads them."""
+"""Packing a data set into shards (``wmdd data pack``); ``shards.py`` reads them."""
 
 import hashlib
 import shutil

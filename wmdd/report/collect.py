@@ -1,7 +1,7 @@
 """Measurements consolidated: what was found, what is missing, what it cost and where each number comes from.
 
-``collect`` reads the places once; the same report then goes to a terminal, to Markdown, CSV or LaTeX (``render``), or
-into one HTML page (``page``).
+``collect`` reads the places once; the same report then goes to a terminal, to Markdown, CSV or LaTeX (``text``), or
+into one HTML page (``html``).
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ class Report:
 
     runs: list[Run]
     students: pd.DataFrame
-    """The students that count (``frames.students``)."""
+    """The students that count (``aggregate.students``)."""
     accuracy: pd.DataFrame
-    """``frames.accuracy``: a row for each setting and method, then for each teacher."""
+    """``aggregate.accuracy``: a row for each setting and method, then for each teacher."""
     robustness: pd.DataFrame
     speeds: list[tuple[Run, SpeedRecord]]
     published: list[published.PublishedAccuracy]

@@ -11,7 +11,7 @@ RUN/records/*.jsonl              what was measured
 RUN/baselines/METHOD/            a run folder of its own
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any
 
 from wmdd.config.schema import DECIDES, DEFAULTS, Config, decides
 from wmdd.errors import InputError, WmddError
-from wmdd.runs.partition import Block
 from wmdd.runtime.arithmetic import Arithmetic
 from wmdd.storage.files import FORMAT, digest, flatten, locked, read_json, sha256, sweep, write_json
 
@@ -163,10 +162,6 @@ class RunFolder:
         if sha256(path) != sidecar["sha256"]:
             return f"{path}: its SHA-256 is not the one in its sidecar"
         return None
-
-    def missing(self, blocks: Sequence[Block]) -> list[Block]:
-        """Return the blocks that have no whole sidecar and file."""
-        return [block for block in blocks if self.sidecar(block.index) is None or self.damaged(block.index)]
 
     def merge(self) -> None:
         """Write ``manifest.json`` for people and tools; nothing here reads it, the sidecars are the truth."""

@@ -25,7 +25,7 @@ class SoftLabels:
     for in turn; they are the first ones of ``stored``, and the same files.
 
     Args:
-        config: of the run, as the student sees it (``student.seen``).
+        config: of the run, as the student sees it (``tasks.config_for_view``).
         distilled: the set.
         teacher: who labels.
         regime: ``soft``, ``stored`` or ``budget``.

@@ -64,7 +64,7 @@ def _outlines(config: Config, classes: int) -> list[nn.Module]:
 
 
 def updates_per_epoch(config: Config, images: int) -> int:
-    """Return the optimiser steps of one epoch (``labels.batches``)."""
+    """Return the optimiser steps of one epoch (``batches.batches``)."""
     size = config.student.batch_size
     return len(range(size, images - 1, size)) + 1
 

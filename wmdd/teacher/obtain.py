@@ -121,7 +121,7 @@ def _add(
 def is_stored(
     config: Config, dataset: Dataset, arithmetics: Sequence[Arithmetic], bound: Mapping[str, Any] | None = None
 ) -> bool:
-    """Return whether the cache holds this teacher in one of these arithmetics; if ``bound`` (``obtain``), that one."""
+    """Return whether the cache holds this teacher in one of these arithmetics; if ``bound``, that one."""
     if bound:
         return _kept(bound["sha256"]) is not None
     return any(_is_complete(_entry(config, dataset, arithmetic)[0]) for arithmetic in arithmetics)
