@@ -28,7 +28,7 @@ from wmdd.runtime.cpus import processes
 from wmdd.runtime.log import results
 from wmdd.runtime.progress_bars import progress
 
-MODES = 12
+MIXTURE_MODES = 12
 """Clusters of a class."""
 Spectrum = Literal["decaying", "flat"]
 
@@ -41,13 +41,13 @@ def features(images: int, dimension: int, spectrum: Spectrum, seed: int) -> torc
     that relies on structure.
     """
     draw = np.random.default_rng(seed)
-    centres = 0.8 * draw.normal(size=(MODES, dimension))
+    centres = 0.8 * draw.normal(size=(MIXTURE_MODES, dimension))
     if spectrum == "flat":
         noise = draw.normal(size=(images, dimension))
-        return torch.from_numpy(np.maximum(centres[draw.integers(MODES, size=images)] + noise, 0)).float()
-    shares = draw.dirichlet(np.full(MODES, 2.0))
+        return torch.from_numpy(np.maximum(centres[draw.integers(MIXTURE_MODES, size=images)] + noise, 0)).float()
+    shares = draw.dirichlet(np.full(MIXTURE_MODES, 2.0))
     directions = draw.normal(size=(20, dimension)) / np.sqrt(np.arange(1, 21))[:, None]
-    points = centres[draw.choice(MODES, size=images, p=shares)] + draw.normal(size=(images, 20)) @ directions
+    points = centres[draw.choice(MIXTURE_MODES, size=images, p=shares)] + draw.normal(size=(images, 20)) @ directions
     return torch.from_numpy(np.maximum(points + 0.6 * draw.normal(size=points.shape) - 0.4, 0)).float()
 
 

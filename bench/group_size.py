@@ -26,7 +26,7 @@ from wmdd.runtime.progress_bars import progress
 
 TOLERANCE = 0.05
 """Share of the best rate that a smaller group may cost: it leaves more groups to share out."""
-IMAGES = 1000
+MAX_IMAGES = 1000
 """Images of the largest group that is tried unless told otherwise: ten times the default group."""
 
 
@@ -37,7 +37,7 @@ def run(
 
     Args:
         config: what is synthesised, and where.
-        most: classes of the largest group; by default as many as make up ``IMAGES`` images.  The data set's classes
+        most: classes of the largest group; by default as many as make up ``MAX_IMAGES`` images.  The data set's classes
             limit it.
         repeats: of each size.
         seconds: that one repeat of the largest group shall last; the others do as many iterations.
@@ -60,7 +60,7 @@ def run(
     compiled = torch._dynamo.config.patch(recompile_limit=64)
     with open_bench(config) as bench, compiled:
         classes = len(bench.dataset.classes)
-        tried = sizes(min(most or max(1, IMAGES // config.ipc), classes))
+        tried = sizes(min(most or max(1, MAX_IMAGES // config.ipc), classes))
         works = fitting(tried, lambda size: work_of(bench, size))
         # The largest comes first, for the first one's pace decides how many steps all do.
         contestants = {str(size): work.contestants[OWN] for size, work in reversed(works.items())}

@@ -170,7 +170,7 @@ class Views:
         return augmented(images, [box[key] for key in ("top", "left", "height", "width")], flip, shift)
 
 
-def synthesise(
+def synthesize(
     probe: Probe,
     images: Tensor,
     targets: Sequence[ClassTarget],

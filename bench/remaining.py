@@ -34,7 +34,7 @@ class Remaining:
         return Remaining(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
-def of(cell: ProtocolRun) -> Remaining:
+def remaining_of(cell: ProtocolRun) -> Remaining:
     """Count what is left of a cell.
 
     A set whose students are all measured is not needed any more, wherever its images are.
@@ -68,7 +68,7 @@ def tell(table: Sequence[ProtocolRun], console: Console) -> None:
         shown.add_column(column, justify="right", no_wrap=True)
     total = Remaining()
     for folder, group in groupby(table, lambda cell: cell.folder.parent):
-        found = sum((of(cell) for cell in group), Remaining())
+        found = sum((remaining_of(cell) for cell in group), Remaining())
         shown.add_row(str(folder), *_figures(found))
         total += found
     shown.add_section()

@@ -67,7 +67,7 @@ def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str,
         prepared = [groups_module.prepare(work, method, group, found) for group in own]
     marks["preparation"] = time.perf_counter() - clock
 
-    def synthesised(group: groups_module.Prepared, iterations: int) -> State:
+    def synthesized(group: groups_module.Prepared, iterations: int) -> State:
         if group.target is None:
             raise InputError(f"method = {config.method!r} sets no target: there is no synthesis to time")
         return synthesize(
@@ -84,13 +84,13 @@ def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str,
 
     clock = time.perf_counter()
     for group in prepared[:1]:
-        synthesised(group, 2)  # compiles, and fills caches
+        synthesized(group, 2)  # compiles, and fills caches
     marks["warmup"] = time.perf_counter() - clock
 
     job.barrier()  # names a rank that is gone
     _line_up(job)
     clock = time.perf_counter()
-    finished = [synthesised(group, method.synthesis().iterations) for group in prepared]
+    finished = [synthesized(group, method.synthesis().iterations) for group in prepared]
     marks["own"] = time.perf_counter() - clock
     _line_up(job)
     marks["synthesis"] = time.perf_counter() - clock

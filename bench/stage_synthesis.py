@@ -45,7 +45,10 @@ def synthesis_of(bench: Bench, with_reference: bool) -> Workload:
     config, job = bench.config, bench.ranks
     method = registry.create(config)
     prepared, target = first_group(bench)
-    objective, settings = method.objective() or objective_module.Objective.of(config.synthesis), method.synthesis()
+    objective, settings = (
+        method.objective() or objective_module.Objective.from_settings(config.synthesis),
+        method.synthesis(),
+    )
     limits = pixel_range(config.data)
     count = len(prepared.images)
 
@@ -84,7 +87,7 @@ def synthesis_of(bench: Bench, with_reference: bool) -> Workload:
         def plainly(steps: int, watch: Stopwatch) -> None:
             start = prepared.images.to(job.device)
             lr, betas = settings.lr, settings.betas
-            reference.synthesise(probe, start, plain_targets, loss_of, views, steps, lr, betas, edges, watch)
+            reference.synthesize(probe, start, plain_targets, loss_of, views, steps, lr, betas, edges, watch)
 
         def check() -> Checks:
             return {

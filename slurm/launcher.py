@@ -15,7 +15,7 @@ from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.signals import requested
 from wmdd.storage import cache
 
-_LOOK = 2.0
+_POLL_SECONDS = 2.0
 """Seconds between two looks at the queue."""
 
 
@@ -68,7 +68,7 @@ class Slurm(Launcher):
             job = executor.submit(Program(module, tuple(arguments), environment))
         say(f"job {job.job_id}: {ranks} ranks on {wanted.nodes} nodes")
         while any(task.active for task in scheduler.queue([str(job.job_id)]).values()):
-            time.sleep(_LOOK)
+            time.sleep(_POLL_SECONDS)
         # Without accounting a job's end has no state, and submitit would wait for ever for a rank that left no result.
         for rank in range(ranks):
             paths = JobPaths(folder / "job", job.job_id, rank)

@@ -30,7 +30,7 @@ _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo")
 _ACCOUNTING_DAEMONS = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb-install-db", "mariadb")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/ptmx")
 """Stand-ins for GPUs: SLURM wants distinct character devices that exist."""
-_LONGEST_ROOT = 60
+_MAX_ROOT_LENGTH = 60
 """Unix sockets below the folder may have 107 characters."""
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -90,8 +90,10 @@ class LocalCluster:
             raise InputError(
                 f"{', '.join(absent)}: not installed; on Debian: apt-get install --no-install-recommends {packages}"
             )
-        if len(str(self.root)) > _LONGEST_ROOT:
-            raise InputError(f"{self.root}: longer than {_LONGEST_ROOT} characters, too long for sockets; use --root")
+        if len(str(self.root)) > _MAX_ROOT_LENGTH:
+            raise InputError(
+                f"{self.root}: longer than {_MAX_ROOT_LENGTH} characters, too long for sockets; use --root"
+            )
         if self.conf.exists():
             raise InputError(f"{self.root}: holds a cluster already; stop it with: wmdd slurm local stop")
         if not 1 <= self.nodes <= 200 or not 0 <= self.gpus <= len(_DEVICES):

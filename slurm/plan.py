@@ -203,8 +203,8 @@ def estimate(config: Config, classes: int, planned: Sequence[Array], speed: Clus
 def _iterations(config: Config, classes: int) -> int:
     """Return the image-iterations of the run and of those of its baselines that optimise images."""
     configs = [config, *(pipeline.baseline(config, name) for name in config.student.baselines)]
-    optimised = sum(registry.create(one).objective() is not None for one in configs)
-    return optimised * classes * config.ipc * config.synthesis.iterations
+    optimized = sum(registry.create(one).objective() is not None for one in configs)
+    return optimized * classes * config.ipc * config.synthesis.iterations
 
 
 def _whole(folder: RunFolder, block: int) -> bool:

@@ -12,7 +12,7 @@ from rich.table import Table
 from slurm import scheduler, submissions
 from slurm.profile import STAGES, Stage
 from slurm.scheduler import Accounted, Queued
-from slurm.submissions import Attempts, Item, Listing, Submitted
+from slurm.submissions import Attempts, FileNames, Item, Submitted
 from wmdd.errors import InputError
 
 _OVER = {
@@ -87,7 +87,7 @@ def status(run: Path) -> Status:
         scheduler.queue(jobs),
         scheduler.accounted(jobs),
         submissions.marks(run),
-        Listing(run),
+        FileNames(run),
     )
     rows: list[Row] = []
     spent = 0.0
@@ -117,7 +117,7 @@ def _row(
     queued: Queued | None,
     account: Accounted | None,
     marks: Attempts,
-    tree: Listing,
+    tree: FileNames,
 ) -> Row:
     whole = [all(tree.has(proof) for proof in item.proof) for item in items]
     state, why = _state(one.stage, all(whole), queued, account, marks)

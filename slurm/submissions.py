@@ -107,7 +107,7 @@ def marks(run: Path) -> dict[str, Attempts]:
     return found
 
 
-class Listing:
+class FileNames:
     """The names of the files in some folders, each folder listed once."""
 
     def __init__(self, run: Path) -> None:

@@ -28,7 +28,7 @@ def best(folder: Path, measure: bool = True) -> str:
         WmddError: no trial ran to its end.
     """
     log = Log.load(folder)
-    sweep = Sweep.of(log.identity)
+    sweep = Sweep.from_identity(log.identity)
     chosen = sweep.objective.best(log.trials)
     if chosen is None:
         raise WmddError(f"{folder}: no trial ran to its end; go on with `wmdd sweep run`")
@@ -39,7 +39,7 @@ def best(folder: Path, measure: bool = True) -> str:
     lines = [
         f"Best of {sum(trial.finished for trial in log.trials)} trials of a sweep: trial {chosen.number}"
         + (", the config as it stood." if chosen.number == 0 else "."),
-        f"Objective {sweep.objective.name}: {sweep.objective.text(sweep.objective.value(chosen, log.trials))};"
+        f"SweepObjective {sweep.objective.name}: {sweep.objective.text(sweep.objective.value(chosen, log.trials))};"
         f" {sweep.objective.meaning}.",
         f"Top-1 of the proxy on the hold-out: {_text(spread)}." if spread else "",
         f"Space {sweep.space.name}, search {sweep.search}, scheduler {sweep.scheduler}, seed {sweep.seed};"

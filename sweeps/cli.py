@@ -45,14 +45,14 @@ def run(
     """Run a sweep, go on with one that was stopped, or add trials to one that is finished."""
     from sweeps import page
     from sweeps import run as run_module
-    from sweeps.ray_cluster import Resources
+    from sweeps.ray_cluster import TrialResources
     from wmdd.runtime.log import results
 
     sweep = run_module.resolve(config, override or [], space, _budget(budget or []), objective, search, scheduler, seed)
     if gpus is None:
         gpus = _default_gpus(sweep.config.compute.device)
     place = out or Path("runs") / f"{sweep.config.name}-{Path(space).stem}"
-    resources = Resources(cpus or sweep.config.compute.threads, gpus, concurrent)
+    resources = TrialResources(cpus or sweep.config.compute.threads, gpus, concurrent)
     log = run_module.run(sweep, place, trials, resources, address)
     page.render_terminal(sweep, log, results())
 
@@ -90,7 +90,7 @@ def show(
     from wmdd.runtime.log import results
 
     log = Log.load(folder)
-    sweep = run_module.Sweep.of(log.identity)
+    sweep = run_module.Sweep.from_identity(log.identity)
     page.render_terminal(sweep, log, results())
     place = html or folder / "sweep.html"
     page.write_html(sweep, log, place)

@@ -14,7 +14,7 @@ TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
-class Objective:
+class SweepObjective:
     """One way to judge a trial."""
 
     name: str
@@ -56,15 +56,19 @@ class Objective:
 
 
 _ALL = (
-    Objective("top1", "top1", "maximize", True, "top-1 on the hold-out, mean of networks, label regimes and seeds"),
-    Objective("lrs", "lrs", "maximize", True, "label-robust score (DD-Ranking) on the hold-out"),
-    Objective("w2", "w2", "minimize", False, "squared W2 from the images' features to the hold-out's, mean of classes"),
-    Objective("time", "synthesis_seconds", "minimize", False, "seconds of synthesis, top-1 at most a point lower"),
+    SweepObjective(
+        "top1", "top1", "maximize", True, "top-1 on the hold-out, mean of networks, label regimes and seeds"
+    ),
+    SweepObjective("lrs", "lrs", "maximize", True, "label-robust score (DD-Ranking) on the hold-out"),
+    SweepObjective(
+        "w2", "w2", "minimize", False, "squared W2 from the images' features to the hold-out's, mean of classes"
+    ),
+    SweepObjective("time", "synthesis_seconds", "minimize", False, "seconds of synthesis, top-1 at most a point lower"),
 )
 OBJECTIVES = {objective.name: objective for objective in _ALL}
 
 
-def objective_of(name: str) -> Objective:
+def objective_of(name: str) -> SweepObjective:
     """Return an objective by its name.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sweeps.format import show
-from sweeps.objective import Objective, seeds_of
+from sweeps.objective import SweepObjective, seeds_of
 from sweeps.space import Parameter, Range
 from sweeps.trial_log import Trial
 from wmdd.report.plots import Drawing
@@ -17,7 +17,7 @@ _STOPPED = -0.15
 """Height at which the lines of stopped trials end."""
 
 
-def response(parameter: Parameter, trials: Sequence[Trial], objective: Objective) -> str:
+def response(parameter: Parameter, trials: Sequence[Trial], objective: SweepObjective) -> str:
     """Return the objective over one key: finished trials with their interval; stopped ones hollow, on the axis.
 
     What a stopped trial reached, by a shorter student on unfinished images, is no point of this curve.
@@ -48,7 +48,7 @@ def response(parameter: Parameter, trials: Sequence[Trial], objective: Objective
     return drawing.svg
 
 
-def parallel(parameters: Sequence[Parameter], trials: Sequence[Trial], objective: Objective) -> str:
+def parallel(parameters: Sequence[Parameter], trials: Sequence[Trial], objective: SweepObjective) -> str:
     """Return every trial as a line over all keys and the objective; the best third in colour, stopped ones dotted."""
     worth = {trial.number: _scaled(objective, trial.last[objective.key]) for trial in trials if trial.state == "done"}
     low, high = min(worth.values()), max(worth.values())
@@ -87,11 +87,11 @@ def parallel(parameters: Sequence[Parameter], trials: Sequence[Trial], objective
     return drawing.svg
 
 
-def _unit(objective: Objective) -> str:
+def _unit(objective: SweepObjective) -> str:
     return "top-1 %" if objective.key == "top1" else "seconds" if objective.name == "time" else objective.name
 
 
-def _scaled(objective: Objective, value: float) -> float:
+def _scaled(objective: SweepObjective, value: float) -> float:
     return 100 * value if objective.key == "top1" else value
 
 

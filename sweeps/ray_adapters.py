@@ -11,7 +11,7 @@ from typing import Any
 
 from sweeps import trial
 from sweeps.format import Values
-from sweeps.objective import Objective
+from sweeps.objective import SweepObjective
 from sweeps.space import Budget
 from sweeps.trial_log import Log, Report, Trial
 from wmdd.errors import WmddError
@@ -37,7 +37,7 @@ def work(config: dict[str, Any], plan: trial.SweepSetup) -> None:
     trial.run(plan, config["values"], report)
 
 
-def scheduler(kind: str, objective: Objective, budget: Budget, trials: Sequence[Trial]) -> Any:
+def scheduler(kind: str, objective: SweepObjective, budget: Budget, trials: Sequence[Trial]) -> Any:
     """Return ASHA (Li et al. 2020), told of the trials that are already known, or a scheduler that stops none."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 

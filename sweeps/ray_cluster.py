@@ -33,14 +33,14 @@ _ALWAYS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TQDM_PATCH_PRINT": "0",
 }
-_OBJECT_STORE = 100 * 2**20
+_OBJECT_STORE_BYTES = 100 * 2**20
 """Bytes; trials exchange a few numbers, and a default store would take a third of the memory."""
-_LONGEST = 40
+_MAX_TMP_PATH = 40
 """Characters of a temporary folder: sockets lie below it, and their paths may have 107."""
 
 
 @dataclass(frozen=True)
-class Resources:
+class TrialResources:
     """What each trial gets, and how many run at once."""
 
     cpus: float
@@ -49,7 +49,7 @@ class Resources:
     """None for as many as there is room for"""
 
 
-def check_local(resources: Resources) -> None:
+def check_local(resources: TrialResources) -> None:
     """Refuse more than this machine has, before Ray starts.
 
     Raises:
@@ -78,7 +78,7 @@ def check_address(address: str) -> None:
         raise InputError(f"--address {address}: nobody answers ({reason}); is the cluster running?") from None
 
 
-def _check(largest: Mapping[str, float], resources: Resources, who: str) -> None:
+def _check(largest: Mapping[str, float], resources: TrialResources, who: str) -> None:
     for kind, wanted in (("CPU", resources.cpus), ("GPU", resources.gpus)):
         found = largest.get(kind, 0.0)
         if wanted > found:
@@ -91,7 +91,7 @@ def _cpus() -> int:
 
 
 @contextmanager
-def ray_session(out: Path, resources: Resources, address: str | None) -> Iterator[int]:
+def ray_session(out: Path, resources: TrialResources, address: str | None) -> Iterator[int]:
     """Start Ray on this machine or join the cluster at ``address``; yields how many trials run at once.
 
     Raises:
@@ -106,7 +106,7 @@ def ray_session(out: Path, resources: Resources, address: str | None) -> Iterato
         folder = None if address else _make_folder(out)
         try:
             _connect(ray, address, folder)
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            nodes = [node["TrialResources"] for node in ray.nodes() if node["Alive"]]
             largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
             _check(largest, resources, "the largest node of the cluster has")
             yield _room(nodes, resources)
@@ -116,7 +116,7 @@ def ray_session(out: Path, resources: Resources, address: str | None) -> Iterato
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _room(nodes: list[dict[str, float]], resources: Resources) -> int:
+def _room(nodes: list[dict[str, float]], resources: TrialResources) -> int:
     """Return how many trials fit, and no more than asked for."""
     wanted = [(kind, count) for kind, count in (("CPU", resources.cpus), ("GPU", resources.gpus)) if count]
     # A trial lies on one node, and a fraction of a GPU on one GPU.
@@ -147,7 +147,7 @@ def _connect(ray: Any, address: str | None, folder: Path | None) -> None:
         num_cpus=_cpus(),
         num_gpus=torch.cuda.device_count(),
         include_dashboard=False,
-        object_store_memory=_OBJECT_STORE,
+        object_store_memory=_OBJECT_STORE_BYTES,
         _temp_dir=str(folder),
         **quiet,
     )
@@ -186,7 +186,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def _make_folder(out: Path) -> Path:
     """Make Ray's temporary folder; its name follows from the sweep's, so that what a kill -9 left is found again."""
     base = Path(tempfile.gettempdir())
-    if len(str(base)) > _LONGEST and Path("/tmp").is_dir():  # noqa: S108
+    if len(str(base)) > _MAX_TMP_PATH and Path("/tmp").is_dir():  # noqa: S108
         base = Path("/tmp")  # noqa: S108
     name = hashlib.sha256(f"{os.getuid()}:{out.absolute()}".encode()).hexdigest()[:12]
     folder = base / f"wmdd-{name}"

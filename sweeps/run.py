@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from sweeps import ray_adapters, search, trial
 from sweeps.format import Values, show
-from sweeps.objective import Objective, objective_of, seeds_of
-from sweeps.ray_cluster import Resources, check_address, check_local, ray_session
+from sweeps.objective import SweepObjective, objective_of, seeds_of
+from sweeps.ray_cluster import TrialResources, check_address, check_local, ray_session
 from sweeps.space import Space, apply
 from sweeps.space_file import load_space, parse_space
 from sweeps.trial_log import Log, Trial
@@ -30,7 +30,7 @@ class Sweep:
 
     config: Config
     space: Space
-    objective: Objective
+    objective: SweepObjective
     search: search.Kind
     scheduler: Scheduler
     seed: int
@@ -50,7 +50,7 @@ class Sweep:
         }
 
     @staticmethod
-    def of(identity: Mapping[str, Any]) -> "Sweep":
+    def from_identity(identity: Mapping[str, Any]) -> "Sweep":
         """Return the sweep that a folder names."""
         config = Config.model_validate(identity["config"])
         space = parse_space(identity["space"], {key: identity[key] for key in ("parameters", "budget")}, config)
@@ -91,7 +91,7 @@ def resolve(
     return Sweep(settings, load_space(space, settings, budget), chosen, kind, scheduler, seed)  # type: ignore[arg-type]
 
 
-def run(sweep: Sweep, out: Path, trials: int, resources: Resources, address: str | None = None) -> Log:
+def run(sweep: Sweep, out: Path, trials: int, resources: TrialResources, address: str | None = None) -> Log:
     """Run a sweep until it has so many trials; go on where it stopped, or add trials to a finished one.
 
     Args:
@@ -157,7 +157,7 @@ def _fit(
     plan: trial.SweepSetup,
     log: Log,
     todo: list[int],
-    resources: Resources,
+    resources: TrialResources,
     concurrent: int,
     stop: Callable[[], bool],
 ) -> None:
@@ -167,7 +167,7 @@ def _fit(
         if number < len(log.trials):
             values = log.trials[number].values  # it was running when the sweep was stopped
         elif number == 0:
-            values = sweep.space.of(sweep.config)
+            values = sweep.space.values_in(sweep.config)
         else:
             found = search.suggest(sweep.space, sweep.search, sweep.seed, sweep.objective, number, log.trials)
             if found is None:

@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.format import Values
-from sweeps.objective import Objective
+from sweeps.objective import SweepObjective
 from sweeps.space import Space
 from sweeps.trial_log import Trial
 from wmdd.runtime.seeding import seed_of
@@ -21,12 +21,12 @@ Kind = Literal["optuna", "random", "grid"]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-_STARTUP = 5
+_RANDOM_TRIALS_FIRST = 5
 """Random trials before the tree-structured Parzen estimator has enough to learn from."""
 
 
 def suggest(
-    space: Space, kind: Kind, seed: int, objective: Objective, number: int, trials: Sequence[Trial]
+    space: Space, kind: Kind, seed: int, objective: SweepObjective, number: int, trials: Sequence[Trial]
 ) -> Values | None:
     """Return the values of trial ``number`` (from 1; trial 0 is the config as it stands), or None at the grid's end.
 
@@ -50,7 +50,7 @@ def suggest(
             optuna.samplers.RandomSampler(seed=draw)
             if kind == "random"
             else optuna.samplers.TPESampler(
-                seed=draw, n_startup_trials=_STARTUP, multivariate=True, group=True, constant_liar=True
+                seed=draw, n_startup_trials=_RANDOM_TRIALS_FIRST, multivariate=True, group=True, constant_liar=True
             )
         )
         study = study_of(space, objective, trials, sampler)
@@ -59,7 +59,7 @@ def suggest(
 
 def study_of(
     space: Space,
-    objective: Objective,
+    objective: SweepObjective,
     trials: Sequence[Trial],
     sampler: optuna.samplers.BaseSampler | None = None,
 ) -> optuna.Study:
@@ -74,14 +74,14 @@ def study_of(
     return study
 
 
-def importances(space: Space, objective: Objective, trials: Sequence[Trial]) -> tuple[int, int, dict[str, float]]:
+def importances(space: Space, objective: SweepObjective, trials: Sequence[Trial]) -> tuple[int, int, dict[str, float]]:
     """Return how much of the objective's variance each key explains by itself (fANOVA, Hutter et al. 2014).
 
     Stopped trials count too, else only the lucky would: all are compared at the latest report that every one reached.
     Keys that only matter under conditions are left out.
 
     Returns:
-        that report, the number of trials, and the shares; none where there are fewer than ``_ENOUGH`` trials.
+        that report, the number of trials, and the shares (none below ``_MIN_TRIALS_FOR_IMPORTANCE`` trials).
     """
     reached = [trial for trial in trials if trial.state in ("done", "stopped")]
     rung = min((len(trial.reports) for trial in reached), default=0)
@@ -91,7 +91,7 @@ def importances(space: Space, objective: Objective, trials: Sequence[Trial]) -> 
         if told is not None:
             study.add_trial(told)
     count = len(study.trials)
-    if count < _ENOUGH:
+    if count < _MIN_TRIALS_FOR_IMPORTANCE:
         return rung, count, {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     try:
@@ -101,7 +101,7 @@ def importances(space: Space, objective: Objective, trials: Sequence[Trial]) -> 
     return rung, count, {key: float(share) for key, share in found.items()}
 
 
-_ENOUGH = 4
+_MIN_TRIALS_FOR_IMPORTANCE = 4
 """Trials below which no importance is told."""
 
 _STATES = {

@@ -16,7 +16,7 @@ from wmdd.errors import InputError
 if TYPE_CHECKING:
     import optuna
 
-_MOST = 100_000
+_MAX_GRID_POINTS = 100_000
 """Combinations of a grid."""
 
 Amount = Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -99,7 +99,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Listed:
+class Choices:
     """Values named one by one."""
 
     values: tuple[Any, ...]
@@ -139,7 +139,7 @@ class Parameter:
     """A config key, the values it takes, and under which values of other keys it matters."""
 
     key: str
-    domain: Range | Listed
+    domain: Range | Choices
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def active(self, values: Values) -> bool:
@@ -178,13 +178,14 @@ class Space:
                 options = parameter.domain.grid() if parameter.active(values) else None
                 longer += [values] if options is None else [{**values, parameter.key: value} for value in options]
             found = longer
-            if len(found) > _MOST:
+            if len(found) > _MAX_GRID_POINTS:
                 raise InputError(
-                    f"{self.name}: a grid of more than {_MOST:,} combinations; name fewer values or use --search random"
+                    f"{self.name}: a grid of more than {_MAX_GRID_POINTS:,} combinations; name fewer values or use"
+                    " --search random"
                 )
         return found
 
-    def of(self, config: Config) -> Values:
+    def values_in(self, config: Config) -> Values:
         """Return what the config itself says for the keys of the space that matter under it."""
         known = {key: value for key, value, _ in describe(config)}
         values: Values = {}

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sweeps.space import Budget, Listed, Parameter, Range, Space, apply, reason
+from sweeps.space import Budget, Choices, Parameter, Range, Space, apply, reason
 from wmdd.config.loading import describe
 from wmdd.config.schema import DECIDES, Config
 from wmdd.distill.methods import registry
@@ -127,8 +127,8 @@ def _ordered(name: str, parameters: list[Parameter]) -> tuple[Parameter, ...]:
         for other, wanted in parameter.when.items():
             where = f"{name}: {parameter.key}: when {other}"
             domain = domains.get(other)
-            if not isinstance(domain, Listed):
-                valid = [key for key, known in domains.items() if isinstance(known, Listed)]
+            if not isinstance(domain, Choices):
+                valid = [key for key, known in domains.items() if isinstance(known, Choices)]
                 raise InputError(f"{where}: names no key of the space with a choice or a grid; {_near(other, valid)}")
             if missing := [value for value in wanted if value not in domain.values]:
                 raise InputError(f"{where} = {missing[0]!r}: never takes that value, only {list(domain.values)}")
@@ -141,9 +141,9 @@ def _ordered(name: str, parameters: list[Parameter]) -> tuple[Parameter, ...]:
     return tuple(placed.values())
 
 
-def _domain(where: str, kind: str, values: list[Any], entry: dict[str, Any]) -> Range | Listed:
+def _domain(where: str, kind: str, values: list[Any], entry: dict[str, Any]) -> Range | Choices:
     if kind in ("choice", "grid"):
-        return Listed(tuple(tuple(value) if isinstance(value, list) else value for value in values), kind == "grid")
+        return Choices(tuple(tuple(value) if isinstance(value, list) else value for value in values), kind == "grid")
     log, points = kind == "loguniform" or entry.get("log", False), entry.get("points", 5)
     if len(values) != 2 or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
         raise InputError(f"{where}: {kind} = {values!r}: expected two numbers, [low, high]")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sweeps.format import Values
-from sweeps.objective import Objective
+from sweeps.objective import SweepObjective
 from sweeps.space import Budget, apply
 from sweeps.trial_log import Report
 from wmdd.config.schema import Config
@@ -52,7 +52,7 @@ class SweepSetup:
     config: Config
     """As it stands: what is varied, before the budget"""
     budget: Budget
-    objective: Objective
+    objective: SweepObjective
     classes: tuple[str, ...] | None = None
     """Those of the proxy, if the budget takes a part of them"""
     references: dict[str, float] | None = None

@@ -342,7 +342,7 @@ def test_checking_files_looks_at_the_stop_request(tiny: Config) -> None:
 def test_decoders_end_with_a_program_that_ends_by_an_error() -> None:
     code = """
 from wmdd.data import decoding
-decoding._PATIENCE = 3600
+decoding._DECODER_GRACE_SECONDS = 3600
 stream = decoding.in_order(abs, list(range(40)), workers=2)
 next(stream), next(stream)
 raise RuntimeError("the cause")

@@ -25,9 +25,9 @@ from wmdd.errors import InputError, Interrupted, WmddError, nearest
 from wmdd.runtime import log, progress_bars
 from wmdd.runtime.signals import STOPS, StopRequest, stop_after, stop_on
 
-_LOOK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 """Seconds between two looks at a stop request and at the processes at work."""
-_TORCHRUN_SECONDS = 45.0
+_TORCHRUN_GRACE_SECONDS = 45.0
 """Seconds that torchrun has to end; it kills ranks that take more than 30."""
 
 
@@ -104,7 +104,7 @@ class Local(Launcher):
             torchrun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=clean)  # noqa: S603
             try:
                 while not stop() and torchrun.poll() is None:
-                    time.sleep(_LOOK_SECONDS)
+                    time.sleep(_POLL_SECONDS)
             finally:
                 _terminate(torchrun)
             if torchrun.returncode and stop():
@@ -118,7 +118,7 @@ def _terminate(torchrun: "subprocess.Popen[bytes]") -> None:
     """End a job with its ranks, which torchrun does when it is terminated, and could not do once it is killed."""
     torchrun.terminate()
     try:
-        torchrun.wait(_TORCHRUN_SECONDS)
+        torchrun.wait(_TORCHRUN_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         torchrun.kill()
         torchrun.wait()
@@ -151,7 +151,7 @@ def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest) ->
         while busy:
             if stop():
                 raise Interrupted("stopped while processes were at work")
-            ready = wait([one.pipe for one in busy], timeout=_LOOK_SECONDS)
+            ready = wait([one.pipe for one in busy], timeout=_POLL_SECONDS)
             for one in list(busy):
                 if one.pipe in ready:
                     one.take()
@@ -210,7 +210,7 @@ class Worker:
     def obituary(self) -> WmddError:
         """Return why a process that has ended did so in the middle of a run."""
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(_LOOK_SECONDS)
+            self.process.wait(_POLL_SECONDS)
         code = self.process.returncode or -signal.SIGKILL
         if -code in STOPS:
             return Interrupted("a process that did runs was stopped")

@@ -132,7 +132,7 @@ def _check_same(config: Config, folder: RunFolder, share: Share, job: Ranks) -> 
         InputError: this rank was started with something else than rank 0.
     """
     own = digest([config.model_dump(mode="json"), str(folder.path), asdict(share)])
-    if job.agree(own) != own:
+    if job.broadcast_from_main(own) != own:
         raise InputError(
             f"rank {job.rank} of {job.size}: started with another config, --out or share than rank 0: the tasks of one"
             " srun or torchrun do one run together; start each run by itself, with srun --exact -n 1"
@@ -159,7 +159,7 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
     if dataset.skipped:
         log.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
     validation = Validation(config, dataset, job, stop)
-    bound = job.agree(folder.bound_teacher() if job.main else None)
+    bound = job.broadcast_from_main(folder.bound_teacher() if job.main else None)
     with within_memory(job.device, "lower teacher.batch_size"):
         teacher = obtain.get_or_train_teacher(config, dataset, validation, job, stop, bound)
     for place, one in runs.items():

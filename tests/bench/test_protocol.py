@@ -147,7 +147,7 @@ def test_a_finished_cell_is_left_alone_without_its_images_and_wherever_the_data_
     next((lost / "records").iterdir()).unlink()
     unfinished = protocols.check(table(moved))
     assert [cell.folder for cell in unfinished] == [other, lost]
-    assert remaining.of(unfinished[1]).sets_left == 1, "a missing student needs the images"
+    assert remaining.remaining_of(unfinished[1]).sets_left == 1, "a missing student needs the images"
 
     averaged = moved / "ipc-001" / "random" / "seed-001"
     file = next((averaged / "records").iterdir())
@@ -156,11 +156,11 @@ def test_a_finished_cell_is_left_alone_without_its_images_and_wherever_the_data_
 
 
 def test_the_outlook_counts_what_is_left(finished: Path, tmp_path: Path) -> None:
-    done = [remaining.of(cell) for cell in table(finished)]
+    done = [remaining.remaining_of(cell) for cell in table(finished)]
     assert sum(done, Remaining()) == Remaining(sets=6, students=12)
-    more = [remaining.of(cell) for cell in table(finished, student_seeds=2) if cell.config.name == "random"]
+    more = [remaining.remaining_of(cell) for cell in table(finished, student_seeds=2) if cell.config.name == "random"]
     assert [(one.sets_left, one.students_left) for one in more] == [(0, 2), (0, 4)], "students of seeds 0, 1 and 2, 3"
-    left = [remaining.of(cell) for cell in table(tmp_path) if cell.config.name == "noise"]
+    left = [remaining.remaining_of(cell) for cell in table(tmp_path) if cell.config.name == "noise"]
     # Per seed: 4 images, 6 iterations; 2 students of 2 epochs, one batch each.
     assert left == 2 * [Remaining(1, sets_left=1, iterations_left=24, students=2, students_left=2, updates_left=4)]
     shown = Console(file=io.StringIO(), width=120)

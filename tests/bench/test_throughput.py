@@ -86,7 +86,7 @@ def test_engine_and_reference_do_the_same_work(found: dict[tuple[str, str], Spee
 def compared(bench: Bench, images: torch.Tensor, target: objective_module.Target, engine_bn: float) -> dict[str, float]:
     """Return the differences at ``images`` of an engine whose BatchNorm term has the weight ``engine_bn``."""
     settings = bench.config.synthesis
-    objective = replace(objective_module.Objective.of(settings), bn=engine_bn)
+    objective = replace(objective_module.Objective.from_settings(settings), bn=engine_bn)
     probe = reference.Probe(bench.classifier)
 
     def engine(chosen: Any, start: torch.Tensor, iterations: int) -> engine_module.State:
@@ -97,7 +97,7 @@ def compared(bench: Bench, images: torch.Tensor, target: objective_module.Target
             bench.teacher.network, state, target, objective, changed, limits, (0,), bench.ranks
         )
 
-    loss_of = reference_loss(objective_module.Objective.of(settings), target.weights)
+    loss_of = reference_loss(objective_module.Objective.from_settings(settings), target.weights)
     plain = reference_targets(target, probe, CPU)
     return start_differences(engine, settings, images, probe, plain, loss_of, CPU)
 
@@ -109,7 +109,7 @@ def test_they_agree_along_the_trajectory_of_the_reference(variant: str) -> None:
         prepared, target = first_group(bench)
         images = prepared.images
         probe = reference.Probe(bench.classifier)
-        loss_of = reference_loss(objective_module.Objective.of(config.synthesis), target.weights)
+        loss_of = reference_loss(objective_module.Objective.from_settings(config.synthesis), target.weights)
         plain = reference_targets(target, probe, CPU)
         views = reference.Views((0.9, 1.0), False, 1)
         limits = pixel_range(config.data)
@@ -117,7 +117,7 @@ def test_they_agree_along_the_trajectory_of_the_reference(variant: str) -> None:
             told = compared(bench, images, target, config.synthesis.bn_weight)
             assert told["loss_difference"] < 1e-4 and told["gradient_difference"] < 1e-4
             assert 0 < told["gradient_rounding"] < 1e-4
-            moved = reference.synthesise(probe, images, plain, loss_of, views, 4, 0.05, (0.5, 0.9), limits)
+            moved = reference.synthesize(probe, images, plain, loss_of, views, 4, 0.05, (0.5, 0.9), limits)
             assert (moved - images).abs().max() > 0.01
             images = moved
 
@@ -133,11 +133,11 @@ def test_the_reference_descends(config: Config) -> None:
     with open_bench(config) as bench:
         prepared, target = first_group(bench)
         probe = reference.Probe(bench.classifier)
-        loss_of = reference_loss(objective_module.Objective.of(config.synthesis), target.weights)
+        loss_of = reference_loss(objective_module.Objective.from_settings(config.synthesis), target.weights)
         plain = reference_targets(target, probe, CPU)
         views = reference.Views((0.9, 1.0), False, 0, each=True)
         start = normalize(torch.full_like(prepared.images, 128), config.data)
-        final = reference.synthesise(probe, start, plain, loss_of, views, 30, 0.1, (0.5, 0.9), None)
+        final = reference.synthesize(probe, start, plain, loss_of, views, 30, 0.1, (0.5, 0.9), None)
         with torch.no_grad():
             assert loss_of(probe, final, plain) < 0.7 * loss_of(probe, start, plain)
 

@@ -304,7 +304,7 @@ def test_a_damaged_listing_is_made_again(tree: Path, cache: Path) -> None:
 def test_a_stop_while_images_are_listed_keeps_what_was_listed(
     tree: Path, looked_at: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lister, "_WINDOW", 2)
+    monkeypatch.setattr(lister, "_CLASSES_AT_A_TIME", 2)
     with signals.stop_on(signal.SIGUSR2):
         original = listing_module.rows_of
 
@@ -385,7 +385,7 @@ def test_what_a_listing_holds_is_what_was_listed(tree: Path, cache: Path) -> Non
 
 
 def test_listings_that_nobody_needs_any_more_go(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lister, "_KEPT", 3)
+    monkeypatch.setattr(lister, "_LISTINGS_KEPT", 3)
     for number in range(6):
         os.utime(tree / "train" / "n00", (1e9 + number, 1e9 + number))
         load_dataset(config(tree))

@@ -64,7 +64,7 @@ def test_files_are_as_large_as_photographs() -> None:
         image = synthetic.draw("train", number, number, 375, 0)
         assert min(image.size) == 375 and max(image.size) <= 563
         buffer = io.BytesIO()
-        image.save(buffer, "jpeg", quality=synthetic._QUALITY)
+        image.save(buffer, "jpeg", quality=synthetic._JPEG_QUALITY)
         sizes.append(len(buffer.getvalue()))
     assert 70_000 < sum(sizes) / len(sizes) < 130_000
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from bench.reference import Probe, class_moments
 from wmdd.config.schema import Config
 from wmdd.data.dataset import load_dataset
-from wmdd.distill.statistics import ClassStatistics, Moments, key, measure, summarise
+from wmdd.distill.statistics import ClassStatistics, Moments, key, measure, summarize
 from wmdd.errors import Interrupted
 from wmdd.networks import create
 from wmdd.networks.frozen import FrozenNetwork
@@ -19,7 +19,7 @@ from wmdd.teacher.obtain import Teacher
 
 def measured(network: FrozenNetwork, images: Tensor, size: int, between: str = "exact") -> ClassStatistics:
     seen = [network(batch) for batch in images.split(size)]
-    return summarise([one.features for one in seen], [(one.means, one.variances) for one in seen], between)
+    return summarize([one.features for one in seen], [(one.means, one.variances) for one in seen], between)
 
 
 @pytest.fixture
@@ -69,9 +69,9 @@ def test_batchwise_variance_is_the_mean_of_the_batches_variances(classifier: nn.
 
 def test_merging_is_exact_in_any_cut() -> None:
     values = torch.randn(50, 3, dtype=torch.float64) + 1e4
-    whole = Moments.of(values)
+    whole = Moments.from_rows(values)
     for cut in (1, 13, 49):
-        merged = Moments.of(values[:cut]).merge(Moments.of(values[cut:]))
+        merged = Moments.from_rows(values[:cut]).merge(Moments.from_rows(values[cut:]))
         torch.testing.assert_close(merged.m2, whole.m2, rtol=1e-9, atol=0)
         torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
 

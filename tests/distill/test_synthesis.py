@@ -160,7 +160,7 @@ def test_a_whole_trajectory_equals_the_plain_loop_in_float64(
         FrozenNetwork(classifier),
         State(images.double()),
         target,
-        Objective.of(settings),
+        Objective.from_settings(settings),
         settings,
         limits,
         (0, "g"),
@@ -175,7 +175,7 @@ def test_an_interrupted_synthesis_ends_in_the_same_bytes(classifier: nn.Module, 
     target, _ = targets(classifier)
     settings = SynthesisConfig(iterations=12, lr=0.05)
     limits = torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)
-    arguments = (target, Objective.of(settings), settings, limits, (0, "group"), alone)
+    arguments = (target, Objective.from_settings(settings), settings, limits, (0, "group"), alone)
     network = FrozenNetwork(classifier)
     whole = synthesize(network, State(images), *arguments)
     saved: list[State] = []
@@ -193,7 +193,9 @@ def test_clamp_keeps_pixels_in_range(classifier: nn.Module, images: Tensor, alon
     limits = torch.full((3, 1, 1), -0.5), torch.full((3, 1, 1), 0.7)
     settings = SynthesisConfig(iterations=3, lr=1.0)
     network = FrozenNetwork(classifier)
-    final = synthesize(network, State(images), target, Objective.of(settings), settings, limits, (0,), alone).images
+    final = synthesize(
+        network, State(images), target, Objective.from_settings(settings), settings, limits, (0,), alone
+    ).images
     assert final.min() == -0.5 and final.max() == pytest.approx(0.7)
 
 

@@ -189,7 +189,7 @@ def test_a_student_that_is_killed_after_a_checkpoint_inside_an_epoch_ends_in_the
 def test_ranks_that_one_of_them_stops_end_in_the_weights_of_those_that_are_not(
     size: int, classifier: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_LOOK_SECONDS", 0.0)  # before every update
+    monkeypatch.setattr(checkpoint, "_CHECK_SECONDS", 0.0)  # before every update
     students = Students("soft", classifier, "student.batch_size=10")
 
     def train(folder: str, until: int) -> str:
@@ -269,7 +269,7 @@ def test_a_teacher_that_is_stopped_anywhere_ends_in_the_weights_of_one_that_is_n
 def test_ranks_that_train_a_teacher_stop_together_and_end_in_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_LOOK_SECONDS", 0.0)  # before every update
+    monkeypatch.setattr(checkpoint, "_CHECK_SECONDS", 0.0)  # before every update
 
     def train(folder: str, until: tuple[str, int] | None) -> str:
         with ranks(ComputeConfig(device="cpu")) as job:
@@ -368,7 +368,7 @@ def test_ranks_go_on_together_or_not_at_all(tiny: Config, tmp_path: Path) -> Non
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Checkpoint, "due", lambda self: True)
-            patch.setattr(checkpoint, "_LOOK_SECONDS", 0.0)  # before every update
+            patch.setattr(checkpoint, "_CHECK_SECONDS", 0.0)  # before every update
             patch.setattr(train_module, "_smoothed_cosine", counted)
             try:
                 pipeline.run(config, tmp_path / folder)
@@ -396,7 +396,7 @@ def test_ranks_go_on_together_or_not_at_all(tiny: Config, tmp_path: Path) -> Non
 
 def test_what_was_spent_before_an_interruption_counts() -> None:
     meter = Meter(torch.device("cpu"), 2)
-    meter.include({"seconds": 1000.0, "device_seconds": 2000.0, "joules": 5.0, "peak_bytes": 1e15})
+    meter.add_previous({"seconds": 1000.0, "device_seconds": 2000.0, "joules": 5.0, "peak_bytes": 1e15})
     found = meter.read()
     assert 1000 <= found["seconds"] < 1100 and 2000 <= found["device_seconds"] < 2200
     assert found["peak_bytes"] == 1e15

@@ -72,7 +72,7 @@ def test_a_config_resolves_on_the_hardware_at_hand(
 ) -> None:
     assert resolve(compute, hardware) == expected
     assert permits(compute, expected)
-    assert Arithmetic.of(json.loads(json.dumps(expected.facts))) == expected
+    assert Arithmetic.from_facts(json.loads(json.dumps(expected.facts))) == expected
 
 
 def test_fp32_is_ieee_and_what_is_not_deterministic_may_choose_its_algorithms() -> None:

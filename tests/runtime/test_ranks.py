@@ -116,7 +116,9 @@ def test_a_split_synthesis_follows_the_unsplit_one_and_resumes(classifier: nn.Mo
     def work(size: int, state: State) -> State:
         with ranks(ComputeConfig(device="cpu")) as job:
             team = job.team(size, "test")
-            return synthesize(network, state, target, Objective.of(settings), settings, limits, (0,), job, team)
+            return synthesize(
+                network, state, target, Objective.from_settings(settings), settings, limits, (0,), job, team
+            )
 
     whole = work(1, State(images))
     halves = in_ranks(2, lambda: work(2, State(images)).images.tolist())
@@ -208,7 +210,7 @@ def test_a_rank_that_came_and_left_while_another_looked_is_not_lost() -> None:
 
     def first() -> None:
         try:
-            found.append(Peers(Slow(), 0, 2, lambda: False).agree("value"))
+            found.append(Peers(Slow(), 0, 2, lambda: False).broadcast_from_main("value"))
         except WmddError as error:
             found.append(error)
 
@@ -216,7 +218,7 @@ def test_a_rank_that_came_and_left_while_another_looked_is_not_lost() -> None:
     thread.start()
     assert looking.wait(60)
     second = Peers(store.clone(), 1, 2, lambda: False)
-    assert second.agree(None) == "value"
+    assert second.broadcast_from_main(None) == "value"
     second.leave()
     thread.join()
     assert found == ["value"]
@@ -494,4 +496,4 @@ def test_torchrun_writes_what_one_process_writes_and_is_resumed_after_a_signal(t
 def test_ranks_take_their_own_share() -> None:
     assert [Team(index, 3, 0, 1).deal(list(range(7))) for index in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
     arithmetic = resolve(ComputeConfig(), Hardware("cpu", bf16=False))
-    assert isinstance(Ranks(0, 1, torch.device("cpu"), arithmetic).agree([1]), list)
+    assert isinstance(Ranks(0, 1, torch.device("cpu"), arithmetic).broadcast_from_main([1]), list)

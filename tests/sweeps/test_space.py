@@ -15,7 +15,7 @@ HEAD = "[parameters]\n"
 def test_every_shipped_space_fits_every_preset(name, preset):
     config = load_config(preset)
     space = load_space(name, config)
-    assert space.of(config)
+    assert space.values_in(config)
 
 
 def test_the_shipped_spaces_are_those_that_are_promised():

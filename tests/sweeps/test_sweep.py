@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from sweeps import best, page, run, trial_log
-from sweeps.ray_cluster import Resources
+from sweeps.ray_cluster import TrialResources
 from sweeps.trial_log import Log, savings
 from wmdd.config.loading import load_config
 from wmdd.errors import InputError, WmddError
@@ -25,7 +25,7 @@ SPACE = """
 synthesis.bn_weight = { loguniform = [0.1, 1000.0] }
 synthesis.start = { choice = ["real", "noise"] }
 """
-ONE = Resources(cpus=1, gpus=0, concurrent=1)
+ONE = TrialResources(cpus=1, gpus=0, concurrent=1)
 SECONDS = 300
 """Longest wait for a process, on a machine that is busy with other things."""
 
@@ -183,7 +183,7 @@ def test_a_failed_trial_is_recorded_and_does_not_stop_the_sweep(start, home, tmp
     assert states[99999].state == "failed"
     assert states[99999].error.startswith("InputError: ipc = 99999: class '0' has")
     assert "1 failed; trial" in said
-    assert len(page.rows(run.Sweep.of(log.identity), log)) == 3
+    assert len(page.rows(run.Sweep.from_identity(log.identity), log)) == 3
     assert nothing_is_left(home)
 
 
@@ -245,9 +245,9 @@ def test_the_wrong_folder_and_too_many_gpus_get_one_clear_line(make, tmp_path):
     with pytest.raises(InputError, match="is not empty and holds no sweep"):
         run.run(sweep, tmp_path / "full", 2, ONE)
     with pytest.raises(InputError, match="--gpus 64: a trial asks for 64 GPUs, this machine has"):
-        run.run(sweep, tmp_path / "new", 2, Resources(cpus=1, gpus=64))
+        run.run(sweep, tmp_path / "new", 2, TrialResources(cpus=1, gpus=64))
     with pytest.raises(InputError, match="--cpus 9999"):
-        run.run(sweep, tmp_path / "new", 2, Resources(cpus=9999, gpus=0))
+        run.run(sweep, tmp_path / "new", 2, TrialResources(cpus=9999, gpus=0))
     with pytest.raises(InputError, match="nobody answers"):
         run.run(sweep, tmp_path / "new", 2, ONE, "127.0.0.1:1")
     with pytest.raises(InputError, match="expected HOST:PORT"):

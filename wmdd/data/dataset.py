@@ -14,7 +14,7 @@ from torch import Tensor
 from wmdd.config.schema import DECIDES, Config, DataConfig
 from wmdd.data import lister
 from wmdd.data.decoding import in_order
-from wmdd.data.listing import Catalogue, Fault, Listed, listed_in_memory, open_listing
+from wmdd.data.listing import Catalogue, Fault, ListedCatalogue, listed_in_memory, open_listing
 from wmdd.data.pixels import fit
 from wmdd.data.shards import Shards
 from wmdd.data.sources import SPLITS, Split, Tree, in_memory, open_source, tree_of
@@ -231,10 +231,10 @@ def _catalogue(config: DataConfig, workers: int, ranks: Ranks | None, refresh: b
             if ranks is None or ranks.size == 1:
                 raise
             told = {"error": str(error), "input": "yes" if isinstance(error, InputError) else ""}
-    told = told if ranks is None else ranks.agree(told)
+    told = told if ranks is None else ranks.broadcast_from_main(told)
     if "error" in told:
         raise (InputError if told["input"] else WmddError)(told["error"])
-    return Listed(tree_of(told["format"], Path(told["root"])), open_listing(Path(told["listing"])))
+    return ListedCatalogue(tree_of(told["format"], Path(told["root"])), open_listing(Path(told["listing"])))
 
 
 def _listed(config: DataConfig, workers: int, refresh: bool) -> dict[str, str]:
@@ -398,7 +398,7 @@ def _held_out(images: int, count: int) -> np.ndarray:
     return (2 * np.arange(count) + 1) * images // max(2 * count, 1)
 
 
-_DECODED = 16
+_DECODE_BATCH = 16
 """Images decoded between two looks at the stop request: few, as photographs may take a tenth of a second each."""
 
 
@@ -408,7 +408,7 @@ def decode_all(images: ImageSet, config: Config, title: str, stop: Callable[[], 
     Raises:
         Interrupted: a stop was requested; it is looked at between batches.
     """
-    plan = [range(start, min(start + _DECODED, len(images))) for start in range(0, len(images), _DECODED)]
+    plan = [range(start, min(start + _DECODE_BATCH, len(images))) for start in range(0, len(images), _DECODE_BATCH)]
     side = config.data.resolution
     out = torch.empty(len(images), config.data.channels, side, side, dtype=torch.uint8)
     with progress(title, len(images), "images") as advance:

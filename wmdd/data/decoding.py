@@ -11,7 +11,7 @@ import torch
 from wmdd.errors import Interrupted, WmddError
 from wmdd.runtime import cpus, signals
 
-_PATIENCE = 30
+_DECODER_GRACE_SECONDS = 30
 """Seconds that a decoding process outlives SIGTERM: as long as SLURM leaves a task it has cancelled."""
 
 Batch = TypeVar("Batch")
@@ -39,7 +39,7 @@ def _outlast_signals(worker: int) -> None:
     SIGTERM is also how a process that ends in disorder ends its workers, so it is heeded after a while.
     """
     signals.leave_to_the_run()
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_PATIENCE))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_DECODER_GRACE_SECONDS))
 
 
 def _unchanged(value: Result) -> Result:

@@ -22,7 +22,7 @@ from wmdd.data.listing import (
     LISTED,
     VERSION,
     Fault,
-    Listed,
+    ListedCatalogue,
     Listing,
     Part,
     Rows,
@@ -36,17 +36,17 @@ from wmdd.runtime.progress_bars import progress
 from wmdd.storage import cache
 from wmdd.storage.files import digest, locked
 
-_LOOKERS = 8
+_LISTING_THREADS = 8
 """Threads that list folders and look at files: they mostly wait for the disk."""
-_WINDOW = 64
+_CLASSES_AT_A_TIME = 64
 """Classes that are listed at a time."""
-_CHUNK = 256
+_FILES_PER_CHUNK = 256
 """Files or folders that one thread takes at a time."""
-_KEPT = 16
+_LISTINGS_KEPT = 16
 """Listings of one root that are kept: nodes with data of their own under one path have one each."""
 
 Class = dict[Split, Rows]
-Verdicts = Callable[[Listed, Split, Sequence[int]], Mapping[int, Mapping[int, str]]]
+Verdicts = Callable[[ListedCatalogue, Split, Sequence[int]], Mapping[int, Mapping[int, str]]]
 """Decodes all images of some classes of a split; returns by class and row why those that cannot be decoded cannot."""
 
 
@@ -111,8 +111,8 @@ class _Glance:
     def at(self, names: Iterable[str]) -> Mapping[str, int]:
         """Return the time of the last change of each folder."""
         missing = [name for name in dict.fromkeys(names) if name not in self._seen]
-        chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
-        with ThreadPoolExecutor(_LOOKERS) as pool:
+        chunks = [missing[start : start + _FILES_PER_CHUNK] for start in range(0, len(missing), _FILES_PER_CHUNK)]
+        with ThreadPoolExecutor(_LISTING_THREADS) as pool:
             for chunk, found in zip(chunks, pool.map(self._look, chunks), strict=True):
                 self._seen.update(zip(chunk, found, strict=True))
         return self._seen
@@ -157,7 +157,7 @@ def _make(
     folder: Path, tree: Tree, known: Sequence[str], classes: Sequence[str], verdicts: Verdicts | None, refresh: bool
 ) -> Path:
     """List what is not known, and write it together with what is."""
-    old = next(_opened(_files(folder)), Listing((), {split: Part.of([]) for split in SPLITS}))
+    old = next(_opened(_files(folder)), Listing((), {split: Part.from_classes([]) for split in SPLITS}))
     todo = list(classes) if refresh else _stale(old, classes, _Glance(tree.root), False)
     fresh: dict[str, Class] = {}
     try:
@@ -172,7 +172,7 @@ def _make(
     listing = _joined(old, known, fresh)
     if verdicts is not None:
         path = _write(folder, listing) if fresh else None  # what was listed outlasts a stop while images are decoded
-        listing = _decoded(Listed(tree, listing), classes, verdicts)
+        listing = _decoded(ListedCatalogue(tree, listing), classes, verdicts)
         if path:
             path.unlink()  # nobody has seen it: the lock is held
     return _write(folder, listing)
@@ -183,7 +183,7 @@ def _joined(old: Listing, known: Sequence[str], fresh: Mapping[str, Class]) -> L
     classes = [fresh.get(label) or old.rows(label) for label in known]
     if old.facts.get("decoder") != pillow_version:
         classes = [{split: _undecided(rows) for split, rows in each.items()} for each in classes]
-    parts = {split: Part.of([each[split] for each in classes]) for split in SPLITS}
+    parts = {split: Part.from_classes([each[split] for each in classes]) for split in SPLITS}
     return Listing(tuple(known), parts, {"decoder": pillow_version})
 
 
@@ -204,15 +204,15 @@ def _listed(tree: Tree, classes: Sequence[str]) -> Iterator[tuple[str, Class]]:
         _heed()
         return [tree.look(name) for name in names]
 
-    with ThreadPoolExecutor(_LOOKERS) as pool:
-        for start in range(0, len(classes), _WINDOW):
-            pairs = [(label, split) for label in classes[start : start + _WINDOW] for split in SPLITS]
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        for start in range(0, len(classes), _CLASSES_AT_A_TIME):
+            pairs = [(label, split) for label in classes[start : start + _CLASSES_AT_A_TIME] for split in SPLITS]
             found = list(pool.map(members, pairs))
             names = [f"{one.folders[0][0]}/{name}" for one in found for name in one.names]
-            chunks = [names[first : first + _CHUNK] for first in range(0, len(names), _CHUNK)]
+            chunks = [names[first : first + _FILES_PER_CHUNK] for first in range(0, len(names), _FILES_PER_CHUNK)]
             seen = iter([look for chunk in pool.map(looks, chunks) for look in chunk])
             rows = iter([rows_of(one, list(islice(seen, len(one.names)))) for one in found])
-            for label in classes[start : start + _WINDOW]:
+            for label in classes[start : start + _CLASSES_AT_A_TIME]:
                 yield label, {split: next(rows) for split in SPLITS}
 
 
@@ -221,7 +221,7 @@ def _heed() -> None:
         raise Interrupted("stopped while images were listed; what was listed is kept")
 
 
-def _decoded(listed: Listed, classes: Sequence[str], verdicts: Verdicts) -> Listing:
+def _decoded(listed: ListedCatalogue, classes: Sequence[str], verdicts: Verdicts) -> Listing:
     """Return a listing with the verdicts on all images of these classes."""
     listing = listed.listing
     parts = {}
@@ -235,7 +235,7 @@ def _decoded(listed: Listed, classes: Sequence[str], verdicts: Verdicts) -> List
                 stat = os.stat(listed.where(split, index, row))
                 faults[row] = Fault(reason, True, stat.st_size, stat.st_mtime_ns)
             every[index] = replace(every[index], faults=faults, state=DECODED)
-        parts[split] = Part.of(every)
+        parts[split] = Part.from_classes(every)
     return Listing(listing.classes, parts, listing.facts)
 
 
@@ -248,6 +248,6 @@ def _write(folder: Path, listing: Listing) -> Path:
         content.update(part.digests.tobytes() + part.changed.tobytes())
     path = folder / f"{number:08d}-{content.hexdigest()[:12]}.safetensors"
     listing.write(path)
-    for stale in older[_KEPT - 1 :]:
+    for stale in older[_LISTINGS_KEPT - 1 :]:
         stale.unlink(missing_ok=True)
     return path

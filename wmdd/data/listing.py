@@ -61,7 +61,7 @@ class Strings:
         return Strings(self.text[starts[0] : starts[-1]], starts - starts[0])
 
     @staticmethod
-    def of(strings: Iterable[str]) -> "Strings":
+    def from_list(strings: Iterable[str]) -> "Strings":
         """Return strings that were in a list."""
         encoded = [string.encode() for string in strings]
         text = np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8)
@@ -132,7 +132,7 @@ class Part:
     """By class and row; most classes have none"""
 
     @staticmethod
-    def of(classes: Sequence[Rows]) -> "Part":
+    def from_classes(classes: Sequence[Rows]) -> "Part":
         """Join classes."""
         folders = [folder for rows in classes for folder in rows.folders]
         return Part(
@@ -142,7 +142,7 @@ class Part:
             np.frombuffer(bytearray(b"".join(rows.digest for rows in classes)), dtype=np.uint8).reshape(-1, 32),
             np.array([rows.state for rows in classes], dtype=np.uint8),
             _starts([len(rows.folders) for rows in classes]),
-            Strings.of(name for name, _ in folders),
+            Strings.from_list(name for name, _ in folders),
             np.array([changed for _, changed in folders], dtype=np.int64),
             {index: dict(rows.faults) for index, rows in enumerate(classes) if rows.faults},
         )
@@ -211,7 +211,7 @@ class Listing:
     def rows(self, label: str) -> dict[Split, Rows]:
         """Return one class in each split; no rows of a class that is not known."""
         if label not in self.places:
-            return {split: Rows(Strings.of([]), np.zeros(0, np.int64), (), state=ABSENT) for split in self.parts}
+            return {split: Rows(Strings.from_list([]), np.zeros(0, np.int64), (), state=ABSENT) for split in self.parts}
         return {split: part.rows(self.places[label]) for split, part in self.parts.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -305,7 +305,7 @@ class Catalogue(ABC):
         """Return what a message calls an image."""
 
 
-class Listed(Catalogue):
+class ListedCatalogue(Catalogue):
     """The images of a source, by its listing."""
 
     def __init__(self, source: Source, listing: Listing) -> None:
@@ -343,12 +343,13 @@ class Listed(Catalogue):
         return self.source.where(self.name(split, index, row))
 
 
-def listed_in_memory(source: Source, classes: Sequence[str], splits: Sequence[Split] = SPLITS) -> Listed:
+def listed_in_memory(source: Source, classes: Sequence[str], splits: Sequence[Split] = SPLITS) -> ListedCatalogue:
     """List a source of few images or of arrays, here and now; nothing is kept for other processes."""
     parts = {
-        split: Part.of([_looked_at(source, source.members(split, label)) for label in classes]) for split in splits
+        split: Part.from_classes([_looked_at(source, source.members(split, label)) for label in classes])
+        for split in splits
     }
-    return Listed(source, Listing(tuple(classes), parts))
+    return ListedCatalogue(source, Listing(tuple(classes), parts))
 
 
 def _looked_at(source: Source, members: Members) -> Rows:
@@ -361,7 +362,7 @@ def rows_of(members: Members, looks: Sequence[Look]) -> Rows:
         row: Fault(look.fault, False, look.identity, look.changed) for row, look in enumerate(looks) if look.fault
     }
     identities = np.array([look.identity for look in looks], dtype=np.int64)
-    return Rows(Strings.of(members.names), identities, members.folders, faults)
+    return Rows(Strings.from_list(members.names), identities, members.folders, faults)
 
 
 def _joined(arrays: Sequence[np.ndarray], kind: Any) -> np.ndarray:

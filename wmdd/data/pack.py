@@ -21,7 +21,7 @@ from wmdd.storage.files import digest, locked, read_json, sha256, write_json, wr
 
 SHARD_BYTES = 256 * 2**20
 """A shard takes as many whole classes as fit this; a larger class has one of its own."""
-_BATCH = 64
+_DECODE_BATCH = 64
 
 
 def pack(config: DataConfig, out: Path, workers: int, shard_bytes: int = SHARD_BYTES) -> tuple[int, int]:
@@ -106,7 +106,7 @@ def _listing(dataset: Dataset, classes: Sequence[int]) -> Listing:
             faults = {int(row): Fault("was left out when it was packed") for row in images.left_out.get(index, ())}
             folder, _ = rows.folders[0]
             every.append(replace(rows, folders=((folder, 0),), faults=faults, state=DECODED))
-        parts[split] = Part.of(every)
+        parts[split] = Part.from_classes(every)
     return Listing(tuple(dataset.classes[index] for index in classes), parts)
 
 
@@ -156,7 +156,10 @@ def _decoded(dataset: Dataset, split: Split, shards: list[list[int]], workers: i
         before = len(plan)
         for index in shard:
             own = images.of_class(index)
-            plan += [range(start, min(start + _BATCH, own.stop)) for start in range(own.start, own.stop, _BATCH)]
+            plan += [
+                range(start, min(start + _DECODE_BATCH, own.stop))
+                for start in range(own.start, own.stop, _DECODE_BATCH)
+            ]
         lengths.append(len(plan) - before)
     stream = images.batches(plan, workers)
     for length in lengths:

@@ -39,11 +39,11 @@ _NESTED = {
 }
 
 
-_RECENT = 2 * 10**9
+_RECENT_NANOSECONDS = 2 * 10**9
 """Nanoseconds for which a folder's time of change is not relied on: some file systems count whole seconds."""
 
 
-_END = 64
+_END_MARK_BYTES = 64
 """Bytes at the end of a file in which its end mark must lie; some writers pad after it."""
 
 
@@ -175,7 +175,7 @@ class Tree(Source):
             with open(self.where(name), "rb", buffering=0) as file:
                 stat = os.fstat(file.fileno())
                 head = file.read(16)
-                file.seek(-min(stat.st_size, _END), os.SEEK_END)
+                file.seek(-min(stat.st_size, _END_MARK_BYTES), os.SEEK_END)
                 tail = file.read()
         except OSError as error:
             return Look(0, 0, f"cannot be read: {error.strerror}")
@@ -344,7 +344,7 @@ def changed(path: Path | str) -> int:
         found = os.stat(path).st_mtime_ns
     except OSError:
         return 0
-    return 0 if abs(time.time_ns() - found) < _RECENT else found
+    return 0 if abs(time.time_ns() - found) < _RECENT_NANOSECONDS else found
 
 
 def folder_of(name: str, root: str | Path | None) -> Path:

@@ -32,24 +32,24 @@ _VERSION = 1
 """Of the way images are drawn: another version draws other images."""
 
 
-_QUALITY = 93
+_JPEG_QUALITY = 93
 """Of the JPEG files: with it an image of 500×375 takes about 100 kB, as ImageNet's do."""
 
 
-_OCTAVE = 22.0
+_OCTAVE_AMPLITUDE = 22.0
 """Standard deviation of the noise of each scale, in grey levels.  Equal for all scales: the spectrum of photographs
 falls with the square of the frequency, which leaves every octave the same variance (Field 1987)."""
 
 
-_GRAIN = 5.0
+_GRAIN_AMPLITUDE = 5.0
 """Standard deviation of the noise of single pixels, in grey levels."""
 
 
-_GRATING = 16.0
+_GRATING_AMPLITUDE = 16.0
 """Amplitude of the grating of a class, in grey levels."""
 
 
-_CHUNK = 16
+_FILES_PER_CHUNK = 16
 """Images that a process draws at a time."""
 
 Split = Literal["train", "val"]
@@ -91,7 +91,7 @@ def generate(
     settings = {"version": _VERSION, "classes": classes, "images": images, "pixels": pixels, "val": val, "seed": seed}
     _claim(out, settings)
     items = iter(_items(classes, images, val))
-    chunks = iter(lambda: list(islice(items, _CHUNK)), [])
+    chunks = iter(lambda: list(islice(items, _FILES_PER_CHUNK)), [])
     write = partial(_write, out, pixels, seed)
     workers = workers or len(os.sched_getaffinity(0))
     # A forked child may inherit a lock that one of the parent's threads held.
@@ -127,7 +127,7 @@ def draw(split: Split, label: int, number: int, pixels: int, seed: int) -> Image
     height, width = (pixels, longer) if source.random() < 0.75 else (longer, pixels)
     image = _noise(source, height, width)
     tint, grating = _class_marks(np.random.default_rng([seed, label]), source, height, width)
-    image += tint + grating[..., None] + _GRAIN * source.standard_normal((height, width, 1), dtype=np.float32)
+    image += tint + grating[..., None] + _GRAIN_AMPLITUDE * source.standard_normal((height, width, 1), dtype=np.float32)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
@@ -141,9 +141,9 @@ def _noise(source: np.random.Generator, height: int, width: int) -> NDArray[np.f
     while cells < min(height, width):
         rows, columns = (max(2, round(cells * side / min(height, width))) for side in (height, width))
         planes = _stretched(planes, rows, columns)
-        planes += _OCTAVE * source.standard_normal((rows, columns), dtype=np.float32)
+        planes += _OCTAVE_AMPLITUDE * source.standard_normal((rows, columns), dtype=np.float32)
         if cells <= 32:  # colour varies less than brightness, and mostly at coarse scales
-            planes += 0.5 * _OCTAVE * source.standard_normal((3, rows, columns), dtype=np.float32)
+            planes += 0.5 * _OCTAVE_AMPLITUDE * source.standard_normal((3, rows, columns), dtype=np.float32)
         cells *= 2
     return np.ascontiguousarray(_stretched(planes, height, width).transpose(1, 2, 0))
 
@@ -164,7 +164,7 @@ def _class_marks(
     rows = (np.arange(height, dtype=np.float32) * (step * math.sin(angle)))[:, None]
     columns = (np.arange(width, dtype=np.float32) * (step * math.cos(angle)))[None, :]
     phase = np.float32(source.uniform(0, 2 * math.pi))
-    return tint, np.float32(_GRATING) * np.sin(rows + columns + phase)
+    return tint, np.float32(_GRATING_AMPLITUDE) * np.sin(rows + columns + phase)
 
 
 def _items(classes: int, images: int, val: int) -> Iterator[Item]:
@@ -178,7 +178,7 @@ def _write(out: Path, pixels: int, seed: int, items: list[Item]) -> int:
         path = out / split / f"class-{label:05d}" / f"{number:06d}.JPEG"
         if not path.exists():
             buffer = io.BytesIO()
-            draw(split, label, number, pixels, seed).save(buffer, "jpeg", quality=_QUALITY)
+            draw(split, label, number, pixels, seed).save(buffer, "jpeg", quality=_JPEG_QUALITY)
             write_bytes(path, buffer.getvalue())
     return len(items)
 

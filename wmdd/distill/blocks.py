@@ -53,7 +53,7 @@ def distill(job: Job, blocks: list[Block]) -> None:
         lock = job.folder.locked(f"block-{block.index:05d}", job.stop) if job.ranks.main else nullcontext()
         with lock:
             # Rank 0 decides for all: ranks on different machines may see a shared folder at different times.
-            if job.ranks.agree(job.ranks.main and _must_write(job, block)):
+            if job.ranks.broadcast_from_main(job.ranks.main and _must_write(job, block)):
                 _distill_block(job, method, block)
 
 
@@ -80,7 +80,9 @@ def _must_write(job: Job, block: Block) -> bool:
 
 def _distill_block(job: Job, method: base.Method, block: Block) -> None:
     team = job.ranks.team(job.config.synthesis.split_class, "synthesis.split_class")
-    missing = job.ranks.agree([group.index for group in block.groups if finished_group(job, group) is None])
+    missing = job.ranks.broadcast_from_main(
+        [group.index for group in block.groups if finished_group(job, group) is None]
+    )
     todo = [group for group in team.deal(block.groups) if group.index in missing]
     classes = [index for group in todo for index in group.classes] if method.uses_statistics else []
     images = sum(len(job.dataset.train.of_class(index)) for index in classes)

@@ -170,7 +170,7 @@ def distill_group(
     if not team.alike(state.iteration if state else -1):
         path = job.folder.checkpoint_file(group.index)
         raise WmddError(f"{path}: not every rank sees the same checkpoint; start the same command again")
-    meter.include(spent)
+    meter.add_previous(spent)
     if state:
         say(f"group {group.index}: goes on at iteration {state.iteration}")
     advance(state.iteration if state else 0)

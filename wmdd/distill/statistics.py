@@ -37,7 +37,7 @@ class Moments:
     """[M] float64"""
 
     @staticmethod
-    def of(values: Tensor) -> "Moments":
+    def from_rows(values: Tensor) -> "Moments":
         """Return the moments of the rows of ``values`` [n, M]."""
         values = values.double()
         mean = values.mean(0)
@@ -83,7 +83,7 @@ class ClassStatistics:
         return self.within + share * self.between
 
 
-def summarise(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]], between: str) -> ClassStatistics:
+def summarize(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]], between: str) -> ClassStatistics:
     """Combine the batches of one class, in order.
 
     Args:
@@ -91,8 +91,8 @@ def summarise(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor
         moments: per-image means and variances of each batch, each [b, M].
         between: ``exact`` over the class, or ``batchwise``: the mean over batches of their variance (public code).
     """
-    parts = [Moments.of(means) for means, _ in moments]
-    inner = [Moments.of(variances) for _, variances in moments]
+    parts = [Moments.from_rows(means) for means, _ in moments]
+    inner = [Moments.from_rows(variances) for _, variances in moments]
     total, within = parts[0], inner[0]
     for part, spread in zip(parts[1:], inner[1:], strict=True):
         total, within = total.merge(part), within.merge(spread)
@@ -190,7 +190,7 @@ def _compute(
             features.append(seen.features)
             moments.append((seen.means, seen.variances))
             advance(len(shown))
-        yield summarise(features, moments, config.statistics.between)
+        yield summarize(features, moments, config.statistics.between)
 
 
 def _draws(config: Config, count: int, source: torch.Generator) -> augment.Draws:

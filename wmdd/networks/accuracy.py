@@ -13,7 +13,7 @@ from wmdd.errors import Interrupted
 from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.team import SINGLE, Team
 
-_BATCH = 256
+_BATCH_SIZE = 256
 
 
 class Validation:
@@ -53,7 +53,7 @@ class Validation:
             title = f"decoding the {self.on} images"
             self._images = decode_all(self._source, self._config, title, self._stop)
         totals = torch.zeros(3, dtype=torch.float64)
-        batches = list(zip(self._images.split(_BATCH), self._source.labels.split(_BATCH), strict=True))
+        batches = list(zip(self._images.split(_BATCH_SIZE), self._source.labels.split(_BATCH_SIZE), strict=True))
         for raw, labels in batches[team.rank :: team.size]:
             if self._stop():
                 raise Interrupted(f"stopped while a network was judged on the {self.on} images")

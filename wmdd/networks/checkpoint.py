@@ -18,7 +18,7 @@ from wmdd.runtime.log import say
 from wmdd.runtime.team import Team
 from wmdd.storage.files import read_metadata, read_tensors, write_tensors
 
-_LOOK_SECONDS = 1.0
+_CHECK_SECONDS = 1.0
 """Target time between two looks of a team: half of the two seconds within which a stop is noticed."""
 
 
@@ -76,7 +76,7 @@ def until_next_look(updates: int, seconds: float) -> int:
 
     The first updates of a process are slow, and tell little of the next ones.
     """
-    return max(1, min(2 * updates, int(updates * _LOOK_SECONDS / max(seconds, 1e-6))))
+    return max(1, min(2 * updates, int(updates * _CHECK_SECONDS / max(seconds, 1e-6))))
 
 
 class Checkpoint:
@@ -86,13 +86,13 @@ class Checkpoint:
 
     Args:
         path: of the file.
-        of: names what is trained; a file of anything else is not gone on from.
-        seconds: between two checkpoints.
-        arithmetic: that it is trained in; a file of another one is not gone on from either.
+        owner: digest of what is being trained. A checkpoint with another owner is ignored.
+        seconds: time between two checkpoints.
+        arithmetic: arithmetic of the training. A checkpoint of another arithmetic is ignored.
     """
 
-    def __init__(self, path: Path, of: str, seconds: float, arithmetic: Arithmetic | None = None) -> None:
-        self._path, self._of, self._clock, self._arithmetic = path, of, Clock(seconds), arithmetic
+    def __init__(self, path: Path, owner: str, seconds: float, arithmetic: Arithmetic | None = None) -> None:
+        self._path, self._owner, self._clock, self._arithmetic = path, owner, Clock(seconds), arithmetic
 
     def due(self) -> bool:
         """Return whether it is time for one, by this rank's clock."""
@@ -115,7 +115,7 @@ class Checkpoint:
         states = {name: part.state_dict() for name, part in parts.items()}
         tensors: dict[str, Tensor] = {}
         content = _pack({"states": states, "random": numbers, "facts": facts}, tensors)
-        meta = {"of": self._of, "arithmetic": marked(self._arithmetic), "content": json.dumps(content)}
+        meta = {"owner": self._owner, "arithmetic": marked(self._arithmetic), "content": json.dumps(content)}
         write_tensors(self._path, tensors, meta)
 
     def load(self, parts: Mapping[str, Any], device: torch.device, team: Team) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         meta = read_metadata(self._path)
-        if meta.get("of") == self._of and is_of(self._arithmetic, meta, f"{self._path}: training begins anew"):
+        if meta.get("owner") == self._owner and is_of(self._arithmetic, meta, f"{self._path}: training begins anew"):
             found: dict[str, Any] = _unpack(json.loads(meta["content"]), read_tensors(self._path))
             return found
         if not meta and self._path.exists():
@@ -161,7 +161,7 @@ def is_of(arithmetic: Arithmetic | None, meta: Mapping[str, str], otherwise: str
     """Return whether a checkpoint was computed in an arithmetic; if not, say so, after ``otherwise``: what happens."""
     if meta.get("arithmetic") == marked(arithmetic):
         return True
-    other = Arithmetic.of(json.loads(meta.get("arithmetic", "null")))
+    other = Arithmetic.from_facts(json.loads(meta.get("arithmetic", "null")))
     say(f"{otherwise}: its checkpoint was computed in {other or 'an unknown arithmetic'}, this is {arithmetic}")
     return False
 

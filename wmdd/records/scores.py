@@ -27,7 +27,7 @@ def label_robust_score(hard: float, soft: float, real_hard: float, random_soft: 
     """
     _refuse_percentages(hard, soft, real_hard, random_soft)
     gain, loss = improvement_over_random(soft, random_soft), hard_label_recovery(real_hard, hard)
-    return _normalised(weight * gain - (1 - weight) * loss)
+    return _normalized(weight * gain - (1 - weight) * loss)
 
 
 def augmentation_robust_score(
@@ -43,7 +43,7 @@ def augmentation_robust_score(
     """
     _refuse_percentages(augmented, random_augmented, plain, random_plain)
     gains = improvement_over_random(augmented, random_augmented), improvement_over_random(plain, random_plain)
-    return _normalised(weight * gains[0] + (1 - weight) * gains[1])
+    return _normalized(weight * gains[0] + (1 - weight) * gains[1])
 
 
 def hard_label_recovery(real_hard: float, hard: float) -> float:
@@ -56,7 +56,7 @@ def improvement_over_random(images: float, random: float) -> float:
     return images - random
 
 
-def _normalised(score: float) -> float:
+def _normalized(score: float) -> float:
     return (math.exp(score) - math.exp(-1)) / (math.e - math.exp(-1))
 
 

@@ -73,7 +73,7 @@ def distillation(run: Run) -> dict[str, Any]:
     """Return what decides a run's images, but for its seed or the files of an external set."""
     config = flatten(run.config)
     # A baseline that selects real images depends neither on rounding nor on how the run that owns it synthesises.
-    selected = run.baseline and not run.optimised
+    selected = run.baseline and not run.optimized
     scope = "data" if selected else "images"
     used = [sidecar.get("arithmetic") for _, sidecar in sorted(run.blocks.items())]
     keys = {"method", "ipc", *(key for key in DECIDES if decides(key, scope))} - {"seed", "external.sha256"}
@@ -122,7 +122,7 @@ def _about(group: pd.DataFrame, spent: dict[str, dict[str, Any]]) -> dict[str, A
 def _bn_weight(run: Run) -> dict[str, Any]:
     """Return λ of a run and a name for all else that decides its images, if it was optimised."""
     weight = run.config.get("synthesis", {}).get("bn_weight")
-    if weight is None or not run.optimised:
+    if weight is None or not run.optimized:
         return {}
     otherwise = {key: value for key, value in distillation(run).items() if key != "synthesis.bn_weight"}
     return {"bn_weight": weight, "otherwise": digest(otherwise)}

@@ -48,7 +48,7 @@ def grids(runs: Sequence[Run], problems: list[str]) -> tuple[list[Grid], int]:
     groups: dict[tuple[Any, ...], dict[tuple[str, str], Run]] = {}
 
     def order(run: Run) -> tuple[Any, ...]:
-        return not run.optimised, run.method not in (OWN, REFERENCE), run.method, run.config.get("seed", 0)
+        return not run.optimized, run.method not in (OWN, REFERENCE), run.method, run.config.get("seed", 0)
 
     for run in sorted(runs, key=order):
         if run.blocks:
@@ -65,8 +65,8 @@ def _grid(key: tuple[Any, ...], runs: list[Run], problems: list[str]) -> Grid:
     shown.sort(key=runs.index)
     tensors = [_images(run, problems) for run in shown]
     names = list(dict.fromkeys(name for found in tensors for name in found))[:MAX_CLASSES]
-    optimised = [(run, found) for run, found in zip(shown, tensors, strict=True) if run.optimised]
-    nearest = _nearest(optimised, names, problems) if optimised else {}
+    optimized = [(run, found) for run, found in zip(shown, tensors, strict=True) if run.optimized]
+    nearest = _nearest(optimized, names, problems) if optimized else {}
     classes = []
     for name in names:
         strips = []

@@ -56,7 +56,7 @@ class Run:
         return [group for _, sidecar in sorted(self.blocks.items()) for group in sidecar.get("groups", ())]
 
     @property
-    def optimised(self) -> bool:
+    def optimized(self) -> bool:
         """Whether the images were optimised; a selection of real images has no loss curve."""
         return any(group.get("curve") for group in self.groups)
 

@@ -81,7 +81,7 @@ def verify(folder: RunFolder) -> list[str]:
     used: dict[str, list[int]] = {}
     for block in blocks:
         if sidecar := folder.sidecar(block):
-            found = Arithmetic.of(sidecar.get("arithmetic"))
+            found = Arithmetic.from_facts(sidecar.get("arithmetic"))
             used.setdefault(str(found or "an unknown arithmetic"), []).append(block)
     if len(used) > 1:
         parts = "; ".join(f"{', '.join(map(str, own))} in {name}" for name, own in used.items())

@@ -127,7 +127,7 @@ class RunFolder:
             InputError: the folder is bound to another one; the message names both.
         """
         path = self.path / "arithmetic.json"
-        found = Arithmetic.of(read_json(path)) if path.exists() else own
+        found = Arithmetic.from_facts(read_json(path)) if path.exists() else own
         if found is None:
             raise InputError(f"{path}: names no arithmetic of this version; use another --out")
         if found != own:

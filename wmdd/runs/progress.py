@@ -14,7 +14,7 @@ from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log
 from wmdd.storage.files import read_json, write_json
 
-_EVERY = 5.0
+_WRITE_EVERY_SECONDS = 5.0
 """Seconds between two writes; a change of stage is written at once."""
 
 
@@ -77,7 +77,7 @@ class _Writer:
         turned = title != self._last[0]
         begun, first = self._stages.setdefault(title, (now, done))
         self._last = (title, done, total, unit)
-        if turned or now - self._written > _EVERY:
+        if turned or now - self._written > _WRITE_EVERY_SECONDS:
             rate = (done - first) / (now - begun) if now > begun else 0.0
             self._write(rate, "")
 

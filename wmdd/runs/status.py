@@ -12,7 +12,7 @@ from wmdd.storage.files import read_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SILENT = 60.0
+_STALE_AFTER_SECONDS = 60.0
 """Seconds after which a process that writes every few seconds is probably gone."""
 
 
@@ -56,5 +56,9 @@ def _sentence(report: progress.ProcessState) -> str:
     done = f"{report.stage}: {report.done:,} of {report.total:,} {report.unit}"
     if report.rate and report.left is not None:
         done += f", {report.rate:,.1f} a second, {timedelta(seconds=round(report.left))} left"
-    silent = f"; silent for {timedelta(seconds=round(report.age))}: probably gone" if report.age > _SILENT else ""
+    silent = (
+        f"; silent for {timedelta(seconds=round(report.age))}: probably gone"
+        if report.age > _STALE_AFTER_SECONDS
+        else ""
+    )
     return f"{done} ({report.process}){silent}"

@@ -41,7 +41,7 @@ class Arithmetic:
     """Threads of each rank, among which a CPU splits its sums; None on a GPU"""
 
     @staticmethod
-    def of(facts: Mapping[str, Any] | None) -> "Arithmetic | None":
+    def from_facts(facts: Mapping[str, Any] | None) -> "Arithmetic | None":
         """Return what ``facts`` wrote down; None for anything else."""
         try:
             return Arithmetic(**(facts or {}))

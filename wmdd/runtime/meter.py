@@ -27,7 +27,7 @@ class Meter:
         self._begun = time.perf_counter()
         self._before: dict[str, float] = {}
 
-    def include(self, spent: Mapping[str, float]) -> None:
+    def add_previous(self, spent: Mapping[str, float]) -> None:
         """Count what was spent on the same work before it was interrupted, as ``read`` told it then."""
         self._before = dict(spent)
 

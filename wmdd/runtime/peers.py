@@ -1,4 +1,4 @@
-"""The roll of a job's ranks: who is alive, and what they agree on.
+"""Heartbeats and agreement among the ranks of a job.
 
 Ranks meet in the job's key-value store and not in a collective: a collective tells nobody who is missing, and whoever
 waits in it cannot be asked to stop.  Every rank beats there; a rank whose beat stands still, or that has left, is gone.
@@ -14,11 +14,11 @@ from typing import Any
 
 from wmdd.errors import Interrupted, WmddError
 
-_BEAT = 0.5
+_HEARTBEAT_SECONDS = 0.5
 """Seconds between two beats."""
-_PATIENCE = 30.0
+_LOST_AFTER_SECONDS = 30.0
 """Seconds without a beat after which a rank counts as gone."""
-_HURRIED = 5.0
+_LOST_AFTER_SECONDS_ON_STOP = 5.0
 """The same once somebody has asked this rank to stop: a launcher that lost one rank ends the others."""
 _STOPPED = "stopped"
 """Mark of a rank that has left because it was asked to stop."""
@@ -47,7 +47,7 @@ class Peers:
         self._thread = threading.Thread(target=self._keep_beating, args=(store.clone(),), daemon=True)
         self._thread.start()
 
-    def agree(self, value: Any) -> Any:
+    def broadcast_from_main(self, value: Any) -> Any:
         """Wait until all ranks are here, and return rank 0's value (anything JSON holds).
 
         Raises:
@@ -62,7 +62,7 @@ class Peers:
             watch = _Watch(self._store, self._rank, self._size)
             pause = 0.001
             while self._store.add(f"here/{turn}", 0) < self._size:
-                gone = watch.gone(_PATIENCE)
+                gone = watch.gone(_LOST_AFTER_SECONDS)
                 if (gone or watch.stopped) and self._store.add(f"here/{turn}", 0) == self._size:
                     break  # who has left came here first
                 gone = self._verdict(gone)
@@ -83,12 +83,12 @@ class Peers:
     def missing(self) -> list[int]:
         """Return the ranks that are gone, after a short watch."""
         watch = _Watch(self._store, self._rank, self._size)
-        deadline = time.monotonic() + _HURRIED + 2 * _BEAT
+        deadline = time.monotonic() + _LOST_AFTER_SECONDS_ON_STOP + 2 * _HEARTBEAT_SECONDS
         gone: list[int] = []
         try:
             while not gone and time.monotonic() < deadline:
-                time.sleep(_BEAT)
-                gone = watch.gone(_HURRIED)
+                time.sleep(_HEARTBEAT_SECONDS)
+                gone = watch.gone(_LOST_AFTER_SECONDS_ON_STOP)
             return self._verdict(gone)
         except RuntimeError:
             return [0]
@@ -109,18 +109,20 @@ class Peers:
         Ranks that are asked to stop do so when they can: one that has stopped is not lost to the others.
         """
         self._left.set()
-        self._thread.join(timeout=2 * _BEAT)
+        self._thread.join(timeout=2 * _HEARTBEAT_SECONDS)
         try:
             self._store.set(f"left/{self._rank}", _STOPPED if stopped else "")
             if self._rank == 0:  # which may keep the store: wait for the others to read what it holds
                 everyone = [f"left/{rank}" for rank in range(self._size)]
-                self._store.wait(everyone, timedelta(seconds=_PATIENCE if stopped else _HURRIED))
+                self._store.wait(
+                    everyone, timedelta(seconds=_LOST_AFTER_SECONDS if stopped else _LOST_AFTER_SECONDS_ON_STOP)
+                )
         except RuntimeError:
             pass  # the store went with another rank
 
     def _keep_beating(self, store: Any) -> None:
         for count in itertools.count(1):
-            if self._left.wait(_BEAT):
+            if self._left.wait(_HEARTBEAT_SECONDS):
                 return
             try:
                 self._beat(store, count)
@@ -139,14 +141,14 @@ class _Watch:
         self._others = [other for other in range(size) if other != rank]
         self._beats: dict[int, bytes] = {}
         self._changed: dict[int, float] = {}
-        self._looked = -_BEAT
+        self._looked = -_HEARTBEAT_SECONDS
         self.stopped = False
         """Whether a rank was seen to have left because it was asked to stop"""
 
     def gone(self, patience: float) -> list[int]:
         """Return the ranks that have left or whose beat stood still for ``patience`` seconds."""
         now = time.monotonic()
-        if now - self._looked < _BEAT:
+        if now - self._looked < _HEARTBEAT_SECONDS:
             return []
         self._looked = now
         found = []

@@ -21,7 +21,7 @@ from wmdd.runtime.placement import Placement, choose_device, placement_of
 from wmdd.runtime.team import T, Team
 
 _PATIENCE = timedelta(minutes=10)
-"""How long ranks wait for each other when they meet, and in a collective: long waits are meetings in the roll."""
+"""How long ranks wait for each other when they meet, and in a collective: long waits are meetings in the peers."""
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,7 +36,7 @@ class Ranks:
     device: torch.device
     arithmetic: Arithmetic
     """The same on all ranks of the job"""
-    roll: Peers | None = None
+    peers: Peers | None = None
     """Of the job's ranks; None when there is one"""
     _groups: dict[int, list[Any]] = field(default_factory=dict)
 
@@ -57,16 +57,16 @@ class Ranks:
             PeerLost: another rank is gone; the message names it.
             Interrupted: a stop was asked for while waiting.
         """
-        self.agree(None)
+        self.broadcast_from_main(None)
 
-    def agree(self, value: T) -> T:
+    def broadcast_from_main(self, value: T) -> T:
         """Return rank 0's value (anything JSON holds) on every rank, so that all take the same decision.
 
         Raises:
             PeerLost: another rank is gone; the message names it.
             Interrupted: a stop was asked for while waiting.
         """
-        return value if self.roll is None else self.roll.agree(value)
+        return value if self.peers is None else self.peers.broadcast_from_main(value)
 
     def team(self, size: int, key: str) -> Team:
         """Return this rank's team when the job is cut into teams of ``size`` consecutive ranks; all ranks must ask.
@@ -128,10 +128,10 @@ def ranks(
         arithmetic = resolve(compute, hardware_of(device))
         with (
             applied(arithmetic),
-            _joined(here, device, stop) if here.size > 1 else nullcontext() as roll,
+            _joined(here, device, stop) if here.size > 1 else nullcontext() as peers,
             within_memory(device),
         ):
-            job = Ranks(here.rank, here.size, device, arithmetic, roll)
+            job = Ranks(here.rank, here.size, device, arithmetic, peers)
             _refuse_unlike(job)
             yield job
 
@@ -165,23 +165,27 @@ def _many_graphs() -> Iterator[None]:
     By default the ninth, and what follows it, runs eager without a word.
 
     Raises:
-        WmddError: there are more than ``_GRAPHS``.
+        WmddError: there are more than ``_MAX_GRAPHS``.
     """
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    limits = {"recompile_limit": _GRAPHS, "accumulated_recompile_limit": _GRAPHS, "fail_on_recompile_limit_hit": True}
+    limits = {
+        "recompile_limit": _MAX_GRAPHS,
+        "accumulated_recompile_limit": _MAX_GRAPHS,
+        "fail_on_recompile_limit_hit": True,
+    }
     try:
         with config.patch(limits):
             yield
     except FailOnRecompileLimitHit as error:
         raise WmddError(
-            f"compute.compile = true: one process made {_GRAPHS} graphs of one step; do fewer runs in a process, or set"
-            " compute.compile=false"
+            f"compute.compile = true: one process made {_MAX_GRAPHS} graphs of one step; do fewer runs in a process,"
+            " or set compute.compile=false"
         ) from error
 
 
-_GRAPHS = 256
+_MAX_GRAPHS = 256
 
 
 @contextmanager
@@ -196,14 +200,14 @@ def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> 
         # NCCL says what is wrong in its last line, others in their first.
         told = str(error).rpartition("Last error:\n")[2].partition("\n")[0]
         raise WmddError(f"rank {here.rank} of {here.size}: the ranks do not meet ({here.meeting}): {told}") from error
-    roll = Peers(dist.PrefixStore("roll", store), here.rank, here.size, stop)
+    peers = Peers(dist.PrefixStore("peers", store), here.rank, here.size, stop)
     failure: BaseException | None = None
     try:
-        yield roll
+        yield peers
     except BaseException as error:
         failure = error
         # A collective that broke, or a launcher that ends all ranks because it lost one: say which.
-        if isinstance(error, RuntimeError | Interrupted) and (gone := roll.missing()):
+        if isinstance(error, RuntimeError | Interrupted) and (gone := peers.missing()):
             failure = PeerLost(f"rank {here.rank} of {here.size}: {describe(gone)}; start the same command again")
             tell(failure)
             raise failure from error
@@ -211,7 +215,7 @@ def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> 
             tell(error)
         raise
     finally:
-        roll.leave(stopped=isinstance(failure, Interrupted))
+        peers.leave(stopped=isinstance(failure, Interrupted))
         if _aborts(device.type, failed=failure is not None):
             dist.distributed_c10d._abort_process_group()
         else:

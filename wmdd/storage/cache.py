@@ -75,7 +75,7 @@ def prepare(path: Path) -> None:
 def note_use(path: Path) -> None:
     """Note that an entry is in use: at most once a day, and never in a store that cannot be written."""
     with suppress(OSError):
-        if time.time() - path.stat().st_mtime > _DAY and os.access(path, os.W_OK):
+        if time.time() - path.stat().st_mtime > _DAY_SECONDS and os.access(path, os.W_OK):
             os.utime(path)
 
 
@@ -112,7 +112,9 @@ def of_other_versions() -> int:
 
 def prune(older_than_days: float) -> list[CacheEntry]:
     """Delete the entries that were not used for so many days and are not pinned; return them."""
-    old = [entry for entry in entries() if time.time() - entry.used > older_than_days * _DAY and not entry.pinned]
+    old = [
+        entry for entry in entries() if time.time() - entry.used > older_than_days * _DAY_SECONDS and not entry.pinned
+    ]
     for entry in old:
         shutil.rmtree(entry.path)
     for mark in (cache_root() / "pins").glob("*"):
@@ -121,7 +123,7 @@ def prune(older_than_days: float) -> list[CacheEntry]:
     return old
 
 
-_DAY = 86400.0
+_DAY_SECONDS = 86400.0
 _PINNED_DAYS = 30
 
 
@@ -131,6 +133,6 @@ def _mark(path: Path) -> Path:
 
 def _is_pinned(mark: Path) -> bool:
     try:
-        return time.time() - mark.stat().st_mtime < _PINNED_DAYS * _DAY
+        return time.time() - mark.stat().st_mtime < _PINNED_DAYS * _DAY_SECONDS
     except OSError:
         return False

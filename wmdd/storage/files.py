@@ -187,11 +187,11 @@ def sha256(path: Path) -> str:
         raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-PATIENCE_SECONDS = 90.0
+EXPECT_SECONDS = 90.0
 """How long a finished file may be invisible: a client of NFS remembers up to 60 seconds that a name was not there."""
 
 
-def expect(paths: Iterable[Path], stop: Callable[[], bool] = lambda: False, seconds: float = PATIENCE_SECONDS) -> None:
+def expect(paths: Iterable[Path], stop: Callable[[], bool] = lambda: False, seconds: float = EXPECT_SECONDS) -> None:
     """Wait until this machine sees files that another one has finished; after some time go on without.
 
     A listing of their folders makes a client of NFS ask the server again.

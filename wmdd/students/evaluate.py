@@ -67,7 +67,7 @@ def evaluate(
         for position in set(range(len(tasks))) - set(missing):
             folder.student_checkpoint(_name(tasks[position])).unlink(missing_ok=True)
     team = job.team(config.student.ranks, "student.ranks")
-    todo = [tasks[position] for position in team.deal(job.agree(missing))]
+    todo = [tasks[position] for position in team.deal(job.broadcast_from_main(missing))]
     updates = {task: tasks_module.update_count(config, task.view, len(distilled)) for task in todo}
     with progress(f"{len(todo)} students on {config.method}", sum(updates.values()), "updates") as advance:
         for task in todo:
@@ -211,7 +211,7 @@ def is_of_recipe(record: Record, config: Config, images: int) -> bool:
     Its teacher is not looked at, which the config alone does not tell; its arithmetic must be one that the config may
     mean on some machine.
     """
-    used = Arithmetic.of(record.recipe.get("arithmetic"))
+    used = Arithmetic.from_facts(record.recipe.get("arithmetic"))
     if used and not permits(config.compute, used):
         return False
     wanted = recipe_settings(config, str(record.regime), record.view, images)

@@ -74,7 +74,7 @@ class SoftLabels:
         """Return the file of one epoch's logits."""
         return self.folder / f"epoch-{epoch:05d}.safetensors"
 
-    def visited(self, epoch: int) -> int:
+    def source_epoch(self, epoch: int) -> int:
         """Return the epoch whose views and labels a student sees in this one."""
         return epoch % self._epochs if self.stored else epoch
 
@@ -132,7 +132,7 @@ STORED = ("stored", "budget")
 """Regimes whose logits come from files"""
 
 
-_HEADER = 512
+_HEADER_BYTES = 512
 """Bytes that a file of logits holds besides them, at most."""
 
 
@@ -156,4 +156,4 @@ def stored_epochs(config: Config, regime: str, images: int, classes: int) -> int
 
 def epoch_bytes(settings: LabelsConfig, images: int, classes: int) -> int:
     """Return the bytes that one epoch of stored logits takes, at most."""
-    return images * row_bytes(classes, settings) + _HEADER
+    return images * row_bytes(classes, settings) + _HEADER_BYTES

@@ -99,7 +99,7 @@ def train(
     done = int(found.get("epoch", 0)) * steps + int(found.get("position", 0))
     for mean, kept in zip(average, found.get("average", average), strict=True):
         mean.copy_(kept)
-    meter.include(found.get("spent", {}))
+    meter.add_previous(found.get("spent", {}))
     if done:
         advance(done)
     example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
@@ -117,7 +117,7 @@ def train(
         for epoch in range(done // steps, settings.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
-            visit = soft.visited(epoch) if soft else epoch
+            visit = soft.source_epoch(epoch) if soft else epoch
             plan = batches.batches(
                 task.seed, visit, len(images), data.resolution, settings.batch_size, config.labels, ranks.device
             )

@@ -69,17 +69,17 @@ def get_or_train_teacher(
         InputError: no such network, or weights that do not fit it, or the teacher is not the one that ``bound`` names.
         Interrupted: a stop was requested; training goes on from its checkpoint next time.
     """
-    kept = ranks.agree(_kept(bound["sha256"]) if ranks.main and bound else None)
+    kept = ranks.broadcast_from_main(_kept(bound["sha256"]) if ranks.main and bound else None)
     if kept:
         folder = cache.folder("teachers", kept)
     else:
-        if bound and (trained := Arithmetic.of(bound.get("arithmetic"))) not in (None, ranks.arithmetic):
+        if bound and (trained := Arithmetic.from_facts(bound.get("arithmetic"))) not in (None, ranks.arithmetic):
             raise InputError(
                 f"the images were made with the teacher {bound['sha256'][:12]}, which the cache does not hold; it was"
                 f" trained in {trained}, and cannot be trained again in {ranks.arithmetic}; bring it back (WMDD_CACHE)"
             )
         folder, origin = _entry(config, dataset, ranks.arithmetic)
-        if not ranks.agree(ranks.main and _is_complete(folder)):
+        if not ranks.broadcast_from_main(ranks.main and _is_complete(folder)):
             _add(config, dataset, validation, ranks, folder, origin, stop)
     if ranks.main:
         cache.note_use(folder)
@@ -113,7 +113,7 @@ def _add(
         if ranks.main:
             expect([folder / _FACTS], stop, seconds=0.1)
             sweep(folder)
-        if ranks.agree(ranks.main and not _is_complete(folder)):
+        if ranks.broadcast_from_main(ranks.main and not _is_complete(folder)):
             _make(config, dataset, validation, ranks, folder, origin, stop)
         ranks.barrier()
 

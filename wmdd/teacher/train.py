@@ -51,7 +51,7 @@ def train(
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
     found = checkpoint.load(parts, ranks.device, team)
     done = int(found.get("epoch", 0)) * batches + int(found.get("position", 0))
-    meter.include(found.get("spent", {}))
+    meter.add_previous(found.get("spent", {}))
     if done == settings.epochs * batches:
         return network.cpu()
 

@@ -8,9 +8,9 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
 from wmdd.distill.barycenter.starts import Array
-from wmdd.distill.barycenter.uniform import PIVOTS
+from wmdd.distill.barycenter.uniform import MAX_PIVOTS
 
-STILL = 1e-7
+MIN_GAIN = 1e-7
 """W2² stands still once a round changes it by less than this share."""
 
 
@@ -35,9 +35,9 @@ def alternating(points: Array, start: Array, rounds: int) -> Array:
     previous = np.inf
     for _ in range(rounds):
         cost = ot.dist(positions, points)
-        plan, log = ot.emd(weights, mass, cost, log=True, numItermax=PIVOTS)
+        plan, log = ot.emd(weights, mass, cost, log=True, numItermax=MAX_PIVOTS)
         w2 = log["cost"]
-        if abs(previous - w2) <= STILL * w2:
+        if abs(previous - w2) <= MIN_GAIN * w2:
             break
         previous = w2
         positions = plan @ points / weights[:, None]

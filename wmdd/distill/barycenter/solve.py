@@ -20,7 +20,7 @@ from threadpoolctl import ThreadpoolController
 from wmdd.config.schema import BarycenterConfig
 from wmdd.distill.barycenter.free import alternating, lloyd
 from wmdd.distill.barycenter.starts import Array, Candidate, Cloud, draw_starts, standardized
-from wmdd.distill.barycenter.uniform import PIVOTS, REACH, descend, optimal
+from wmdd.distill.barycenter.uniform import ARC_REACH, MAX_PIVOTS, descend, optimal
 from wmdd.errors import InputError, WmddError
 
 Solved = tuple[Array, Array, NDArray[np.int64], float]
@@ -157,7 +157,7 @@ def _best(cloud: Cloud, candidates: Sequence[Candidate], balanced: bool) -> tupl
             w2 = _transport(weights, cost)
         else:
             standard = cost / cloud.scale**2
-            plan, _ = optimal(standard, potentials, REACH * standard.min(axis=0).mean())
+            plan, _ = optimal(standard, potentials, ARC_REACH * standard.min(axis=0).mean())
             w2 = float(cost[plan.coords] @ plan.data)
         measured.append((positions, weights, w2, cost))
     return min(measured, key=lambda entry: entry[2])
@@ -180,4 +180,4 @@ def _cell_masses(cost: Array) -> Array:
 
 
 def _transport(weights: Array, cost: Array) -> float:
-    return float(ot.emd2(weights, ot.unif(cost.shape[1]), cost, numItermax=PIVOTS))
+    return float(ot.emd2(weights, ot.unif(cost.shape[1]), cost, numItermax=MAX_PIVOTS))

@@ -15,7 +15,7 @@ Candidate = tuple[Array, Single | None]
 """Atoms [K, D], and potentials [K] of the optimal plan if such are known."""
 
 
-_SKETCH = 64
+_SKETCH_DIMENSIONS = 64
 """k-means++ takes distances in a random projection to so many dimensions."""
 
 
@@ -35,8 +35,8 @@ def _spread_out(data: Single, count: int, draw: np.random.Generator) -> NDArray[
     Distances are taken in a random projection, which keeps them but for a tenth or so (Boutsidis et al., "Random
     projections for k-means clustering", 2010): in full they would take longer than all that follows.
     """
-    if data.shape[1] > _SKETCH:
-        data = data @ draw.standard_normal((data.shape[1], _SKETCH), np.float32)
+    if data.shape[1] > _SKETCH_DIMENSIONS:
+        data = data @ draw.standard_normal((data.shape[1], _SKETCH_DIMENSIONS), np.float32)
     squares = np.einsum("nd,nd->n", data, data)
     rows = [int(draw.integers(len(data)))]
     nearest = np.full(len(data), np.inf, np.float32)

@@ -13,25 +13,25 @@ from scipy.sparse import coo_array
 Array = NDArray[np.float64]
 Single = NDArray[np.float32]
 
-_SETTLED = 3e-4
+_STOP_GAIN = 3e-4
 """With uniform weights a start is left once a round gains less than this share; what is left is less than that."""
-_HOT = 0.12
+_START_TEMPERATURE = 0.12
 """First temperature of the annealing, as a share of the variance of the features."""
-_COLD = 0.013
+_END_TEMPERATURE = 0.013
 """Last temperature of the annealing, as a share of W2²."""
-_ANNEALING = 14
+_ANNEALING_ROUNDS = 14
 """Rounds of the annealing."""
-_ASTRAY = 0.1
+_MAX_MASS_ERROR = 0.1
 """Annealing ends early where the atoms' masses go astray by this share: clusters far apart freeze at once."""
 _DAMPING = 0.2
 """Of the Newton steps."""
-REACH = 0.1
+ARC_REACH = 0.1
 """An optimal plan is sought among the arcs of a reduced cost below this share of W2², then among all."""
-_MISPLACED = 0.1
+_MAX_MISPLACED_MASS = 0.1
 """Where more mass than this would have to change atoms, such a search is not worth its time."""
-_EXACT = 1e-9
+_DUAL_TOLERANCE = 1e-9
 """A reduced cost above minus this share of the variance is not negative."""
-PIVOTS = 10_000_000
+MAX_PIVOTS = 10_000_000
 """Most pivots of the network simplex: POT's 100,000 would end a large class early, with a plan that is not optimal."""
 
 
@@ -52,15 +52,15 @@ def descend(data: Single, positions: Single, rounds: int) -> tuple[Single, Singl
     """
     count, least, w2 = len(positions), np.inf, 1.0
     potentials = np.zeros(count, np.float32)
-    for share in np.linspace(0, 1, min(rounds, _ANNEALING)):
+    for share in np.linspace(0, 1, min(rounds, _ANNEALING_ROUNDS)):
         cost = _costs(positions, data)
-        temperature = np.float32(_HOT ** (1 - share) * (_COLD * w2) ** share)
+        temperature = np.float32(_START_TEMPERATURE ** (1 - share) * (_END_TEMPERATURE * w2) ** share)
         potentials, plan = _entropic(cost, potentials, temperature)
         w2 = max(1 + float(np.vdot(plan, cost)), 1e-6)  # 1 is the mean squared norm of standardised features
         masses = plan.sum(axis=1)
         positions = plan @ data / masses[:, None]
         astray = np.abs(count * masses - 1).mean()
-        if astray > max(_ASTRAY, 2 * least):
+        if astray > max(_MAX_MASS_ERROR, 2 * least):
             break
         least = min(least, astray)
     potentials, _ = _entropic(_costs(positions, data), potentials, temperature)
@@ -68,12 +68,12 @@ def descend(data: Single, positions: Single, rounds: int) -> tuple[Single, Singl
     previous = np.inf
     for _ in range(rounds):
         cost = _costs(positions, data)
-        sparse, potentials = optimal(cost, potentials, REACH * w2)
+        sparse, potentials = optimal(cost, potentials, ARC_REACH * w2)
         w2 = max(1 + float(cost[sparse.coords] @ sparse.data), 1e-6)
         means = (sparse.tocsr().astype(np.float32) @ data) * np.float32(count)
         # The cost of an atom's own images falls by as much on average, and its potential should follow.
         potentials, positions = potentials - np.square(means - positions).sum(axis=1), means
-        if previous - w2 <= _SETTLED * w2:
+        if previous - w2 <= _STOP_GAIN * w2:
             break
         previous = w2
     return positions, potentials
@@ -120,15 +120,15 @@ def optimal(cost: Array | Single, potentials: Single, reach: float) -> tuple[coo
     nearest = reduced.argmin(axis=0)
     reduced -= reduced[nearest, np.arange(images)]
     misplaced = np.abs(np.bincount(nearest, minlength=count) / images - 1 / count).sum() / 2
-    if misplaced < _MISPLACED:
+    if misplaced < _MAX_MISPLACED_MASS:
         arcs = np.nonzero(reduced <= reach)
         few = coo_array((reduced[arcs].astype(np.float64), arcs), cost.shape)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # the few arcs may not do
-            plan, log = ot.emd(rows, columns, few, log=True, numItermax=PIVOTS, center_dual=False)
+            plan, log = ot.emd(rows, columns, few, log=True, numItermax=MAX_PIVOTS, center_dual=False)
         slack = (reduced - log["u"][:, None]).min(axis=0) - log["v"]
-        if log["warning"] is None and slack.min() > -_EXACT:
+        if log["warning"] is None and slack.min() > -_DUAL_TOLERANCE:
             return coo_array(plan), potentials + log["u"].astype(np.float32)
-    plan, log = ot.emd(rows, columns, cost.astype(np.float64), log=True, numItermax=PIVOTS, center_dual=False)
+    plan, log = ot.emd(rows, columns, cost.astype(np.float64), log=True, numItermax=MAX_PIVOTS, center_dual=False)
     return coo_array(plan), log["u"].astype(np.float32)
 
 

@@ -32,7 +32,7 @@ from wmdd.errors import InputError
 from wmdd.storage.files import digest, sha256
 
 _NUMBERED = re.compile(r"(new)?[0-9]+")
-_READERS = 8
+_HASH_THREADS = 8
 """Threads that hash and look at files, which mostly wait for the disk"""
 
 
@@ -111,7 +111,7 @@ def fingerprint(folder: Path) -> str:
         InputError: the folder does not exist, or there are no images in its folders.
     """
     names = [name for members in _listed(folder).values() for name in members]
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
         return digest(list(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True)))
 
 

@@ -14,7 +14,7 @@ class Wmdd(Method):
 
     def objective(self) -> Objective:
         """Return the weights and norms of the config."""
-        return Objective.of(self.synthesis())
+        return Objective.from_settings(self.synthesis())
 
     def barycenter(self) -> BarycenterConfig | None:
         """Return the config's settings, if features are matched to atoms at all."""

@@ -26,7 +26,7 @@ class Objective:
     """Extra factor on the first BatchNorm layer"""
 
     @staticmethod
-    def of(settings: SynthesisConfig) -> "Objective":
+    def from_settings(settings: SynthesisConfig) -> "Objective":
         """Return the objective that the config asks for."""
         return Objective(
             feature=settings.feature_weight,
