@@ -1,5 +1,6 @@
 """``wmdd bench groups``: how fast groups of more and more classes are synthesised, and which size that suggests."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,8 +22,9 @@ from wmdd.distill.synthesis.objective import Objective
 from wmdd.errors import InputError
 from wmdd.records import files
 from wmdd.records.schema import SpeedRecord
-from wmdd.runtime.log import say
 from wmdd.runtime.progress_bars import progress
+
+logger = logging.getLogger(f"wmdd.{__name__}")
 
 TOLERANCE = 0.05
 """Share of the best rate that a smaller group may cost: it leaves more groups to share out."""
@@ -96,7 +98,7 @@ def fitting(tried: Sequence[int], work: Callable[[int], Workload]) -> dict[int, 
         try:
             timing.once(made.contestants[OWN], 1, made.device, made.warm)
         except torch.OutOfMemoryError:
-            say(f"{size} classes ({made.setup['batch']} images) do not fit in the memory of {made.device}")
+            logger.info(f"{size} classes ({made.setup['batch']} images) do not fit in the memory of {made.device}")
             break
         found[size] = made
     if not found:

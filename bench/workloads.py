@@ -1,5 +1,6 @@
 """What a stage's measurement is made of, and what all stages share: images, a teacher, the first group of classes."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from wmdd.networks import create
 from wmdd.networks.accuracy import Validation
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.runs import partition
-from wmdd.runtime.log import say
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.seeding import seed_of
 from wmdd.students import tasks
 from wmdd.teacher.obtain import Teacher, get_or_train_teacher, is_stored
+
+logger = logging.getLogger(f"wmdd.{__name__}")
 
 OWN = "wmdd"
 """What records call the engine of this package."""
@@ -122,7 +124,7 @@ def teacher_of(config: Config, dataset: Dataset, job: Ranks) -> tuple[Teacher, b
     if is_stored(config, dataset, [job.arithmetic]):
         return get_or_train_teacher(config, dataset, Validation(config, dataset, job), job, lambda: False), True
     data, settings = config.data, config.teacher
-    say("the store holds no teacher for this config: an untrained one takes its place, which changes no speed")
+    logger.warning("the cache holds no teacher for this config: an untrained one takes its place and changes no speed")
     torch.manual_seed(seed_of("bench", "teacher"))
     network = create.create(settings.network, len(dataset.classes), data.channels, data.resolution, settings.stem)
     name = f"untrained-{settings.network}-{settings.stem}-{data.resolution}"

@@ -1,5 +1,6 @@
 """The launcher ``slurm`` (entry point of ``wmdd.launchers``): whole runs as graphs of arrays, jobs of many ranks."""
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from slurm.task import Program
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.launchers import Launcher, last_words
-from wmdd.runtime.log import say
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.signals import requested
 from wmdd.storage import cache
+
+logger = logging.getLogger(f"wmdd.{__name__}")
 
 _POLL_SECONDS = 2.0
 """Seconds between two looks at the queue."""
@@ -46,7 +48,9 @@ class Slurm(Launcher):
                     jobs += len(submit.submit(request))
                     submitted += 1
                 advance(1)
-        say(f"{title}: {submitted} of {len(runs)} runs submitted, {jobs} jobs; the others are done or in the queue")
+        logger.info(
+            f"{title}: {submitted} of {len(runs)} runs submitted, {jobs} jobs; the others are done or in the queue"
+        )
 
     def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
         """Submit one job with what the profile asks for blocks, on as many nodes as the ranks fill, and wait."""
@@ -66,7 +70,7 @@ class Slurm(Launcher):
         environment = {"WMDD_CACHE": str(cache.cache_root().absolute())}
         with submit.clean_environment():
             job = executor.submit(Program(module, tuple(arguments), environment))
-        say(f"job {job.job_id}: {ranks} ranks on {wanted.nodes} nodes")
+        logger.info(f"job {job.job_id}: {ranks} ranks on {wanted.nodes} nodes")
         while any(task.active for task in scheduler.queue([str(job.job_id)]).values()):
             time.sleep(_POLL_SECONDS)
         # Without accounting a job's end has no state, and submitit would wait for ever for a rank that left no result.

@@ -3,6 +3,7 @@
 A task imports torch only when it has work: one whose blocks are whole already ends in a fraction of a second.
 """
 
+import logging
 import os
 import runpy
 import signal
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from slurm import scheduler
 from wmdd.errors import EXIT_RESUMABLE, Interrupted, WmddError
 from wmdd.runs.folder import RunFolder
-from wmdd.runtime.log import say
+from wmdd.runtime.log import on_screen
 from wmdd.runtime.placement import Placement, placement_of
 from wmdd.runtime.signals import stop_on
 
 if TYPE_CHECKING:
     from slurm.profile import Stage
+
+logger = logging.getLogger(f"wmdd.{__name__}")
 
 ATTEMPTS = "slurm/attempts"
 """Folder, in that of the run, of one empty file a start: see ``Attempt``."""
@@ -81,7 +84,7 @@ class SlurmTask:
             WmddError: it failed, or came back too often.
         """
         # submitit's handlers would requeue at once, in mid-step; ours only set a flag, from here to the end.
-        with stop_on(signal.SIGTERM, signal.SIGUSR2):
+        with on_screen(), stop_on(signal.SIGTERM, signal.SIGUSR2):
             if (here := versions()) != self.versions:
                 wanted, found = " ".join(self.versions), " ".join(here)
                 raise WmddError(f"submitted by Python and wmdd {wanted}, started by {found} ({sys.executable})")
@@ -129,13 +132,13 @@ class SlurmTask:
 
     def _come_back(self, reason: Interrupted) -> str:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        say(f"stop requested: {reason}")
+        logger.info(f"stop requested: {reason}")
         if not self.requeue:
             raise WmddError("checkpointed; the profile says requeue = false: wmdd slurm submit goes on") from reason
         if restarts >= self.max_restarts:
             raise WmddError(f"came back {restarts} times; wmdd slurm submit goes on from its checkpoint") from reason
         if scheduler.requeue_myself():
-            say(f"back into the queue, restart {restarts + 1}")
+            logger.info(f"back into the queue, restart {restarts + 1}")
             return "requeued"
         return "stopped"  # cancelled, or SLURM requeues it by itself
 

@@ -15,7 +15,6 @@ from sweeps.objective import SweepObjective
 from sweeps.space import Budget
 from sweeps.trial_log import Log, Report, Trial
 from wmdd.errors import WmddError
-from wmdd.runtime import log as log_module
 from wmdd.storage import cache
 
 _TIME = "share"
@@ -26,7 +25,6 @@ def work(config: dict[str, Any], plan: trial.SweepSetup) -> None:
     """Do one trial in a process of Ray's."""
     from ray import tune
 
-    log_module.quiet = True
     if not cache.cache_root().is_dir():
         raise WmddError(f"{cache.cache_root()}: is not on this node; set WMDD_CACHE to a folder that all nodes share")
     scale = plan.budget.reduction

@@ -1,5 +1,6 @@
 """A sweep: Ray Tune runs the trials, the JSON log remembers them."""
 
+import logging
 import shutil
 import signal
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
 from wmdd.records.provenance import provenance
-from wmdd.runtime import log as log_module
 from wmdd.runtime.signals import stop_on
+
+logger = logging.getLogger(f"wmdd.{__name__}")
 
 Scheduler = Literal["asha", "none"]
 
@@ -113,7 +115,7 @@ def run(sweep: Sweep, out: Path, trials: int, resources: TrialResources, address
     else:
         check_address(address)
     if sweep.search == "grid" and trials > (most := len(sweep.space.grid()) + 1):
-        log_module.say(f"the grid has {most - 1} combinations: {most} trials with the config as it stands")
+        logger.info(f"the grid has {most - 1} combinations: {most} trials with the config as it stands")
         trials = most
     log = Log(out)
     with log.held(sweep.identity()), stop_on(signal.SIGTERM, signal.SIGINT) as stop:
@@ -146,7 +148,7 @@ def _clear(out: Path) -> None:
 
 def _say_plan(sweep: Sweep, log: Log, todo: list[int], trials: int) -> None:
     known = f", {len(log.trials) - sum(not t.finished for t in log.trials)} are done" if log.trials else ""
-    log_module.say(
+    logger.info(
         f"sweep of {sweep.config.name}: {trials} trials over {sweep.space.name}{known}; {sweep.search},"
         f" scheduler {sweep.scheduler}, objective {sweep.objective.name}: {sweep.objective.meaning}"
     )
@@ -177,7 +179,7 @@ def _fit(
         return values
 
     def ended(known: Trial) -> None:
-        log_module.say(_line(sweep, known))
+        logger.info(_line(sweep, known))
 
     trainable = tune.with_parameters(ray_adapters.work, plan=plan)
     tuner = tune.Tuner(

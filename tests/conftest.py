@@ -1,8 +1,9 @@
 """Shared by all tests: a store of their own, a small trained teacher, a run of seconds."""
 
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -89,6 +90,23 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     # The first backward pass of a process decides whether autograd starts threads.  After a compilation it would, and
     # the ranks that tests fork could compute no gradients.
     torch.ones(1, requires_grad=True).sum().backward()
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """Return the messages that are logged from here on."""
+    lines: list[str] = []
+
+    class Said(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, logger = Said(), logging.getLogger("wmdd")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.setLevel(logging.NOTSET)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

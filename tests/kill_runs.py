@@ -81,7 +81,6 @@ def outcome(run: Path) -> Outcome:
 def work(config: Config, run: Path, store: Path) -> None:
     """Do the whole run, as ``wmdd run`` would."""
     os.environ["WMDD_CACHE"] = str(store)
-    log.quiet = False
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of this process
     log.console.file = sys.stderr
     pipeline.run(config, run)

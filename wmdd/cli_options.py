@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from wmdd.errors import InputError, WmddError, tell
+from wmdd.runtime.log import on_screen
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG", help="Preset (digits), preset with variant (digits+paper) or TOML file.")
@@ -45,7 +46,8 @@ def parse_blocks(text: str) -> list[int]:
 def answer(program: Callable[[], object]) -> None:
     """Run a program; a known error ends it with one line and its exit code, never with a trace."""
     try:
-        program()
+        with on_screen():
+            program()
     except WmddError as error:
         tell(error)
         sys.exit(error.exit_code)

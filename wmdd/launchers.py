@@ -4,6 +4,7 @@ A launcher registers a function ``target -> Launcher`` in the entry-point group 
 name of a profile.
 """
 
+import logging
 import os
 import signal
 import subprocess
@@ -22,8 +23,10 @@ import torch
 from wmdd import worker
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
-from wmdd.runtime import log, progress_bars
+from wmdd.runtime import progress_bars
 from wmdd.runtime.signals import STOPS, StopRequest, stop_after, stop_on
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 """Seconds between two looks at a stop request and at the processes at work."""
@@ -233,7 +236,7 @@ def _end(workers: Sequence[Worker]) -> None:
             one.process.kill()
         one.pipe.close()
     if late:
-        log.say(
+        logger.warning(
             f"{late} of {len(workers)} processes did not stop within {worker.GRACE_SECONDS:.0f} s and were killed;"
             " they resume from their last checkpoints"
         )

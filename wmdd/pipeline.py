@@ -1,8 +1,9 @@
 """The stages of a run, in order; each reads and writes through the run folder, and each goes on where it stopped."""
 
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log
 from wmdd.runtime.arithmetic import candidates
 from wmdd.runtime.memory import within_memory
+from wmdd.runtime.placement import placement_of
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.signals import STOPS, StopRequest, stop_on
 from wmdd.storage import cache
@@ -29,6 +31,8 @@ from wmdd.storage.files import digest, expect, write_json
 from wmdd.students import evaluate, soft_labels
 from wmdd.students import tasks as tasks_module
 from wmdd.teacher import obtain
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Students = list[tuple[RunFolder, tasks_module.StudentTask]]
@@ -99,17 +103,19 @@ def run(
     folder = RunFolder(Path(out) if out is not None else Path("runs") / config.name)
     share = share or Share()
     device = share.device or config.compute.device
+    here = placement_of(os.environ)
     with (
         _environment_kept(),
+        log.on_screen(logging.WARNING if here.rank else logging.INFO),
+        log.in_file(folder.log_file(share.name), here.rank) as open_log,
         stop_on(*STOPS) as stop,
-        ranks(config.compute.model_copy(update={"device": device}), stop) as job,
-        log.quietly(not job.main),
+        ranks(config.compute.model_copy(update={"device": device}), stop, here) as job,
     ):
         if stop():  # while torch was imported, or between two runs
             raise Interrupted("stopped before it began")
         _check_same(config, folder, share, job)
         with progress.reported(folder, share.name) if job.main else nullcontext():
-            _run(config, folder, job, stop, share, refresh)
+            _run(config, folder, job, stop, share, open_log, refresh)
     return folder.path
 
 
@@ -139,7 +145,15 @@ def _check_same(config: Config, folder: RunFolder, share: Share, job: Ranks) -> 
         )
 
 
-def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share: Share, refresh: bool = False) -> None:
+def _run(
+    config: Config,
+    folder: RunFolder,
+    job: Ranks,
+    stop: StopRequest,
+    share: Share,
+    open_log: Callable[[], None],
+    refresh: bool = False,
+) -> None:
     runs = runs_of(config, folder)
     for one in runs.values():
         registry.create(one)
@@ -150,16 +164,18 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
     if job.main:
         for place, one in runs.items():
             place.bind(one, dataset.fingerprint)
+            open_log()  # not before: the folder may be somebody else's
             place.sweep()
             if "distill" in share.stages and any(place.sidecar(block.index) is None for block in blocks):
                 place.check_arithmetic(job.arithmetic)
         made = blocks if "distill" in share.stages else []
         trained = todo if "students" in share.stages else []
         _check_room(config, len(dataset.classes), made, trained, folder, job.size)
-    if dataset.skipped:
-        log.say(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
+    if job.main and dataset.skipped:
+        logger.warning(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
     validation = Validation(config, dataset, job, stop)
     bound = job.broadcast_from_main(folder.bound_teacher() if job.main else None)
+    open_log()
     with within_memory(job.device, "lower teacher.batch_size"):
         teacher = obtain.get_or_train_teacher(config, dataset, validation, job, stop, bound)
     for place, one in runs.items():
@@ -181,7 +197,7 @@ def _run(config: Config, folder: RunFolder, job: Ranks, stop: StopRequest, share
         collected = collect.collect([folder.path])
         html.write_html(collected, folder.path / "report.html")
         text.terminal(collected, log.console)
-        log.say(f"report: {folder.path / 'report.html'}")
+        logger.info(f"report: {folder.path / 'report.html'}")
 
 
 def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: Share, stop: StopRequest) -> None:

@@ -5,6 +5,7 @@ runs, one at a time, and None for the end.  The worker answers each run with Non
 """
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from wmdd.errors import EXIT_RESUMABLE, InputError, Interrupted, WmddError
-from wmdd.runtime import log
+from wmdd.runtime.log import on_screen
 from wmdd.runtime.signals import STOPS, StopRequest, stop_on
 
 if TYPE_CHECKING:
@@ -50,10 +51,9 @@ def main(pipe: int) -> None:
     Args:
         pipe: file descriptor of this worker's end of the pipe.
     """
-    log.quiet = True
     parent = Connection(pipe)
     failure = None
-    with stop_on(*STOPS, afterwards=signal.SIG_IGN) as stop:
+    with on_screen(logging.WARNING), stop_on(*STOPS, afterwards=signal.SIG_IGN) as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         todo: SimpleQueue[Any] = SimpleQueue()
         begun = threading.Event()

@@ -26,7 +26,7 @@ from wmdd.data.dataset import Dataset, check_files, load_dataset
 from wmdd.data.download import fetch
 from wmdd.data.pixels import normalize, pixel_range, quantize
 from wmdd.errors import InputError, WmddError
-from wmdd.runtime import log
+from wmdd.runtime.progress_bars import observed_by
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
@@ -424,15 +424,13 @@ def test_the_first_look_decodes_nothing_that_ends_well(tree: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damage_that_only_decoding_shows_is_found_by_the_check_and_by_skipping(
-    tree: Path, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damage_that_only_decoding_shows_is_found_by_the_check_and_by_skipping(tree: Path, workers: int) -> None:
     damage_inside(tree / "val" / "cat" / "0.jpg")
     BAD["deep"][0](tree / "train" / "ant" / "0.jpg")
     cut_short(tree / "train" / "dog" / "0.jpg")
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(log, "observers", [lambda title, done, total, unit: told.append((done, total))])
-    faults = check_files(config(tree), workers)
+    with observed_by(lambda title, done, total, unit: told.append((done, total))):
+        faults = check_files(config(tree), workers)
     assert [file for file, _ in faults] == [
         str(tree / name) for name in ("train/dog/0.jpg", "train/ant/0.jpg", "val/cat/0.jpg")
     ]

@@ -2,8 +2,6 @@
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from wmdd.data.dataset import load_dataset
 from wmdd.errors import Interrupted, WmddError
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runs.folder import RunFolder
-from wmdd.runtime import log
+from wmdd.runtime.progress_bars import observed_by
 from wmdd.storage.files import read_metadata, write_tensors
 
 DISTIL = pipeline.Share(("teacher", "distill"))
@@ -28,16 +26,6 @@ def with_workers(config: Config, workers: int) -> Config:
     compute = config.compute.model_copy(update={"workers": workers})
     synthesis = config.synthesis.model_copy(update={"classes_per_group": 1})
     return config.model_copy(update={"compute": compute, "synthesis": synthesis})
-
-
-@contextmanager
-def observed(observer: Callable[[str, int, int, str], None]) -> Iterator[None]:
-    """Have ``observer`` told of all progress."""
-    log.observers.append(observer)
-    try:
-        yield
-    finally:
-        log.observers.remove(observer)
 
 
 @pytest.mark.parametrize("method", ["wmdd", "medoids"])
@@ -61,7 +49,7 @@ def test_a_group_is_synthesised_once_the_next_is_measured_and_no_other(tiny: Con
         if unit == "iterations" and steps % tiny.synthesis.iterations == 1:
             at_start.append(measured)
 
-    with observed(watch):
+    with observed_by(watch):
         pipeline.run(with_workers(tiny, 0), tmp_path / "run", share=DISTIL)
     train = load_dataset(tiny.data).train
     through = list(accumulate(len(train.of_class(index)) for index in range(4)))
@@ -77,7 +65,7 @@ def test_barycenters_have_processes_of_their_own_until_the_run_ends(tiny: Config
 
     for workers in (0, 2):  # the second run reads the statistics of the first: nothing is decoded
         running.clear()
-        with observed(watch):
+        with observed_by(watch):
             pipeline.run(with_workers(tiny, workers), tmp_path / str(workers), share=DISTIL)
         assert running == {workers}
         assert not multiprocessing.active_children()
@@ -91,13 +79,13 @@ def test_a_stop_between_groups_is_resumed_to_the_same_bytes(tiny: Config, tmp_pa
         if unit == "iterations" and steps == tiny.synthesis.iterations:
             signal.raise_signal(signal.SIGUSR2)
 
-    with observed(stop_after_one), pytest.raises(Interrupted, match="stopped before group 1"):
+    with observed_by(stop_after_one), pytest.raises(Interrupted, match="stopped before group 1"):
         pipeline.run(config, folder.path, share=DISTIL)
     assert [folder.group_file(index).exists() for index in range(4)] == [True, False, False, False]
     assert not multiprocessing.active_children()
 
     wanted: dict[str, int] = {}
-    with observed(lambda title, steps, total, unit: wanted.update({title: total})):
+    with observed_by(lambda title, steps, total, unit: wanted.update({title: total})):
         pipeline.run(config, folder.path, share=DISTIL)
     train = load_dataset(tiny.data).train
     assert wanted["statistics, block 0"] == sum(len(train.of_class(index)) for index in (1, 2, 3))

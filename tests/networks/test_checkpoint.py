@@ -25,8 +25,8 @@ from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runs.folder import RunFolder
-from wmdd.runtime import log
 from wmdd.runtime.meter import Meter
+from wmdd.runtime.progress_bars import observed_by
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE, Team
 from wmdd.students import tasks
@@ -234,12 +234,11 @@ def teach(store: Path, job: Ranks, until: tuple[str, int] | None, *options: str)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WMDD_CACHE", str(store))
-        patch.setattr(log, "observers", [observe])
-        patch.setattr(log, "quiet", False)
         try:
-            return obtain.get_or_train_teacher(
-                config, dataset, Validation(config, dataset, job, stop), job, stop
-            ).sha256
+            with observed_by(observe):
+                return obtain.get_or_train_teacher(
+                    config, dataset, Validation(config, dataset, job, stop), job, stop
+                ).sha256
         except Interrupted as reason:
             return str(reason)
 
@@ -331,10 +330,7 @@ def test_a_stopped_run_keeps_its_student_and_the_same_command_finishes_it(
     assert found.metrics == expected.metrics
 
 
-def test_a_damaged_checkpoint_is_named_and_training_begins_anew(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(log, "quiet", False)
+def test_a_damaged_checkpoint_is_named_and_training_begins_anew(tmp_path: Path, said: list[str]) -> None:
     network, device = nn.Linear(2, 2), torch.device("cpu")
     saved = Checkpoint(tmp_path / "student.safetensors", "this", 1e6)
     assert saved.load({"network": network}, device, SINGLE) == {}
@@ -343,8 +339,7 @@ def test_a_damaged_checkpoint_is_named_and_training_begins_anew(
     whole = (tmp_path / "student.safetensors").read_bytes()
     (tmp_path / "student.safetensors").write_bytes(whole[: len(whole) // 2])
     assert saved.load({"network": network}, device, SINGLE) == {}
-    said = "".join(capsys.readouterr().err.split())
-    assert "student.safetensors:isdamaged" in said and "beginsanew" in said
+    assert said == [f"{tmp_path / 'student.safetensors'}: is damaged: training begins anew"]
 
 
 @pytest.mark.slow

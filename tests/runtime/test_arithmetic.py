@@ -20,7 +20,6 @@ from wmdd.data.dataset import load_dataset
 from wmdd.distill import blocks, checkpoints, groups, statistics
 from wmdd.distill import job as job_module
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.networks import checkpoint
 from wmdd.networks.accuracy import Validation
 from wmdd.networks.checkpoint import Checkpoint, Clock
 from wmdd.networks.frozen import FrozenNetwork
@@ -43,15 +42,6 @@ IMAGES = pipeline.Share(("teacher", "distill"))
 
 def in_(config: Config, precision: str, **changes: Any) -> Config:
     return config.model_copy(update={"compute": config.compute.model_copy(update={"precision": precision}), **changes})
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the lines that are said from here on."""
-    lines: list[str] = []
-    for module in (blocks, groups, checkpoints, obtain, checkpoint):
-        monkeypatch.setattr(module, "say", lines.append, raising=False)
-    return lines
 
 
 @pytest.mark.parametrize(

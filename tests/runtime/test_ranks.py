@@ -30,12 +30,12 @@ from wmdd.errors import Interrupted, WmddError
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
 from wmdd.runs.distilled_set import DistilledSet
-from wmdd.runtime import log as log_module
 from wmdd.runtime import memory
 from wmdd.runtime import ranks as ranks_module
 from wmdd.runtime.arithmetic import Hardware, resolve
 from wmdd.runtime.peers import Peers
 from wmdd.runtime.placement import Placement
+from wmdd.runtime.progress_bars import observed_by
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE, Team
 
@@ -363,8 +363,7 @@ def test_a_team_whose_ranks_see_different_checkpoints_does_not_go_on(tiny: Confi
             if unit == "iterations" and steps == 20:
                 signal.raise_signal(signal.SIGUSR2)
 
-        log_module.observers.append(stop_inside)
-        with pytest.raises(Interrupted):
+        with observed_by(stop_inside), pytest.raises(Interrupted):
             pipeline.run(split, tmp_path / "0" / "run", share=share)
 
     in_ranks(2, interrupted)
@@ -413,18 +412,19 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
 
 
 FRESH = """
-import os, signal, sys, threading
+import logging, os, signal, sys, threading
 
 import torch
 from torch import distributed
 
 import wmdd
-from wmdd.runtime import log
+from wmdd.runtime import progress_bars
 from wmdd.errors import WmddError
 
 signal.signal(signal.SIGUSR2, print)
 torch.set_num_threads(3)
 torch.manual_seed(1)
+loggers = [logging.getLogger(), logging.getLogger('wmdd')]
 
 def state():
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -433,7 +433,8 @@ def state():
         "random": hash(bytes(torch.get_rng_state().tolist())),
         "handlers": [signal.getsignal(number) for number in numbers],
         "environment": dict(os.environ),
-        "log": (log.quiet, list(log.observers)),
+        "observers": list(progress_bars._observers),
+        "logging": [(vars(one)["level"], list(one.handlers), one.propagate) for one in loggers],
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "groups": distributed.is_initialized(),
     }

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 from contextlib import nullcontext
 
 import torch
@@ -18,10 +19,11 @@ from wmdd.distill.methods import base, registry
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.records.provenance import provenance
 from wmdd.runs.partition import Block, Group
-from wmdd.runtime.log import say
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.progress_bars import progress
 from wmdd.storage.files import FORMAT, expect, read_tensors, write_json, write_tensors
+
+logger = logging.getLogger(__name__)
 
 
 def check(config: Config, dataset: Dataset) -> base.Method:
@@ -66,7 +68,7 @@ def _must_write(job: Job, block: Block) -> bool:
     sidecar = job.folder.sidecar(block.index)
     reason = job.folder.damaged(block.index)
     if reason:
-        say(f"{reason}: the block is made anew")
+        logger.warning(f"{reason}: the block is made anew")
     if reason or sidecar is None:
         job.folder.check_arithmetic(job.ranks.arithmetic)
         return True

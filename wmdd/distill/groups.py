@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,12 +20,13 @@ from wmdd.distill.synthesis.objective import Target
 from wmdd.errors import WmddError
 from wmdd.networks.checkpoint import Clock
 from wmdd.runs.partition import Group
-from wmdd.runtime.log import say
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.meter import Meter
 from wmdd.runtime.seeding import seed_of
 from wmdd.runtime.team import SINGLE, Team
 from wmdd.storage.files import write_tensors
+
+logger = logging.getLogger(__name__)
 
 
 def barycenter_seed(config: Config, name: str) -> int:
@@ -172,7 +174,7 @@ def distill_group(
         raise WmddError(f"{path}: not every rank sees the same checkpoint; start the same command again")
     meter.add_previous(spent)
     if state:
-        say(f"group {group.index}: goes on at iteration {state.iteration}")
+        logger.info(f"group {group.index}: goes on at iteration {state.iteration}")
     advance(state.iteration if state else 0)
     final = optimize(job, method, prepared, state, team, advance, save, clock.due)
     if team.rank:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from wmdd.errors import WmddError
 from wmdd.networks.weights import restore
 from wmdd.runtime.arithmetic import Arithmetic
-from wmdd.runtime.log import say
 from wmdd.runtime.team import Team
 from wmdd.storage.files import read_metadata, read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 1.0
 """Target time between two looks of a team: half of the two seconds within which a stop is noticed."""
@@ -148,7 +150,7 @@ class Checkpoint:
             found: dict[str, Any] = _unpack(json.loads(meta["content"]), read_tensors(self._path))
             return found
         if not meta and self._path.exists():
-            say(f"{self._path}: is damaged: training begins anew")
+            logger.warning(f"{self._path}: is damaged: training begins anew")
         return {}
 
 
@@ -162,7 +164,9 @@ def is_of(arithmetic: Arithmetic | None, meta: Mapping[str, str], otherwise: str
     if meta.get("arithmetic") == marked(arithmetic):
         return True
     other = Arithmetic.from_facts(json.loads(meta.get("arithmetic", "null")))
-    say(f"{otherwise}: its checkpoint was computed in {other or 'an unknown arithmetic'}, this is {arithmetic}")
+    logger.warning(
+        f"{otherwise}: its checkpoint was computed in {other or 'an unknown arithmetic'}, this is {arithmetic}"
+    )
     return False
 
 

@@ -16,7 +16,7 @@ from wmdd.records.schema import Record, SpeedRecord
 from wmdd.report.comparison import REFERENCE
 from wmdd.storage.files import read_json
 
-_INSIDE = {"blocks", "groups", "labels", "locks", "progress", "records", "superseded", "trials"}
+_INSIDE = {"blocks", "groups", "labels", "locks", "logs", "progress", "records", "superseded", "trials"}
 """Folders of a run or a sweep that hold no run."""
 
 

@@ -8,6 +8,7 @@ RUN/groups/group-00012.*         finished groups of a block that is not yet whol
 RUN/students/*                   checkpoints of students in training
 RUN/manifest.json                derived from the sidecars, never the truth
 RUN/records/*.jsonl              what was measured
+RUN/logs/*                       what processes said: for people, read by nothing, deleted at any time
 RUN/baselines/METHOD/            a run folder of its own
 """
 
@@ -48,6 +49,10 @@ class RunFolder:
     def student_checkpoint(self, name: str) -> Path:
         """Return the checkpoint of a student in training."""
         return self.path / "students" / f"{name}.checkpoint.safetensors"
+
+    def log_file(self, name: str) -> Path:
+        """Return the log of a share of the run."""
+        return self.path / "logs" / f"{name}.log"
 
     def locked(self, name: str, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
         """Hold a lock of this run (``files.locked``): one process works on a thing, others wait and find it done."""

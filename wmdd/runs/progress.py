@@ -11,7 +11,7 @@ from typing import Any
 
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.runs.folder import RunFolder
-from wmdd.runtime import log
+from wmdd.runtime.progress_bars import observed_by
 from wmdd.storage.files import read_json, write_json
 
 _WRITE_EVERY_SECONDS = 5.0
@@ -51,9 +51,9 @@ def reported(folder: RunFolder, name: str) -> Iterator[None]:
     An interrupted or failed process leaves its last words there.
     """
     writer = _Writer(folder.path / "progress" / f"{name}.json")
-    log.observers.append(writer.observe)
     try:
-        yield
+        with observed_by(writer.observe):
+            yield
         writer.path.unlink(missing_ok=True)
     except InputError:
         raise  # nothing was started
@@ -61,8 +61,6 @@ def reported(folder: RunFolder, name: str) -> Iterator[None]:
         kind = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         writer.last_words(kind, str(error).partition("\n")[0] or type(error).__name__)
         raise
-    finally:
-        log.observers.remove(writer.observe)
 
 
 class _Writer:

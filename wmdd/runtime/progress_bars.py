@@ -1,5 +1,6 @@
 """Progress on long work: bars on a terminal, lines elsewhere."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from wmdd.runtime import log
 
+logger = logging.getLogger(__name__)
+
+Observer = Callable[[str, int, int, str], None]
+"""Takes title, steps done, steps in all and unit of a piece of work when it begins, continues and ends."""
+
+_observers: list[Observer] = []
 _bars: Progress | None = None
+
+
+@contextmanager
+def observed_by(observer: Observer) -> Iterator[None]:
+    """Call an observer at every progress within the block."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 @contextmanager
@@ -18,14 +35,14 @@ def progress(title: str, total: int, unit: str, observed: bool = True) -> Iterat
     Without a terminal, one line says when it begins and one when it ends.  ``observed=False`` tells no observers: they
     write into the run folder, which may not be this run's before its data are known.
     """
-    if log.quiet or total == 0:
+    if total == 0:
         yield lambda steps: None
         return
     begun = time.monotonic()
     done = 0
 
     def tell() -> None:
-        for observer in log.observers if observed else ():
+        for observer in _observers if observed else ():
             observer(title, done, total, unit)
 
     with _bar(title, total, unit) as move:
@@ -39,14 +56,15 @@ def progress(title: str, total: int, unit: str, observed: bool = True) -> Iterat
         tell()
         yield advance
         tell()
-    log.say(f"{title}: {done:,} {unit} in {time.monotonic() - begun:.1f} s")
+    logger.info(f"{title}: {done:,} {unit} in {time.monotonic() - begun:.1f} s")
 
 
 @contextmanager
 def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     global _bars
-    if not log.console.is_terminal:
-        log.say(f"{title}: {total:,} {unit} ...")
+    barred = log.shows_progress()
+    logger.log(logging.DEBUG if barred else logging.INFO, f"{title}: {total:,} {unit} ...")
+    if not barred:
         yield lambda steps: None
         return
     outermost = _bars is None

@@ -1,6 +1,7 @@
 """Ranks, devices and random numbers that do not depend on how the work is spread."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from wmdd.config.schema import ComputeConfig
 from wmdd.errors import InputError, Interrupted, WmddError, tell
 from wmdd.runtime.arithmetic import Arithmetic, applied, hardware_of, resolve
-from wmdd.runtime.log import say
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.peers import PeerLost, Peers, describe
 from wmdd.runtime.placement import Placement, choose_device, placement_of
 from wmdd.runtime.team import T, Team
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(minutes=10)
 """How long ranks wait for each other when they meet, and in a collective: long waits are meetings in the peers."""
@@ -192,7 +194,7 @@ _MAX_GRAPHS = 256
 def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> Iterator[Peers]:
     """Meet the other ranks of the job, and leave them so that none waits for this one."""
     if here.by_srun and here.rank == 0:
-        say(f"one run on the {here.size} tasks that srun started, which meet at {here.meeting}")
+        logger.info(f"one run on the {here.size} tasks that srun started, which meet at {here.meeting}")
     try:
         store, *_ = next(dist.rendezvous(here.meeting, here.rank, here.size, timeout=_PATIENCE))
         dist.init_process_group(store=store, rank=here.rank, world_size=here.size, **_group_options(device))

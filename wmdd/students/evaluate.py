@@ -1,5 +1,6 @@
 """The students of a distilled set: which are missing, their training, and one record each."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -17,7 +18,6 @@ from wmdd.records.schema import Record
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import Arithmetic, permits
-from wmdd.runtime.log import say
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.signals import StopRequest
@@ -26,6 +26,8 @@ from wmdd.students import tasks as tasks_module
 from wmdd.students import train
 from wmdd.students.tasks import StudentTask
 from wmdd.teacher.obtain import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -131,7 +133,7 @@ def set_aside(folder: RunFolder, wanted: Callable[[Record], bool], tasks: Sequen
                     os.replace(path, target)
                     moved += 1
     if moved:
-        say(f"{moved} records of another student recipe are moved to {folder.path / 'superseded'}")
+        logger.warning(f"{moved} records of another student recipe are moved to {folder.path / 'superseded'}")
 
 
 _RECORDS = "records"

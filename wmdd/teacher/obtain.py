@@ -1,5 +1,6 @@
 """The frozen teacher: trained here or loaded strictly, kept in the store, named by the SHA-256 of its weights."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from wmdd.networks.accuracy import Validation
 from wmdd.networks.checkpoint import Checkpoint
 from wmdd.networks.frozen import FrozenNetwork, Observation
 from wmdd.runtime.arithmetic import Arithmetic
-from wmdd.runtime.log import say
 from wmdd.runtime.meter import Meter
 from wmdd.runtime.ranks import Ranks
 from wmdd.storage import cache
 from wmdd.storage.files import digest, expect, locked, read_json, read_tensors, sha256, sweep, write_json, write_tensors
 from wmdd.teacher.train import create_network, train
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,9 @@ def _make(
     if origin is None:
         team = ranks.team(config.teacher.ranks, "teacher.ranks")
         if ranks.main and (old := cache.of_other_versions()):
-            say(f"{cache.cache_root()}: {old} entries of another version of wmdd are not used (`wmdd cache list`)")
+            logger.info(
+                f"{cache.cache_root()}: {old} entries of another version of wmdd are not used (`wmdd cache list`)"
+            )
         if team.index:
             return  # one team trains, the others wait
         network = train(config, dataset, ranks, team, checkpoint, meter, stop)
@@ -216,4 +220,4 @@ def _make(
     }
     write_json(folder / _FACTS, facts)  # last: it is what makes the entry count
     checkpoint.remove()
-    say(f"teacher {name}: top-1 {accuracy['top1']:.1%} ({validation.on}), SHA-256 {facts['sha256'][:12]}")
+    logger.info(f"teacher {name}: top-1 {accuracy['top1']:.1%} ({validation.on}), SHA-256 {facts['sha256'][:12]}")
