@@ -26,7 +26,6 @@ from wmdd.data.pixels import normalize, quantize
 from wmdd.distill import blocks, statistics
 from wmdd.distill import groups as groups_module
 from wmdd.distill import job as job_module
-from wmdd.distill.barycenter.solve import w2_squared
 from wmdd.distill.methods import base
 from wmdd.distill.synthesis.engine import State
 from wmdd.errors import InputError, Interrupted
@@ -262,6 +261,8 @@ def _judge(config: Config, bench: Bench, distilled: DistilledSet, stop: Stop) ->
 
 def _w2(bench: Bench, distilled: DistilledSet) -> float:
     """Return W2² between the weighted images of a class and its held-out images in feature space, mean of classes."""
+    from wmdd.distill.barycenter.solve import w2_squared
+
     holdout = bench.dataset.validation
     real = _features(bench, decode_all(holdout, bench.config, "decoding the holdout images"))
     made = _features(bench, distilled.images)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from wmdd.errors import InputError, WmddError, tell
+from wmdd.runtime.garbage import expect_many_objects
 from wmdd.runtime.log import on_screen
 
 ConfigArgument = Annotated[
@@ -45,6 +46,7 @@ def parse_blocks(text: str) -> list[int]:
 
 def answer(program: Callable[[], object]) -> None:
     """Run a program; a known error ends it with one line and its exit code, never with a trace."""
+    expect_many_objects()
     try:
         with on_screen():
             program()

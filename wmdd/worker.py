@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from wmdd.errors import EXIT_RESUMABLE, InputError, Interrupted, WmddError
+from wmdd.runtime.garbage import expect_many_objects
 from wmdd.runtime.log import on_screen
 from wmdd.runtime.signals import STOPS, StopRequest, stop_on
 
@@ -51,6 +52,7 @@ def main(pipe: int) -> None:
     Args:
         pipe: file descriptor of this worker's end of the pipe.
     """
+    expect_many_objects()
     parent = Connection(pipe)
     failure = None
     with on_screen(logging.WARNING), stop_on(*STOPS, afterwards=signal.SIG_IGN) as stop:

@@ -4,6 +4,7 @@ Names of images are relative, with forward slashes (``train/n01443537/images/n01
 nothing derived from them depends on where a data set is kept.
 """
 
+import importlib.util
 import os
 import re
 import time
@@ -388,9 +389,11 @@ def _is_whole(head: bytes, tail: bytes, size: int) -> bool | None:
 
 
 def _digits() -> Source:
-    from sklearn.datasets import load_digits
-
-    scans, labels = load_digits(return_X_y=True)
+    # load_digits reads this file; scikit-learn itself takes more than a second to import.
+    package = importlib.util.find_spec("sklearn")
+    (folder,) = (package and package.submodule_search_locations) or ["sklearn"]
+    table = np.loadtxt(Path(folder) / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    scans, labels = table[:, :-1], table[:, -1].astype(int)
     images = np.rint(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     held = np.zeros(len(labels), dtype=bool)
     for label in range(10):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from wmdd.config.schema import Config, LabelsConfig
 from wmdd.errors import InputError, Interrupted, WmddError
@@ -110,8 +109,11 @@ class SoftLabels:
         beside the images.  ``labelling_flops``: of the teacher's forward passes over ``labelled`` views (stored: over
         each once), by every rank of the team where each labels whole batches.
         """
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton, which takes half a second
+
         files = [self.file(epoch) for epoch in range(self._epochs)]
         side, channels = self._config.data.resolution, self._config.data.channels
+
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             self._teacher.network.predict(torch.zeros(1, channels, side, side, device=self._ranks.device))
         passes = team.size if self._config.labels.teacher_mode == "batch" else 1

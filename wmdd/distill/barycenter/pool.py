@@ -10,17 +10,22 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
+from typing import TYPE_CHECKING
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from wmdd.config.schema import BarycenterConfig
-from wmdd.distill.barycenter.solve import Atoms, atoms_of, barycenter, checked
 from wmdd.errors import Interrupted, WmddError
 from wmdd.runtime.cpus import processes
 from wmdd.runtime.signals import leave_to_the_run
 
-Pending = Callable[[], Atoms]
+if TYPE_CHECKING:
+    from wmdd.distill.barycenter.solve import Atoms
+
+# The solver, POT and scikit-learn take more than a second to import.  Only a process that asks for a barycenter does.
+
+Pending = Callable[[], "Atoms"]
 """Atoms that may still be computed: the call waits for them."""
 
 
@@ -30,6 +35,8 @@ Submit = Callable[[torch.Tensor, int, BarycenterConfig, int], Pending]
 
 def deferred(features: torch.Tensor, count: int, settings: BarycenterConfig, seed: int) -> Pending:
     """Return a call that computes ``barycenter`` of these arguments, in this process."""
+    from wmdd.distill.barycenter.solve import barycenter
+
     return partial(barycenter, features, count, settings, seed)
 
 
@@ -60,6 +67,8 @@ def solvers(workers: int, stop: Callable[[], bool] = lambda: False) -> Iterator[
     pool = ProcessPoolExecutor(processes(workers), get_context("fork"), _begin)
 
     def submit(features: torch.Tensor, count: int, settings: BarycenterConfig, seed: int) -> Pending:
+        from wmdd.distill.barycenter.solve import atoms_of, checked  # here, so that the forked processes have it
+
         solved = pool.submit(checked, features.detach().numpy(), count, settings, seed)
         return lambda: atoms_of(*solved.result())
 
@@ -92,7 +101,7 @@ def _end_with_parent() -> None:
 
 def barycenters(
     features: Iterable[torch.Tensor], count: int, settings: BarycenterConfig, seeds: Iterable[int], workers: int = 0
-) -> Iterator[Atoms]:
+) -> "Iterator[Atoms]":
     """Yield what ``barycenter`` returns for each class, in the order given, whatever the number of workers.
 
     Classes are read from ``features`` no further ahead than twice the number of workers.

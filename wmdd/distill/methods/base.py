@@ -7,6 +7,7 @@ packages register in the entry-point group ``wmdd.methods``.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch import Tensor
 from wmdd.config.schema import BarycenterConfig, Config, SynthesisConfig
 from wmdd.data.dataset import Dataset
 from wmdd.data.pixels import normalize
-from wmdd.distill.barycenter.solve import Atoms
 from wmdd.distill.statistics import ClassStatistics
 from wmdd.distill.synthesis.objective import Objective
 from wmdd.networks.frozen import Observation
 from wmdd.runtime.seeding import generator
+
+if TYPE_CHECKING:
+    from wmdd.distill.barycenter.solve import Atoms  # and with it POT, which takes more than a second
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class ClassData:
     """None for methods that set ``uses_statistics = False``"""
     observe: Callable[[Tensor], Observation]
     """What the teacher sees in normalised images [n, channels, H, W]; the observation lies on the CPU"""
-    atoms: Atoms | None = None
+    atoms: "Atoms | None" = None
     """Barycenter of the class; None for methods whose ``barycenter`` asks for none"""
 
     @property
