@@ -1,6 +1,7 @@
 """Distributed benchmark suite for dataset distillation by Wasserstein barycenters (WMDD, ICCV 2025).
 
 The Python API is three names, imported when first used: ``load_config``, ``run`` and ``DistilledSet``.
+``__version__`` is the version of the installed package.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,18 @@ if TYPE_CHECKING:
     from wmdd.pipeline import run
     from wmdd.runs.distilled_set import DistilledSet
 
+    __version__: str
+
 __all__ = ["DistilledSet", "load_config", "run"]
 
 _HOME = {"load_config": "wmdd.config.loading", "run": "wmdd.pipeline", "DistilledSet": "wmdd.runs.distilled_set"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("wmdd")
     if name not in _HOME:
         raise AttributeError(f"module 'wmdd' has no attribute {name!r}")
     import importlib

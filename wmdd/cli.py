@@ -53,6 +53,23 @@ app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        import wmdd
+
+        typer.echo(f"wmdd {wmdd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version of wmdd and exit.")
+    ] = False,
+) -> None:
+    """Declare the options of ``wmdd`` itself; each acts by its callback."""
+
+
 @app.command(
     epilog="Examples:  wmdd run digits   |   wmdd run digits+paper --set ipc=1 --out runs/paper-1   |   "
     "torchrun --nproc-per-node 4 -m wmdd run imagenet-1k"
