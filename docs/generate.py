@@ -154,7 +154,9 @@ def _kind(entry: dict[str, Any], schema: dict[str, Any]) -> str:
         return f"list of {len(own) if len(own) > 1 else 'values'}, each {_kind(own[0], schema)}"
     words = {"integer": "whole number", "boolean": "`true` or `false`", "string": "text", "object": "table"}
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
-    return " ".join([words.get(kind, kind), *(f"{word} {entry[key]:g}" for key, word in bounds.items() if key in entry)])
+    return " ".join(
+        [words.get(kind, kind), *(f"{word} {entry[key]:g}" for key, word in bounds.items() if key in entry)]
+    )
 
 
 def _option(param: Any) -> str:

@@ -129,7 +129,7 @@ def cancel(run: RunArgument) -> None:
     typer.echo(f"{run}: {gone} tasks were cancelled" if gone else f"{run}: no task was in the queue")
 
 
-@local.command("start", epilog='Then:  eval "$(wmdd slurm local start)"  sets SLURM_CONF for this shell.')
+@local.command("start", epilog='Example, which sets SLURM_CONF for this shell:  eval "$(wmdd slurm local start)"')
 def local_start(
     root: RootOption = None,
     nodes: Annotated[int, typer.Option(min=1, help="Virtual nodes.")] = 4,

@@ -14,8 +14,8 @@ SweepArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a 
 
 
 @app.command(
-    epilog="Example:  wmdd sweep run digits --space regularization --trials 12   "
-    "(again, or with more --trials, to go on)"
+    epilog="Examples:  wmdd sweep run digits --space regularization --trials 12   |   "
+    "wmdd sweep run digits --space regularization --trials 24"
 )
 def run(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="Preset, preset+variant or TOML file to vary.")],

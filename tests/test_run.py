@@ -185,13 +185,6 @@ def test_a_flipped_byte_is_found_named_and_redone(
     assert f"{file}: its SHA-256" in capfd.readouterr().err
 
 
-def test_the_documented_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example in README.md and in the docstring of ``wmdd.run``, word for word but for the budget."""
-    monkeypatch.chdir(tmp_path)
-    folder = wmdd.run("digits", out="runs/example", overrides=[*TINY, "ipc=1", "student.seeds=1"])
-    assert wmdd.DistilledSet.load(folder).images.shape == (4, 1, 8, 8)
-
-
 def test_a_run_works_in_a_thread(tiny: Config, tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         assert len(pool.submit(images_only, tiny, tmp_path / "run").result()) == 4

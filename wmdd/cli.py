@@ -207,7 +207,9 @@ def data_fetch(
 
 
 @data_app.command(
-    "pack", epilog="Example:  wmdd data pack imagenet-1k --out /scratch/packed; then --set data.packed=/scratch/packed"
+    "pack",
+    epilog="Examples:  wmdd data pack imagenet-1k --out /scratch/packed   |   "
+    "wmdd run imagenet-1k --set data.packed=/scratch/packed",
 )
 def data_pack(
     config: ConfigArgument,

@@ -231,8 +231,8 @@ def test_crops_are_ranked_image_by_image() -> None:
 def test_the_methods_of_the_guide_run_as_plug_ins(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The examples of CONTRIBUTING.md, word for word, as an installed package that wmdd knows nothing of."""
-    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    """The examples of docs/guides/own-method.md, word for word, as an installed package that wmdd knows nothing of."""
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "own-method.md").read_text()
     package = tmp_path / "site" / "my_package"
     package.mkdir(parents=True)
     for name, code in re.findall(r"```python\n# my_package/(\w+\.py)\n(.*?)```", guide, flags=re.DOTALL):

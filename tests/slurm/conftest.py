@@ -29,7 +29,7 @@ NARROW = Resources(
 def require(accounting: bool = False) -> None:
     """Skip without the programs, or fail where the caller insists that they be there."""
     if absent := missing_programs(accounting):
-        reason = f"needs {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge; slurm/README.md)"
+        reason = f"needs {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge; docs/guides/slurm.md)"
         if os.environ.get("WMDD_REQUIRE_SLURM") == "1":
             pytest.fail(f"WMDD_REQUIRE_SLURM=1, and this test {reason}")
         pytest.skip(reason)

@@ -1,7 +1,7 @@
 """An array of many tiny tasks: what the machinery itself costs.
 
-``WMDD_SLURM_TASKS=256 pytest -s tests/slurm/test_array.py`` gives the figures of slurm/README.md; by default the array
-is smaller, since a task costs half a second of a core.
+``WMDD_SLURM_TASKS=256 pytest -s tests/slurm/test_array.py`` gives the figures of docs/guides/slurm.md; by default the
+array is smaller, since a task costs half a second of a core.
 """
 
 import os
