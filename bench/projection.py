@@ -19,6 +19,7 @@ from wmdd.distill.methods import registry
 from wmdd.errors import InputError
 from wmdd.records import files
 from wmdd.records.schema import SpeedRecord
+from wmdd.runs.baselines import baselines_of
 from wmdd.students import tasks as tasks_module
 
 PUBLISHED = {
@@ -103,8 +104,9 @@ def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path
         dealt("synthesis", "img·iter", work, record, 3600 * record.metrics["rate"])
     distilled = classes * config.ipc
     for name in config.student.networks:
-        one_network = config.student.model_copy(update={"networks": (name,)})
-        tasks = tasks_module.tasks(one_network, config.labels.regimes) * (1 + len(config.student.baselines))
+        runs = [config, *baselines_of(config).values()]
+        students = [one.student.model_copy(update={"networks": (name,)}) for one in runs]
+        tasks = [task for one in students for task in tasks_module.tasks(one, config.labels.regimes)]
         batch = min(config.student.batch_size, distilled)
         record = measure(Need("students", name, {"precision": precision_of(config), "batch": batch}))
         updates = [float(tasks_module.update_count(config, task.view, distilled)) for task in tasks]

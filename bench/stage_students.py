@@ -12,6 +12,7 @@ from bench.timing import Stopwatch, flops
 from bench.workloads import OWN, Bench, Checks, Workload
 from wmdd.errors import InputError
 from wmdd.networks import create
+from wmdd.networks.accuracy import Judgement
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.cpus import processes
 from wmdd.runtime.seeding import seed_of
@@ -43,7 +44,7 @@ def students_of(bench: Bench, with_reference: bool) -> Workload:
     distilled = DistilledSet(images, owners, even, bench.dataset.classes, data, "noise")
     task = tasks.StudentTask(name, regime, 0, "updates")
 
-    def engine(updates: int, judge: Callable[..., dict[str, float]], advance: Callable[[int], None]) -> None:
+    def engine(updates: int, judge: Callable[..., Judgement], advance: Callable[[int], None]) -> None:
         settings = config.student.model_copy(update={"updates": updates})
         limited = config.model_copy(update={"student": settings})
         with TemporaryDirectory() as folder:
@@ -126,10 +127,10 @@ def student_difference(
     shown = batches.augmented_batch(images, plan[0], config)
     seen: list[Tensor] = []
 
-    def judge(predict: Callable[[Tensor], Tensor], team: Team | None = None) -> dict[str, float]:
+    def judge(predict: Callable[[Tensor], Tensor], team: Team | None = None) -> Judgement:
         with torch.no_grad():
             seen.append(predict(shown).float())
-        return {}
+        return Judgement({})
 
     engine(len(plan), judge, lambda updates: None)
     network = fresh().to(memory_format=torch.contiguous_format)

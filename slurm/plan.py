@@ -16,6 +16,7 @@ from wmdd.errors import InputError, WmddError
 from wmdd.records.files import read_records
 from wmdd.records.schema import Record
 from wmdd.runs import partition
+from wmdd.runs.baselines import baselines_of
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import candidates
 from wmdd.storage.files import read_json
@@ -178,7 +179,7 @@ def estimate(config: Config, classes: int, planned: Sequence[Array], speed: Clus
     is trained here come on top.
     """
     tasks = {array.stage: array.tasks for array in planned}
-    runs = 1 + len(config.student.baselines)
+    runs = 1 + len(baselines_of(config))
     blocks = [block for task in tasks.get("distill", ()) for block in task]
     students = sum(len(task) for task in tasks.get("students", ()))
     hours: dict[Stage, float | None] = {}
@@ -202,7 +203,7 @@ def estimate(config: Config, classes: int, planned: Sequence[Array], speed: Clus
 
 def _iterations(config: Config, classes: int) -> int:
     """Return the image-iterations of the run and of those of its baselines that optimise images."""
-    configs = [config, *(pipeline.baseline(config, name) for name in config.student.baselines)]
+    configs = [config, *baselines_of(config).values()]
     optimized = sum(registry.create(one).objective() is not None for one in configs)
     return optimized * classes * config.ipc * config.synthesis.iterations
 

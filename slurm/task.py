@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slurm import scheduler
 from wmdd.errors import EXIT_RESUMABLE, Interrupted, WmddError
+from wmdd.runs.baselines import baseline_folders
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime.log import on_screen
 from wmdd.runtime.placement import Placement, placement_of
@@ -115,7 +116,7 @@ class SlurmTask:
         if self.stage != "distill":
             return False
         places = [Path(self.folder)]
-        places += [places[0] / "baselines" / name for name in self.config["student"]["baselines"]]
+        places += [places[0] / "baselines" / name for name in baseline_folders(self.config["student"])]
         runs = [RunFolder(place) for place in places]
         return all(run.sidecar(block) and not run.damaged(block) for run in runs for block in self.items)
 

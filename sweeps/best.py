@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from sweeps.format import show
-from sweeps.objective import seeds_of
+from sweeps.objective import range_text, seeds_of
 from sweeps.run import Sweep
 from sweeps.space import apply
 from sweeps.trial_log import Log
@@ -13,7 +13,6 @@ from wmdd.config.loading import to_toml
 from wmdd.config.schema import Config
 from wmdd.errors import WmddError
 from wmdd.records.files import read_records
-from wmdd.records.intervals import Interval, interval
 
 
 def best(folder: Path, measure: bool = True) -> str:
@@ -35,13 +34,13 @@ def best(folder: Path, measure: bool = True) -> str:
     name = f"{sweep.config.name}-best"
     config = apply(sweep.config, {**chosen.values, "name": name, "data.holdout_per_class": 0}, "the best trial")
     provenance = log.identity["provenance"]
-    spread = seeds_of(chosen)
+    seeds = seeds_of(chosen)
     lines = [
         f"Best of {sum(trial.finished for trial in log.trials)} trials of a sweep: trial {chosen.number}"
         + (", the config as it stood." if chosen.number == 0 else "."),
         f"SweepObjective {sweep.objective.name}: {sweep.objective.text(sweep.objective.value(chosen, log.trials))};"
         f" {sweep.objective.meaning}.",
-        f"Top-1 of the proxy on the hold-out: {_text(spread)}." if spread else "",
+        f"Top-1 of the proxy on the hold-out: {_text(seeds)}." if seeds else "",
         f"Space {sweep.space.name}, search {sweep.search}, scheduler {sweep.scheduler}, seed {sweep.seed};"
         f" values: {', '.join(f'{key} = {show(value)}' for key, value in chosen.values.items())}.",
         f"wmdd {metadata.version('wmdd')}, revision {provenance['revision']}{' + changes' * bool(provenance['dirty'])},"
@@ -55,7 +54,7 @@ def best(folder: Path, measure: bool = True) -> str:
     return "".join(f"# {line}\n" for line in lines if line) + "\n" + to_toml(config)
 
 
-def _measure(config: Config, folder: Path) -> dict[str, Interval]:
+def _measure(config: Config, folder: Path) -> dict[str, list[float]]:
     """Run the config without baselines, or find it done; return top-1 on the test set by label regime."""
     from wmdd import pipeline
     from wmdd.pipeline import Share
@@ -68,9 +67,10 @@ def _measure(config: Config, folder: Path) -> dict[str, Interval]:
         if record.kind == "student" and record.regime and record.student_seed is not None:
             seeds = top1.setdefault(record.regime, {})
             seeds.setdefault(record.student_seed, []).append(record.metrics["top1"])
-    return {regime: interval([fmean(values) for values in seeds.values()]) for regime, seeds in top1.items()}
+    return {regime: [fmean(values) for values in seeds.values()] for regime, seeds in top1.items()}
 
 
-def _text(found: Interval) -> str:
-    spread = f" ± {100 * found.half_width:.2f}" if found.n > 1 else ""
-    return f"{100 * found.mean:.2f}{spread} % (n = {found.n} student seeds)"
+def _text(found: list[float]) -> str:
+    """Return top-1 of the students of one set, which say nothing about another."""
+    students = f"{len(found)} students of one set: {range_text(found)}" if len(found) > 1 else "one student"
+    return f"{100 * fmean(found):.2f} % ({students})"

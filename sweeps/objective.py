@@ -7,7 +7,6 @@ from typing import Literal
 
 from sweeps.trial_log import Trial
 from wmdd.errors import InputError, nearest
-from wmdd.records.intervals import Interval, interval
 
 TOLERANCE = 0.01
 """Top-1 (fraction) that a faster recipe may lose against the config as it stands."""
@@ -84,7 +83,12 @@ def objective_of(name: str) -> SweepObjective:
     raise InputError(f"--objective {name}: no such objective; {nearest(name, list(OBJECTIVES))}")
 
 
-def seeds_of(trial: Trial) -> Interval | None:
-    """Return top-1 of a finished trial with its interval over student seeds."""
-    seeds = trial.last.get("seeds")
-    return interval(seeds) if seeds and trial.state == "done" else None
+def seeds_of(trial: Trial) -> list[float]:
+    """Return top-1 of a finished trial for each student seed; they are students of one distilled set."""
+    seeds: list[float] = trial.last.get("seeds") or []
+    return seeds if trial.state == "done" else []
+
+
+def range_text(values: Sequence[float]) -> str:
+    """Return the least and the most of several accuracies, in percent: one set has no interval."""
+    return f"{100 * min(values):.2f}–{100 * max(values):.2f}" if len(values) > 1 else ""

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from sweeps import plots, search
 from sweeps.format import show
-from sweeps.objective import seeds_of
+from sweeps.objective import range_text, seeds_of
 from sweeps.run import Sweep
 from sweeps.trial_log import Log, Trial, savings
-from wmdd.records.intervals import paired
 from wmdd.storage.files import write_bytes
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ _NONE = "–"
 def columns(sweep: Sweep) -> list[str]:
     """Return the head of the table of trials."""
     keys = [parameter.key for parameter in sweep.space.parameters]
-    return ["trial", "state", *_measured(sweep), "± 95 %", "vs trial 0", "iter.", "s", *keys]
+    return ["trial", "state", *_measured(sweep), "students", "vs trial 0", "iter.", "s", *keys]
 
 
 def rows(sweep: Sweep, log: Log) -> list[list[str]]:
     """Return the table of trials: finished ones from the best on, then stopped ones, then the rest.
 
-    ``± 95 %`` is over student seeds, in points of top-1; ``vs trial 0`` is the mean difference of top-1 to the config
-    as it stands, paired by student seed, with its interval.
+    ``students`` are the least and the most top-1 of the students of the one distilled set; ``vs trial 0`` is the mean
+    difference of top-1 to the config as it stands. One set says nothing about another: neither has an interval.
     """
     return [_row(sweep, trial, log.trials) for trial in ranked(sweep, log)]
 
@@ -57,14 +57,13 @@ def _row(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> list[str]:
     worth = [_worth(sweep, trial, trials)]
     if sweep.objective.key != "top1":
         worth.append(f"{100 * trial.last['top1']:.2f}" if "top1" in trial.last else _NONE)
-    spread = seeds_of(trial)
-    interval = f"{100 * spread.half_width:.2f}" if spread is not None and spread.n > 1 else _NONE
+    students = range_text(seeds_of(trial)) or _NONE
     values = [
         show(trial.values[parameter.key]) if parameter.key in trial.values else _NONE
         for parameter in sweep.space.parameters
     ]
     iteration = str(trial.last.get("iteration", _NONE))
-    return [str(trial.number), trial.state, *worth, interval, _against(trial, trials), iteration, _time(trial), *values]
+    return [str(trial.number), trial.state, *worth, students, _against(trial, trials), iteration, _time(trial), *values]
 
 
 def _worth(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> str:
@@ -75,12 +74,10 @@ def _worth(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> str:
 
 
 def _against(trial: Trial, trials: Sequence[Trial]) -> str:
-    """Return the paired difference of top-1 to trial 0, in points."""
+    """Return the mean difference of top-1 to trial 0, in points."""
     if trial.number == 0 or trial.state != "done" or trials[0].state != "done":
         return _NONE
-    found = paired(trial.last["seeds"], trials[0].last["seeds"])
-    span = f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]" if found.n > 1 else ""
-    return f"{100 * found.mean:+.2f}{span}"
+    return f"{100 * (fmean(seeds_of(trial)) - fmean(seeds_of(trials[0]))):+.2f}"
 
 
 def _time(trial: Trial) -> str:
@@ -96,10 +93,10 @@ def summary(sweep: Sweep, log: Log) -> list[str]:
     else:
         values = ", ".join(f"{key} = {show(value)}" for key, value in best.values.items())
         stands = " (the config as it stands)" if best.number == 0 else ""
-        spread = seeds_of(best)
+        seeds = seeds_of(best)
         worth = sweep.objective.text(sweep.objective.value(best, log.trials))
-        if spread is not None and spread.n > 1 and sweep.objective.key == "top1":
-            worth = f"{100 * spread.mean:.2f} ± {100 * spread.half_width:.2f} %"
+        if len(seeds) > 1 and sweep.objective.key == "top1":
+            worth = f"{100 * fmean(seeds):.2f} % (students {range_text(seeds)})"
         lines.append(f"Best: trial {best.number}{stands}, {sweep.objective.name} {worth}: {values}.")
     if saved := savings(log.trials):
         stopped, spent, whole = saved
@@ -125,8 +122,7 @@ def render_terminal(sweep: Sweep, log: Log, console: "Console") -> None:
     for row in rows(sweep, log):
         values = zip(names, row[len(measured) - 1 :], strict=True)
         text = ", ".join(f"{name} {value}" for name, value in values if value != _NONE)
-        # An interval would leave no room for the values; the page has it.
-        table.add_row(*(cell.partition(" [")[0] for cell in row[: len(measured) - 1]), text)
+        table.add_row(*row[: len(measured) - 1], text)
     console.print(table)
     for line in summary(sweep, log):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

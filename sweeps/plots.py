@@ -38,9 +38,9 @@ def response(parameter: Parameter, trials: Sequence[Trial], objective: SweepObje
                 continue
             colour = _COLOURS["accent" if trial.number == 0 else "ink"]
             y = _scaled(objective, trial.last[objective.key])
-            spread = seeds_of(trial) if objective.key == "top1" else None
-            if spread is not None and spread.n > 1:
-                axes.errorbar(x, y, 100 * spread.half_width, color=colour, elinewidth=0.8, alpha=0.5)
+            students = [100 * value for value in seeds_of(trial)] if objective.key == "top1" else []
+            if len(students) > 1:
+                axes.plot([x, x], [min(students), max(students)], color=colour, linewidth=0.8, alpha=0.5)
             axes.plot(x, y, "D" if trial.number == 0 else "o", markersize=5, color=colour, zorder=3)
         _scale(axes.xaxis, parameter)
         axes.set_xlabel(parameter.key)

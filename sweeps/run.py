@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from sweeps import ray_adapters, search, trial
 from sweeps.format import Values, show
-from sweeps.objective import SweepObjective, objective_of, seeds_of
+from sweeps.objective import SweepObjective, objective_of, range_text, seeds_of
 from sweeps.ray_cluster import TrialResources, check_address, check_local, ray_session
 from sweeps.space import Space, apply
 from sweeps.space_file import load_space, parse_space
@@ -208,8 +208,7 @@ def _line(sweep: Sweep, known: Trial) -> str:
         return f"trial {known.number}: failed: {known.error} ({values})"
     worth = known.last.get(sweep.objective.key)
     reached = "" if worth is None else f" {sweep.objective.name} {sweep.objective.text(worth)}"
-    spread = seeds_of(known)
-    if known.state == "done" and spread is not None and sweep.objective.name == "top1" and spread.n > 1:
-        reached += f" ± {100 * spread.half_width:.2f}"
+    if sweep.objective.name == "top1" and len(seeds_of(known)) > 1:
+        reached += f" (students {range_text(seeds_of(known))})"
     ended = "" if known.state == "done" else f" stopped after {known.last.get('iteration', 0)} iterations:"
     return f"trial {known.number}:{ended}{reached} in {known.seconds:.1f} s ({values})"

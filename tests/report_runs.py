@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
     "ipc": 2,
     "data": {"source": "digits", "resolution": 16, "channels": 1, "mean": [0.3], "std": [0.4]},
     "labels": {"regimes": ["soft"]},
-    "student": {"networks": ["convnet3x32"], "seeds": 3},
+    "student": {"networks": ["convnet3x32"], "seeds": 3, "baseline_sets": 1},
 }
 
 
@@ -92,10 +92,18 @@ def make_block(folder: Path, block: int, classes: tuple[str, ...], channels: int
 
 
 def make_pair(tmp_path: Path) -> Path:
-    """Write a run and its random baseline, differing by 2, 0 and 4 points."""
+    """Write a run of one set and three students, and three random sets of one student each, 2 points lower."""
     run = make_run(tmp_path / "digits", [0.97, 0.96, 0.98])
-    make_run(run / "baselines" / "random", [0.95, 0.96, 0.94], method="random", name="digits/random")
+    make_random(run, [0.95, 0.96, 0.94])
     return run
+
+
+def make_random(run: Path, top1: list[float], **changes: Any) -> None:
+    """Write the random baseline of a run: a set and a student for each accuracy."""
+    student = SETTINGS["student"] | {"seeds": 1}
+    for number, value in enumerate(top1):
+        place = run / "baselines" / ("random" + f"-{number}" * bool(number))
+        make_run(place, [value], method="random", name="digits/random", seed=number, student=student, **changes)
 
 
 def make_everything(folder: Path) -> Path:

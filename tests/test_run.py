@@ -19,7 +19,9 @@ from wmdd.cli import app
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, WmddError
+from wmdd.records.bitmaps import unpack
 from wmdd.records.files import read_records
+from wmdd.report.collect import collect
 from wmdd.runs import partition
 from wmdd.runs.distilled_set import DistilledSet, export, verify
 from wmdd.runs.folder import RunFolder
@@ -50,10 +52,36 @@ def test_a_run_ends_with_images_students_records_and_a_report(finished: Path) ->
     assert {record.artefact for record in records} == {found.sha256}
     size = sum(file.stat().st_size for file in (finished / "blocks").glob("*.safetensors"))
     assert {record.cost["image_bytes"] for record in records} == {size}
+    for record in records:  # 355 test images of ten digits, of which the run has the first four
+        assert record.test_images is not None and record.correct is not None and record.seeded
+        correct = unpack(record.correct, sum(record.test_images))
+        assert correct.mean() == pytest.approx(record.metrics["top1"])
+        assert len(record.test_images) == 4
     random = read_records(finished / "baselines" / "random" / "records")[0]
     assert {record.protocol for record in random} == {record.protocol for record in records}
     page = (finished / "report.html").read_text()
     assert "wmdd" in page and "random" in page and "data:image/png" in page
+
+
+def test_random_images_are_drawn_several_times_with_one_student_each(tmp_path: Path) -> None:
+    settings = [*TINY, "student.baseline_sets=3", "student.baselines=['random','k-center']", "labels.regimes=['hard']"]
+    run = wmdd.run("digits", tmp_path / "run", [*settings, "method=rded"])
+
+    places = [run / "baselines" / name for name in ("random", "random-1", "random-2")]
+    records = [read_records(place / "records")[0] for place in places]
+    assert [[(one.distillation_seed, one.student_seed) for one in own] for own in records] == [
+        [(0, 0)],
+        [(1, 1)],
+        [(2, 2)],
+    ]
+    assert len({own[0].artefact for own in records}) == 3
+    assert len({own[0].protocol for own in records} | {one.protocol for one in read_records(run / "records")[0]}) == 1
+    fixed = read_records(run / "baselines" / "k-center" / "records")[0]
+    assert len(fixed) == 2 and not any(one.seeded for one in fixed)
+    frame = collect([run]).accuracy.set_index("method")
+    assert list(frame.loc[["rded", "random", "k-center"], "sets"]) == [1, 3, 1]
+    assert not any("missing" in line for line in collect([run]).coverage["missing"])
+    assert "3×1" in (run / "report.html").read_text()
 
 
 def test_baseline_holds_real_training_images_byte_for_byte(finished: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from wmdd.config.loading import load_config
-from wmdd.config.schema import Config, ExternalConfig
+from wmdd.config.schema import Config
 from wmdd.data.dataset import Dataset, load_dataset
 from wmdd.distill import blocks as blocks_module
 from wmdd.distill import job as job_module
@@ -19,6 +19,7 @@ from wmdd.distill.methods import registry
 from wmdd.errors import InputError, Interrupted
 from wmdd.networks.accuracy import Validation
 from wmdd.runs import partition, progress
+from wmdd.runs.baselines import baselines_of
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log
 from wmdd.runtime.arithmetic import candidates
@@ -213,16 +214,18 @@ def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: 
 
 def runs_of(config: Config, folder: RunFolder) -> dict[RunFolder, Config]:
     """Return the run and its baselines, each with its folder."""
-    baselines = {
-        RunFolder(folder.path / "baselines" / name): baseline(config, name) for name in config.student.baselines
+    return {folder: config} | {
+        RunFolder(folder.path / "baselines" / name): one for name, one in baselines_of(config).items()
     }
-    return {folder: config} | baselines
 
 
 def students_of(config: Config, folder: RunFolder) -> Students:
     """Return all students of a run and of its baselines, in an order that the config alone decides."""
-    tasks = tasks_module.tasks(config.student, config.labels.regimes)
-    return [(place, task) for place in runs_of(config, folder) for task in tasks]
+    return [
+        (place, task)
+        for place, one in runs_of(config, folder).items()
+        for task in tasks_module.tasks(one.student, one.labels.regimes)
+    ]
 
 
 def entries_of(config: Config, dataset: Dataset) -> list[Path]:
@@ -244,18 +247,6 @@ def _chosen(items: list[T], positions: Sequence[int] | None, kind: str) -> list[
     return [items[position] for position in positions]
 
 
-def baseline(config: Config, method: str) -> Config:
-    """Return the config of a baseline: the same run with another method, and no baselines of its own.
-
-    An external set is left out unless it is the baseline: it decides no image of another method.
-    """
-    unbranched = config.student.model_copy(update={"baselines": ()})
-    changes = {"name": f"{config.name}/{method}", "method": method, "student": unbranched}
-    if method != "external":
-        changes["external"] = ExternalConfig()
-    return config.model_copy(update=changes)
-
-
 def check(config: Config, dataset: Dataset) -> None:
     """Refuse a run or a baseline of it that could only fail later.
 
@@ -263,7 +254,7 @@ def check(config: Config, dataset: Dataset) -> None:
         InputError: a network or a method does not exist, a class is smaller than the IPC, or a method refuses the data.
     """
     tasks_module.check(config, len(dataset.classes))
-    for one in (config, *(baseline(config, name) for name in config.student.baselines)):
+    for one in (config, *baselines_of(config).values()):
         blocks_module.check(one, dataset)
 
 
@@ -279,7 +270,7 @@ def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups:
         trained: number of students in training at a time.
     """
     pixels = config.data.channels * config.data.resolution**2
-    runs = 1 + len(config.student.baselines)
+    runs = 1 + len(baselines_of(config))
     images = classes * config.ipc * blocks // config.blocks * runs
     group = min(partition.group_size(config), classes) * config.ipc
     # A block is held twice while it is put together, and a checkpoint has three fp32 tensors of a group.

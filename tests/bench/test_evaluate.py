@@ -23,6 +23,7 @@ from wmdd.distill.methods import external_folder, registry
 from wmdd.errors import InputError
 from wmdd.records.files import read_records
 from wmdd.records.schema import Record
+from wmdd.runs.baselines import baselines_of
 from wmdd.runs.distilled_set import DistilledSet, export
 from wmdd.runs.folder import RunFolder
 
@@ -181,13 +182,15 @@ def test_a_changed_folder_is_another_distillation(exported: tuple[Path, Path], t
 
 
 def baseline_of(config: Config) -> str:
-    return pipeline.baseline(config, "random").fingerprint("images")
+    student = config.student.model_copy(update={"baselines": ("random",)})
+    return baselines_of(config.model_copy(update={"student": student}))["random"].fingerprint("images")
 
 
 def test_a_config_without_an_external_set_keeps_its_fingerprint() -> None:
     plain = load_config("digits", ["external.folder=x"])
     assert load_config("digits").fingerprint("images") == plain.fingerprint("images")
-    assert plain.fingerprint("images") == pipeline.baseline(plain, plain.method).fingerprint("images")
+    own = baselines_of(load_config("digits", ["external.folder=x", "student.baselines=['wmdd']"]))["wmdd"]
+    assert plain.fingerprint("images") == own.fingerprint("images")
     assert load_config("digits", ["external.sha256=ab"]).fingerprint("images") != plain.fingerprint("images")
 
 

@@ -30,6 +30,7 @@ KEYS = [
     "student.epochs=300",
     "student.batch_size=100",
     "student.baselines=['random']",
+    "student.baseline_sets=1",
 ]
 
 

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
-from report_runs import RECIPE, SETTINGS, make_pair, make_run
+from report_runs import RECIPE, SETTINGS, make_pair, make_random, make_run
 from rich.console import Console
 
 from wmdd.config.schema import Config
@@ -18,7 +19,7 @@ from wmdd.report.collect import Report, collect
 from wmdd.report.collect_tables import tables
 from wmdd.report.html import write_html
 from wmdd.report.table import Table
-from wmdd.report.text import csv, markdown, terminal
+from wmdd.report.text import csv, latex, markdown, terminal
 from wmdd.storage.files import digest, write_json
 
 T2 = 4.302653 / math.sqrt(3)
@@ -45,17 +46,33 @@ def test_the_accuracy_table_has_the_figures_computed_by_hand(tmp_path: Path) -> 
 
     wmdd, random = row_of(report, "wmdd"), row_of(report, "random")
     assert wmdd["top1"] == pytest.approx(0.97)
-    assert wmdd["top1_half_width"] == pytest.approx(0.01 * T2, rel=1e-5)
     assert random["top1"] == pytest.approx(0.95)
+    assert random["top1_half_width"] == pytest.approx(0.01 * T2, rel=1e-5)
     assert wmdd["difference"] == pytest.approx(0.02)
-    assert wmdd["high"] - wmdd["difference"] == pytest.approx(0.02 * T2, rel=1e-5)
-    assert (wmdd["pairs"], wmdd["paired_distillation_seeds"]) == (3, 1)
-    # 0.01 · 4.302653 / √3 = 2.484 points; 0.02 of it 4.968 points.
-    cells = ["digits", "2", "convnet3x32", "soft", "epochs", "wmdd", "97.0 ± 2.5", "100.0 ± 0.0", "1×3"]
+    # Both sides have s = 0.01 and n = 3: Welch's error is 0.01 · √(2/3), with 4 degrees of freedom.
+    assert wmdd["high"] - wmdd["difference"] == pytest.approx(2.776445 * 0.01 * math.sqrt(2 / 3), rel=1e-5)
+    cells = ["digits", "2", "convnet3x32", "soft", "epochs", "wmdd", "97.0 (96.0–98.0)", "100.0", "1×3"]
     accuracy = table(report, "Accuracy")
-    assert accuracy.rows[0] == [*cells, "+2.0 [−3.0, 7.0]", "0.225"]
+    assert accuracy.rows[0] == [*cells, "+2.0 [−0.3, 4.3] (this set only)"]
+    assert accuracy.rows[1][5:9] == ["random", "95.0 ± 2.5", "100.0", "3×1"]
     assert accuracy.rows[2][:7] == ["digits", "all", "convnet3x32", "–", "epochs", "teacher", "98.5"]
-    assert "over its students" in accuracy.caption, "with one distilled set the interval is not about images"
+    assert "one set says nothing about another distillation" in accuracy.caption
+
+
+def test_no_output_prints_an_interval_or_a_p_value_of_one_set(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits", [0.97, 0.96, 0.98])
+    make_run(run / "baselines" / "random", [0.95, 0.96, 0.94], method="random", name="digits/random")
+    report = collect([run])
+    write_html(report, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    page = re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", page, flags=re.DOTALL)
+
+    for text in (printed(report), markdown(report), latex(report), page):
+        assert not re.search(r"±\s*\d|\\pm|\[[−+\d]|< 0\.001", text), "an interval of one set"
+        assert "one set says nothing about another distillation" in text
+    frame = pd.read_csv(io.StringIO(csv(report)))
+    bounds = frame.filter(regex="half_width|low|high|^p$|_p$|adjusted|detects")
+    assert bounds.isna().all().all()
 
 
 def test_the_recipe_that_all_rows_share_stands_with_the_table_and_what_varies_in_a_column(tmp_path: Path) -> None:
@@ -74,11 +91,11 @@ def test_the_recipe_that_all_rows_share_stands_with_the_table_and_what_varies_in
 def test_the_summary_says_what_was_found_and_whether_the_interval_holds_zero(tmp_path: Path) -> None:
     run = make_pair(tmp_path)
     assert (
-        "wmdd 97.0 ± 2.5 % vs random 95.0 ± 2.5 %, +2.0 [−3.0, 7.0] points (the interval holds 0), n = 1×3"
-        in printed(collect([run]))
+        "wmdd 97.0 (96.0–98.0) % vs random 95.0 ± 2.5 %, +2.0 [−0.3, 4.3] (this set only) points, the interval holds 0,"
+        " n = 1×3; one set says nothing about another distillation" in printed(collect([run]))
     )
 
-    make_run(run / "baselines" / "random", [0.85, 0.84, 0.87], method="random")
+    make_random(run, [0.85, 0.84, 0.87])
     assert "holds 0" not in printed(collect([run]))
 
 
@@ -225,10 +242,10 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
 def test_costs_are_added_and_a_shared_teacher_counts_once(tmp_path: Path) -> None:
     report = collect([make_pair(tmp_path)])
 
-    # Teacher 30, one group 0.5 and 12.5, three students of 4 seconds: for the run and for its baseline.
-    assert list(report.cost["total"]) == [55.0, 55.0]
+    # Teacher 30, one group 0.5 and 12.5, and students of 4 seconds: three of the run, one of each random set.
+    assert list(report.cost["total"]) == [55.0, 47.0, 47.0, 47.0]
     total = table(report, "Cost").rows[-1]
-    assert total == ["all runs, each teacher once", "30.0", "1.0", "25.0", "24.0", "80.0", "0.022", "1.07 GB"]
+    assert total == ["all runs, each teacher once", "30.0", "2.0", "50.0", "24.0", "106.0", "0.029", "1.07 GB"]
 
 
 def test_each_number_can_be_traced(tmp_path: Path) -> None:
@@ -243,8 +260,6 @@ def test_each_number_can_be_traced(tmp_path: Path) -> None:
 
 
 def test_csv_has_every_figure_and_the_recipe(tmp_path: Path) -> None:
-    import pandas as pd
-
     frame = pd.read_csv(io.StringIO(csv(collect([make_pair(tmp_path)])))).set_index("method")
 
     assert frame.loc["wmdd", "top1"] == pytest.approx(0.97)
@@ -255,8 +270,8 @@ def test_csv_has_every_figure_and_the_recipe(tmp_path: Path) -> None:
 def test_markdown_is_made_of_whole_tables(tmp_path: Path) -> None:
     text = markdown(collect([make_pair(tmp_path)]))
 
-    cells = ["digits", "2", "convnet3x32", "soft", "epochs", "wmdd", "97.0 ± 2.5", "100.0 ± 0.0", "1×3"]
-    assert f"| {' | '.join(cells)} | +2.0 [−3.0, 7.0] | 0.225 |" in text
+    cells = ["digits", "2", "convnet3x32", "soft", "epochs", "wmdd", "97.0 (96.0–98.0)", "100.0", "1×3"]
+    assert f"| {' | '.join(cells)} | +2.0 [−0.3, 4.3] (this set only) |" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1
 

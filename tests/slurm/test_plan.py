@@ -90,7 +90,7 @@ def test_students_of_another_recipe_are_missing(digits: Config, tmp_path: Path) 
 
 
 def test_an_estimate_counts_hours_bytes_and_files() -> None:
-    config = load_config("imagenet-1k", ["blocks=100"])
+    config = load_config("imagenet-1k", ["blocks=100", "student.baseline_sets=1"])
     planned = [
         Array("distill", chunks(range(100), 1, 1000), NARROW.model_copy(update={"gpus_per_rank": 1})),
         Array("students", chunks(range(12), 3, 1000), NARROW),

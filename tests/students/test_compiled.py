@@ -15,6 +15,7 @@ from wmdd.distill.synthesis.engine import State, synthesize
 from wmdd.distill.synthesis.objective import Objective, Target
 from wmdd.errors import WmddError
 from wmdd.networks import create
+from wmdd.networks.accuracy import Judgement
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime import ranks as ranks_module
@@ -92,10 +93,10 @@ def test_a_student_and_its_teacher(jobs: dict[str, Ranks], tmp_path: Path) -> No
     def run(job: Ranks) -> Tensor:
         seen = []
 
-        def judge(predict: nn.Module, team: object) -> dict[str, float]:
+        def judge(predict: nn.Module, team: object) -> Judgement:
             with torch.no_grad():
                 seen.append(predict(shown))
-            return {}
+            return Judgement({})
 
         task = tasks.StudentTask("convnet1x8", "soft", 0)
         train.train(config, task, distilled, teacher, judge, job, SINGLE, tmp_path)  # type: ignore[arg-type]

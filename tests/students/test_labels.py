@@ -10,6 +10,7 @@ from torch import nn
 from wmdd.config.loading import load_config
 from wmdd.config.schema import ComputeConfig, Config, LabelsConfig
 from wmdd.errors import InputError
+from wmdd.networks.accuracy import Judgement
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.ranks import Ranks, ranks
@@ -138,9 +139,9 @@ def test_a_student_on_stored_labels_equals_one_on_rounded_online_labels(
 ) -> None:
     weights: list[torch.Tensor] = []
 
-    def judge(network: nn.Module, team: object) -> dict[str, float]:
+    def judge(network: nn.Module, team: object) -> Judgement:
         weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
-        return {"top1": 0.0, "top5": 0.0, "loss": 0.0}
+        return Judgement({"top1": 0.0, "top5": 0.0, "loss": 0.0})
 
     def train(regime: str) -> None:
         train_module.train(
@@ -198,8 +199,8 @@ def test_the_size_of_stored_logits_is_known_beforehand(name: str, row: int, tmp_
 def spent(config: Config, regime: str, view: str = "epochs", **parts: Any) -> train_module.Result:
     """Train a student; its judge is content with anything."""
 
-    def judge(network: nn.Module, team: object) -> dict[str, float]:
-        return {"top1": float(sum(parameter.detach().double().sum() for parameter in network.parameters()))}
+    def judge(network: nn.Module, team: object) -> Judgement:
+        return Judgement({"top1": float(sum(parameter.detach().double().sum() for parameter in network.parameters()))})
 
     return train_module.train(
         config, StudentTask("convnet2x8", regime, 0, view), validation=judge, team=SINGLE, **parts

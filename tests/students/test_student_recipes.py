@@ -20,6 +20,7 @@ from wmdd.config.loading import load_config
 from wmdd.config.schema import ComputeConfig, Config
 from wmdd.errors import InputError
 from wmdd.networks import create
+from wmdd.networks.accuracy import Judgement
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
 from wmdd.records.likeness import protocol_of
@@ -63,9 +64,9 @@ def engines(
     """Return the state of the student that the engine would have judged."""
     judged: dict[str, Tensor] = {}
 
-    def judge(network: nn.Module, team: object) -> dict[str, float]:
+    def judge(network: nn.Module, team: object) -> Judgement:
         judged.update(network.state_dict())
-        return {"training": float(network.training)}
+        return Judgement({"training": float(network.training)})
 
     task = tasks.StudentTask("convnet2x8", "soft", 0)
     result = train.train(config, task, distilled, teacher, judge, job, team, folder)  # type: ignore[arg-type]

@@ -289,6 +289,9 @@ class StudentConfig(Section, decides=Decides("students")):
     student's own, as in EDC. 0: none."""
     baselines: Annotated[tuple[str, ...], Decides("selection")] = ("random",)
     """Methods distilled beside the run's own at the same IPC, and measured by the same students."""
+    baseline_sets: Annotated[Positive, Decides("selection")] = 5
+    """Sets of the baseline ``random``, drawn with the seeds from ``seed`` on. Each of several has one student of each
+    kind; a single one has as many as the run. Other baselines have one set, like the run."""
 
 
 class ExternalConfig(Section, decides=Decides("images")):

@@ -113,11 +113,11 @@ def _distill_block(job: Job, method: base.Method, block: Block) -> None:
             ready = following
     job.ranks.barrier()
     if job.ranks.main:
-        _assemble(job, block)
+        _assemble(job, method, block)
     job.ranks.barrier()
 
 
-def _assemble(job: Job, block: Block) -> None:
+def _assemble(job: Job, method: base.Method, block: Block) -> None:
     """Write the block and then its sidecar, and delete its group files."""
     groups = []
     parts = []
@@ -135,6 +135,7 @@ def _assemble(job: Job, block: Block) -> None:
         "format": FORMAT,
         "block": block.index,
         "method": job.config.method,
+        "seeded": method.seeded,
         "classes": names,
         "class_indices": block.classes,
         "sha256": sha,

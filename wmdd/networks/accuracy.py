@@ -1,6 +1,7 @@
 """Accuracy of a classifier on the images it is judged by, decoded once for all networks of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.team import SINGLE, Team
 
 _BATCH_SIZE = 256
+
+
+_METRICS = ("top1", "top5", "loss")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a classifier reached on the images that it is judged by."""
+
+    metrics: dict[str, float]
+    """top1, top5 (fractions), loss (mean cross-entropy)"""
+    images: tuple[int, ...] = ()
+    """Number of images of each class"""
+    correct: Sequence[bool] = ()
+    """Which images it got right, class by class, in the order of the dataset within a class"""
 
 
 class Validation:
@@ -35,26 +51,31 @@ class Validation:
         self.on = "test" if dataset.holdout is None else "holdout"
         """``test`` or ``holdout``"""
 
-    def __call__(self, predict: Callable[[Tensor], Tensor], team: Team = SINGLE) -> dict[str, float]:
-        """Return top-1 and top-5 accuracy (fractions) and mean cross-entropy of ``predict`` (images -> logits).
+    def __call__(self, predict: Callable[[Tensor], Tensor], team: Team = SINGLE) -> Judgement:
+        """Return what ``predict`` (images -> logits) reaches.
 
         The ranks of a team, which must all call it, share the batches.
 
         Raises:
             Interrupted: a stop was requested, on any rank of the team.
         """
-        totals = team.together(lambda: self._totals(predict, team))
-        means = (team.sum(totals) / len(self._source)).tolist()
-        return dict(zip(("top1", "top5", "loss"), means, strict=True))
+        found = team.sum(team.together(lambda: self._found(predict, team)))
+        labels = self._source.labels
+        means = (found[: len(_METRICS)] / len(labels)).tolist()
+        by_class = found[len(_METRICS) :][labels.argsort(stable=True)]
+        counts = labels.bincount(minlength=len(self._source.classes))
+        return Judgement(dict(zip(_METRICS, means, strict=True)), tuple(counts.tolist()), (by_class > 0).tolist())
 
-    def _totals(self, predict: Callable[[Tensor], Tensor], team: Team) -> Tensor:
-        """Return the sums over this rank's batches: images right at once and in five tries, and cross-entropy."""
+    def _found(self, predict: Callable[[Tensor], Tensor], team: Team) -> Tensor:
+        """Return [3 + N]: sums over this rank's batches, of images right at once and in five tries and of the
+        cross-entropy; then which of all N images are among the former."""
         if self._images is None:
             title = f"decoding the {self.on} images"
             self._images = decode_all(self._source, self._config, title, self._stop)
-        totals = torch.zeros(3, dtype=torch.float64)
+        totals = torch.zeros(len(_METRICS), dtype=torch.float64)
+        correct = torch.zeros(len(self._images), dtype=torch.float64)
         batches = list(zip(self._images.split(_BATCH_SIZE), self._source.labels.split(_BATCH_SIZE), strict=True))
-        for raw, labels in batches[team.rank :: team.size]:
+        for (raw, labels), right in list(zip(batches, correct.split(_BATCH_SIZE), strict=True))[team.rank :: team.size]:
             if self._stop():
                 raise Interrupted(f"stopped while a network was judged on the {self.on} images")
             with torch.inference_mode(), self._ranks.autocast():
@@ -63,4 +84,5 @@ class Validation:
             ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = functional.cross_entropy(logits, labels, reduction="sum")
             totals += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss])
-        return totals
+            right.copy_(ranked[:, 0])
+        return torch.cat([totals, correct])

@@ -1,16 +1,13 @@
-"""Intervals and tests over independent distilled sets."""
+"""Intervals and tests over independent values."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    pass
-
-Seeds = tuple[int, int]
-"""(distillation seed, student seed)."""
+LEVEL = 0.95
+"""Confidence level of every interval that is not adjusted for several comparisons."""
+POWER = 0.8
+"""Power at which the smallest detectable difference is given."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +23,38 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The mean difference a − b of paired values, its confidence interval and the p-value of no difference."""
+class Difference:
+    """An estimated difference, with what its t-interval at any level needs."""
 
     mean: float
-    low: float
-    high: float
-    p: float
-    n: int
-    """Pairs."""
-    distillation_seeds: int | None = None
-    """Distinct distillation seeds among the pairs; None where the values carried no seeds."""
+    error: float = math.nan
+    """Standard error of ``mean``; NaN where the values cannot tell it, and then nothing below is known."""
+    freedom: float = math.nan
+    """Degrees of freedom of ``error``."""
+
+    def bounds(self, level: float = LEVEL) -> tuple[float, float]:
+        """Return the interval ``mean ± t · error``; NaN twice where the error is not known."""
+        from scipy.special import stdtrit
+
+        half = float(stdtrit(self.freedom, 0.5 + level / 2)) * self.error
+        return self.mean - half, self.mean + half
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value of no difference; NaN where the error is not known."""
+        from scipy.special import stdtr
+
+        return float(2 * stdtr(self.freedom, -abs(self.mean) / self.error)) if self.error > 0 else math.nan
+
+    def detects(self, level: float = LEVEL, power: float = POWER) -> float:
+        """Return the smallest true difference that a test at this level finds with this power: (t + t') · error."""
+        from scipy.special import stdtrit
+
+        quantiles = stdtrit(self.freedom, 0.5 + level / 2) + stdtrit(self.freedom, power)
+        return float(quantiles) * self.error
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> Interval:
+def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """Return the mean x̄ of ``n`` values with Student's interval x̄ ± t(1 − (1 − level)/2; n − 1) · s / √n.
 
     ``s² = Σ (x − x̄)² / (n − 1)``. With one value, ``half_width`` and ``std`` are NaN.
@@ -48,7 +63,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
         ValueError: there are no values.
     """
     import numpy as np
-    from scipy.special import stdtrit  # scipy.stats takes a second to import
+    from scipy.special import stdtrit
 
     n = len(values)
     if n == 0:
@@ -57,50 +72,63 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     if n == 1:
         return Interval(mean, math.nan, 1, math.nan)
     std = float(np.std(values, ddof=1))
-    quantile = float(stdtrit(n - 1, 0.5 + level / 2))
-    return Interval(mean, quantile * std / math.sqrt(n), n, std)
+    return Interval(mean, float(stdtrit(n - 1, 0.5 + level / 2)) * std / math.sqrt(n), n, std)
 
 
-def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paired:
-    """Return the mean of d = a − b with its interval d̄ ± t · s_d / √n and the two-sided p of t = d̄ √n / s_d.
+def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """Return the mean of d = a − b with its error s_d / √n: for values that share something, such as their images.
 
-    Both are ``scipy.stats.ttest_rel``'s. With one pair ``low``, ``high`` and ``p`` are NaN. Where all differences are
-    equal, s_d is 0: the interval is the point d̄, and p is 1 for d̄ = 0 and else 0.
+    The interval and p are ``scipy.stats.ttest_rel``'s. The error is NaN for one pair, and where all differences are
+    equal: so many values cannot tell how they vary.
 
     Raises:
         ValueError: the lengths differ, or there are no pairs.
     """
     import numpy as np
-    from scipy.special import stdtr, stdtrit
 
     if len(a) != len(b) or not a:
         raise ValueError(f"paired values need the same, positive length; got {len(a)} and {len(b)}")
     differences = np.subtract(a, b)
-    mean, n = float(differences.mean()), len(a)
-    if n == 1:
-        return Paired(mean, math.nan, math.nan, math.nan, 1)
-    # Rounding leaves equal differences unequal in the last digits, where a t-value would mean nothing.
-    if np.ptp(differences) <= 1e-12 * np.abs((a, b)).max():
-        return Paired(mean, mean, mean, float(np.isclose(mean, 0, atol=1e-12)), n)
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
-    width = float(stdtrit(n - 1, 0.5 + level / 2)) * error
-    return Paired(mean, mean - width, mean + width, float(2 * stdtr(n - 1, -abs(mean / error))), n)
+    return _difference(float(differences.mean()), [_share(differences.tolist())], np.abs((a, b)).max())
 
 
-def paired_by_seed(a: Mapping[Seeds, float], b: Mapping[Seeds, float], level: float = 0.95) -> Paired | None:
-    """Pair values whose distillation seed and student seed both agree; None where no pair is found.
+def welch(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """Return mean(a) − mean(b) of independent values: error² = s_a²/n_a + s_b²/n_b, freedom by Welch–Satterthwaite.
 
-    Over two or more distillation seeds the differences are first averaged within each, and the interval has one degree
-    of freedom less than there are seeds; over a single one it counts students.
+    B. L. Welch, "The generalization of 'Student's' problem when several different population variances are involved",
+    Biometrika 34 (1947), 28–35; the interval and p are ``scipy.stats.ttest_ind``'s with ``equal_var=False``. The error
+    is NaN where a side has one value, and where no value differs from the others of its side.
+
+    Raises:
+        ValueError: a side has no values.
     """
-    shared = sorted(a.keys() & b.keys())
-    if not shared:
-        return None
-    seeds = sorted({distillation for distillation, _ in shared})
-    groups = [[key for key in shared if key[0] == seed] for seed in seeds] if len(seeds) > 1 else [[k] for k in shared]
-    means = [[fmean(values[key] for key in group) for group in groups] for values in (a, b)]
-    result = paired(means[0], means[1], level)
-    return replace(result, n=len(shared), distillation_seeds=len(seeds))
+    import numpy as np
+
+    if not len(a) or not len(b):
+        raise ValueError(f"a comparison needs values on both sides; got {len(a)} and {len(b)}")
+    mean = float(np.mean(a) - np.mean(b))
+    return _difference(mean, [_share(a), _share(b)], max(np.abs(a).max(), np.abs(b).max()))
+
+
+def combined(mean: float, parts: Sequence[Sequence[float]]) -> Difference:
+    """Return ``mean`` with the error of a sum of the means of independent samples (``welch``)."""
+    return _difference(mean, [_share(part) for part in parts], 1.0)
+
+
+def _share(values: Sequence[float]) -> tuple[float, int]:
+    """Return s² / n and the degrees of freedom."""
+    import numpy as np
+
+    n = len(values)
+    return (float(np.var(values, ddof=1)) / n, n - 1) if n > 1 else (math.nan, 0)
+
+
+def _difference(mean: float, shares: Sequence[tuple[float, int]], scale: float) -> Difference:
+    square = sum(share for share, _ in shares)
+    # Rounding leaves equal values unequal in the last digits, where a t-value would mean nothing.
+    if math.isnan(square) or math.sqrt(square) <= 1e-12 * scale:
+        return Difference(mean)
+    return Difference(mean, math.sqrt(square), square**2 / sum(share**2 / freedom for share, freedom in shares))
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
@@ -118,3 +146,16 @@ def holm(pvalues: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(values)
     adjusted[order] = np.maximum.accumulate(steps)
     return [float(value) for value in adjusted]
+
+
+def adjusted_level(p: float, adjusted: float, comparisons: int, level: float = LEVEL) -> float:
+    """Return the level of an interval that excludes zero exactly where the adjusted p-value is at most 1 − level.
+
+    Args:
+        p: p-value of one of the comparisons.
+        adjusted: the same after ``holm``.
+        comparisons: number of comparisons that were adjusted together.
+        level: of the family.
+    """
+    factor = adjusted / p if p > 0 else comparisons
+    return 1 - (1 - level) / max(1.0, factor)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from wmdd.config.schema import Count, Positive
+from wmdd.records.bitmaps import unpack
 
 Sha = Annotated[str, Field(min_length=1)]
 
@@ -51,8 +52,14 @@ class Record(Measurement):
     """Seed of the distilled images."""
     student_seed: Count | None = None
     """Seed of the student."""
+    seeded: bool = True
+    """Whether another distillation seed gives other images; False for a selection that no seed changes."""
     evaluated_on: Literal["test", "holdout"]
     """The images that it was measured on."""
+    test_images: tuple[Count, ...] | None = None
+    """Number of images of each class that it was measured on."""
+    correct: str | None = None
+    """Which of them it got right at the last epoch, class by class: a bit each (``bitmaps.pack``)."""
     metrics: dict[str, float]
     """``top1`` and ``top5`` as fractions, ``loss`` in nats, and whatever else was measured."""
     recipe: dict[str, Any]
@@ -79,6 +86,10 @@ class Record(Measurement):
                     raise ValueError(f"a student's record needs {field}")
             if "top1" not in self.metrics:
                 raise ValueError("a student's record needs metrics.top1")
+        if self.correct is not None:
+            if self.test_images is None:
+                raise ValueError("correct needs test_images, the number of images of each class")
+            unpack(self.correct, sum(self.test_images))
         return self
 
 

@@ -22,6 +22,15 @@ _ABLATION = {
 """The four cells: what features are held against, and whose BatchNorm moments are matched."""
 
 
+ONE_SET = "one set says nothing about another distillation"
+"""What stands wherever a seeded method has a single distilled set."""
+
+
+def single(row: Row) -> bool:
+    """Return whether a row is of one distilled set of a method whose seed changes the images."""
+    return bool(row["sets"] == 1 and not row["fixed"])
+
+
 def headlines(report: "Report") -> list[tuple[str, str, str]]:
     """Return (setting, method, result) of every method that is no baseline, as words."""
     lines = []
@@ -36,9 +45,10 @@ def headlines(report: "Report") -> list[tuple[str, str, str]]:
         reference = references.get(row["name"]) or references.get("")
         if reference and not pd.isna(row["difference"]):
             result += f" vs {reference['method']} {percent(reference, 'top1')} %, {difference(row)} points"
-            result += " (the interval holds 0)" if row["low"] <= 0 <= row["high"] else ""
+            result += ", the interval holds 0" if row["low"] <= 0 <= row["high"] else ""
         held = "" if row["recipe"]["evaluated_on"] == "test" else f", on the {row['recipe']['evaluated_on']} images"
-        lines.append((where(setting), row["method"], f"{result}, n = {count(row)}{held}"))
+        alone = f"; {ONE_SET}" if single(row) else ""
+        lines.append((where(setting), row["method"], f"{result}, n = {count(row)}{held}{alone}"))
     return lines
 
 
@@ -81,30 +91,39 @@ def accuracy(report: "Report") -> Table:
     columns += [
         f"vs {REFERENCE}, points",
         "p",
+        "Detects, points",
         f"vs {CORESET}, points",
+        f"p vs {CORESET}",
         "Images",
         "Labels on disk",
         "Teacher",
         "Labelling, FLOP",
     ]
     columns += [key.replace("_", " ") for key in unlike]
-    single = any(row["sets"] == 1 for row in rows)
     return Table(
         title="Accuracy",
         caption=(
-            "Mean ± half-width of the 95 % t-interval. n = distinct distilled sets × students of each: the interval is"
-            " over the means of the sets"
-            + (", or, where there is one set, over its students: it then tells how students vary, not how images do"
-               if single else "")
-            + f". Differences to {REFERENCE} real images are paired by both seeds and averaged within a distillation"
-            " seed first, with their 95 % interval; p: paired t-test, Holm-adjusted within a setting."
+            "n = distinct distilled sets × students of each."
+            + (" Mean ± half-width of the 95 % t-interval over sets."
+               if report.accuracy["top1_half_width"].notna().any() else " Means.")
+            + (" In parentheses: least and most, where fewer than three independent values give no interval."
+               if any(pd.isna(row["top1_half_width"]) and row["n"] > 1 for row in rows) else "")
+            + (f" Sets 1: {ONE_SET}." if any(single(row) for row in rows) else "")
+            + (" Where no seed changes the images, the interval is over their students."
+               if any(row["fixed"] == 1 for row in rows) else "")
+            + (f" Differences to {REFERENCE} real images: Welch's t-test over sets; p and interval are adjusted by Holm"
+               " for the distinct comparisons of a setting. Detects: smallest true difference found with 80 % power."
+               if any(row["scope"] == "sets" for row in rows) else "")
+            + (" This set only: over the students of the one set and the other's sets."
+               if any(row["scope"] == "this set" for row in rows) else "")
             + (" Labels made online take no bytes but need the teacher, whose bytes stand in a column of their own."
                if report.accuracy["label_bytes"].notna().any() else "")
         ),
         columns=columns,
         rows=[
-            [*_setting(row), percent(row, "top1"), percent(row, "top5"), count(row)]
-            + [difference(row), p_value(row["p_holm"]), difference(row, "coreset_")]
+            [*_setting(row)[:-1], _named(row), percent(row, "top1"), percent(row, "top5"), count(row)]
+            + [difference(row), p_value(row["p_adjusted"]), points(row["detects"])]
+            + [difference(row, "coreset_"), p_value(row["coreset_p_adjusted"])]
             + [size(row[key], "FLOP" if key == "labelling_flops" else "B") for key in BYTES]
             + [term(key, row["recipe"].get(key)) for key in unlike]
             for row in rows
@@ -239,11 +258,12 @@ def robustness(report: "Report") -> Table:
             " whole training set less that of the images, under hard labels (less is better); the former is the"
             " teacher's, where teacher and student are one network, and otherwise missing. IOR, points: gain over"
             f" {REFERENCE} real images under the row's labels. LRS joins both, ARS the gains with and without"
-            " augmentation; from 0 to 100, 26.9 stands for no loss and no gain."
+            " augmentation; from 0 to 100, 26.9 stands for no loss and no gain. Their 95 % intervals are over distilled"
+            " sets, for the one teacher."
         ),
         columns=["Data set", "IPC", "Network", "Labels", "View", "Method", "HLR", "IOR", "LRS", "ARS"],
         rows=[
-            [*_setting(row), points(row["hlr"]), points(row["ior"], "+"), points(row["lrs"]), points(row["ars"])]
+            [*_setting(row), points(row["hlr"]), points(row["ior"], "+"), _score(row, "lrs"), _score(row, "ars")]
             for row in rows
         ],
         words=6,
@@ -252,11 +272,24 @@ def robustness(report: "Report") -> Table:
     )
 
 
+def _score(row: Row, name: str) -> str:
+    """Return a score with its interval, where one is known."""
+    text = points(row[name])
+    if not pd.isna(row[f"{name}_low"]):
+        text += f" [{points(row[f'{name}_low'])}, {points(row[f'{name}_high'])}]"
+    return f"{text} (this set only)" if row[f"{name}_scope"] == "this set" else text
+
+
 def _setting(row: Row) -> list[str]:
     """Return data set, IPC, network, labels, view and method."""
     ipc = "all" if pd.isna(row["ipc"]) else str(row["ipc"])
     regime = NONE if pd.isna(row["regime"]) else row["regime"]
     return [row["dataset"], ipc, row["network"], regime, _view(row), row["method"]]
+
+
+def _named(row: Row) -> str:
+    """Return the method, and another one that chose the same images."""
+    return row["method"] if pd.isna(row["same_as"]) else f"{row['method']} = {row['same_as']}"
 
 
 def _view(row: Row) -> str:

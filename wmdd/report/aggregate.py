@@ -1,4 +1,4 @@
-"""Runs as tables of numbers: accuracy, robustness, coverage, cost, provenance; fractions, seconds and bytes throughout.
+"""Runs as tables of numbers: accuracy, coverage, cost, provenance; fractions, seconds and bytes throughout.
 
 Only like is averaged and compared with like: students of one setting (``wmdd.metrics.SETTING``) share one recipe and
 one set of test images, and runs of one name share one distillation; else the report is refused with what differs.
@@ -14,9 +14,9 @@ import pandas as pd
 from wmdd.config.schema import DECIDES, DEFAULTS, decides
 from wmdd.records.likeness import complete, refuse_unlike
 from wmdd.records.schema import Record, SpeedRecord
-from wmdd.records.scores import augmentation_robust_score, hard_label_recovery, label_robust_score
 from wmdd.report.comparison import REFERENCE, SETTING, compare
 from wmdd.report.runs import MissingRun, Run
+from wmdd.runs.baselines import baseline_folders
 from wmdd.storage.files import digest, flatten
 
 BYTES = ("image_bytes", "label_bytes", "teacher_bytes", "labelling_flops")
@@ -34,12 +34,14 @@ def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
     rows = [
         {key: getattr(record, key) for key in taken}
         | {"name": run.name, "baseline": run.baseline or record.method == REFERENCE}
-        | {"images": record.artefact or record.config, "run": run, "record": record}
+        | {"images": record.artefact or record.config, "seeded": record.seeded, "run": run, "record": record}
         for run in runs
         for record in run.records
         if record.kind == "student"
     ]
-    frame = pd.DataFrame(rows, columns=[*taken, "name", "baseline", "images", "run", "record"]).sort_values("time")
+    frame = pd.DataFrame(rows, columns=[*taken, "name", "baseline", "images", "seeded", "run", "record"]).sort_values(
+        "time"
+    )
     for setting, group in frame.groupby(SETTING):
         refuse_unlike(f"students of {where(setting)}", _recipes(group))
     # A baseline that several runs measured on the same images makes one row, whatever the runs are called.
@@ -163,49 +165,6 @@ def _teachers(runs: list[Run]) -> Iterator[dict[str, Any]]:
             }
 
 
-def robustness(found: pd.DataFrame) -> pd.DataFrame:
-    """Return HLR, IOR, LRS and ARS (``wmdd.metrics``) of each row of students in ``accuracy``; missing where unknown.
-
-    The accuracy of the whole training set under hard labels is the teacher's, where teacher and student are one
-    network and were measured on the same images. ARS compares the views ``epochs`` and ``plain``, on the row of the
-    former.
-    """
-    rows = found.to_dict("records")
-    whole = {row["teacher"]: row for row in rows if pd.isna(row["ipc"]) and row["teacher"]}
-    cell = [key for key in [*SETTING, "method", "name"] if key not in ("regime", "view")]
-    table = {(row["regime"], row["view"], *(row[key] for key in cell)): row for row in rows if not pd.isna(row["ipc"])}
-    scores = []
-    for (regime, view, *rest), row in table.items():
-        hard, plain = table.get(("hard", view, *rest)), table.get((regime, "plain", *rest))
-        gain = _gain(row)
-        score: dict[str, Any] = {key: row[key] for key in [*SETTING, "method", "name", "origins"]} | {"ior": gain}
-        full = _whole(row, whole.get(row["teacher"]))
-        if full is not None and hard:
-            score["hlr"] = hard_label_recovery(full, hard["top1"])
-            if gain is not None:
-                score["lrs"] = label_robust_score(hard["top1"], row["top1"], full, row["top1"] - gain)
-        if plain and view == "epochs" and gain is not None and (other := _gain(plain)) is not None:
-            pair = plain["top1"], plain["top1"] - other
-            score["ars"] = augmentation_robust_score(row["top1"], row["top1"] - gain, *pair)
-        scores.append(score)
-    return pd.DataFrame(scores, columns=[*SETTING, "method", "name", "origins", "hlr", "ior", "lrs", "ars"])
-
-
-def _whole(row: dict[str, Any], teacher: dict[str, Any] | None) -> float | None:
-    """Return the accuracy of a row's teacher, if it tells what the row's network reaches on the whole training set."""
-    if teacher is None or teacher["recipe"]["evaluated_on"] != row["recipe"]["evaluated_on"]:
-        return None
-    alike = all(teacher[key] == row[key] for key in ("dataset", "classes", "resolution", "network"))
-    return float(teacher["top1"]) if alike else None
-
-
-def _gain(row: dict[str, Any]) -> float | None:
-    """Return the gain over random real images, paired by seed; random images gain nothing over themselves."""
-    if row["method"].partition(" ")[0] == REFERENCE:
-        return 0.0
-    return None if pd.isna(row["difference"]) else row["difference"]
-
-
 def speeds(runs: list[Run], problems: list[str]) -> list[tuple[Run, SpeedRecord]]:
     """Return the speeds that count: of one that was measured again under the same circumstances, the latest."""
     found = [(run, speed) for run in runs for speed in run.speeds]
@@ -242,10 +201,10 @@ def coverage(runs: list[Run], waiting: Sequence[MissingRun]) -> pd.DataFrame:
         row |= {"blocks": len(run.blocks), "blocks_expected": len(blocks), "students_expected": len(kinds) * count}
         row["students"] = sum((*kind, seed) in done for kind in kinds for seed in seeds)
         rows.append(row | {"missing": ", ".join(missing) if run.config else "config.json"})
-        there = {run.method} | {other.folder.name for other in runs if other.owner == run.folder}
-        for method in student.get("baselines", ()):
-            if run.owner is None and method not in there:
-                label = f"{run.label}/baselines/{method}"
+        there = {other.folder.name for other in runs if other.owner == run.folder}
+        for folder, (method, _) in baseline_folders(student).items():
+            if run.owner is None and folder not in there:
+                label = f"{run.label}/baselines/{folder}"
                 rows.append({**row, "run": label, "method": method, "blocks": 0, "students": 0, "missing": "all"})
     for cell in waiting:
         rows.append({"run": cell.label, "method": cell.method, "seed": cell.seed, "missing": "all"})

@@ -12,6 +12,7 @@ import pandas as pd
 
 from wmdd.records.schema import SpeedRecord
 from wmdd.report import aggregate, published
+from wmdd.report.robustness import robustness
 from wmdd.report.runs import Run, read
 from wmdd.report.text import terminal as render_terminal
 
@@ -56,7 +57,7 @@ def collect(places: Sequence[Path]) -> Report:
         runs=runs,
         students=students,
         accuracy=accuracy,
-        robustness=aggregate.robustness(accuracy),
+        robustness=robustness(accuracy),
         speeds=speeds,
         published=[figure for figure in published.load() if figure.dataset in datasets] if datasets else [],
         coverage=aggregate.coverage(runs, waiting),

@@ -1,88 +1,167 @@
 """Methods compared with each other, setting by setting."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
-from wmdd.records.intervals import Interval, Seeds, holm, interval, paired_by_seed
+from wmdd.records.intervals import Difference, adjusted_level, holm
+from wmdd.records.samples import Sample, Scope, compared, sample_of
+from wmdd.runs.baselines import RANDOM
 
 SETTING = ["dataset", "classes", "resolution", "ipc", "network", "regime", "view"]
 """What two methods must share to stand in one comparison."""
 
 
-REFERENCE = "random"
+REFERENCE = RANDOM
 """The method that the others are compared with: random real images."""
 
 
 CORESET = "medoids"
 """The selection of real images that they are compared with as well, where it was measured."""
 
+SAME = "same images"
+"""Scope of a comparison of two methods that chose the same images: there is nothing to compare."""
+
+_COMPARED = ("difference", "scope", "low", "high", "p", "p_adjusted", "detects")
+_REFERENCES = {REFERENCE: "", CORESET: "coreset_"}
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One method, by one name, in one setting."""
+
+    method: str
+    name: str
+    baseline: bool
+    sets: dict[str, list[float]]
+    """Top-1 of the students of each distilled set."""
+    fixed: bool
+    """Whether no seed changes the images."""
+    row: dict[str, Any]
+
+    @property
+    def sample(self) -> Sample:
+        return sample_of(self.sets, self.fixed)
+
+    @property
+    def images(self) -> frozenset[str]:
+        return frozenset(self.sets)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A method beside a reference."""
+
+    row: dict[str, Any]
+    prefix: str
+    images: frozenset[frozenset[str]]
+    """The two collections of images: comparisons that share them are one hypothesis."""
+    found: Difference
+    scope: Scope | str
+
 
 def compare(students: "pd.DataFrame") -> "pd.DataFrame":
-    """Return a row for each setting and method: means, intervals, and the difference to the random baseline.
+    """Return a row for each setting and method: means, intervals, and the differences to the references.
 
     Args:
         students: a row for each student, all fit to be compared: the columns of ``SETTING``, ``method``, ``name``
-            (tells distillations of one method apart; each is paired with the random baseline of its name, or else with
-            that of name ""), ``baseline``, ``distillation_seed``, ``student_seed``, ``images`` (names the distilled
-            set) and ``metrics`` (fractions).
+            (tells distillations of one method apart; each is compared with the random baseline of its name, or else
+            with that of name ""), ``baseline``, ``distillation_seed``, ``student_seed``, ``images`` (names the
+            distilled set), ``metrics`` (fractions) and, if known, ``seeded`` (whether a seed changes the images).
 
     Returns:
-        Accuracies and differences as fractions: ``top1``, ``top1_half_width``, the same of ``top5``; the counts
-        ``sets`` (distinct distilled sets; the interval is over their means if there are two, else over students),
-        ``students`` (most of one set) and ``n`` (all); ``difference``, ``low``, ``high``, ``p``, ``pairs`` and
-        ``paired_distillation_seeds``; ``p_holm``, adjusted over the methods of the setting; ``coreset_difference``,
-        ``coreset_low`` and ``coreset_high`` to ``CORESET``. Missing where there is nothing to say.
+        Accuracies and differences as fractions: ``top1``, its ``top1_half_width`` where at least three independent
+        sets tell one, ``top1_least`` and ``top1_most`` of the values; the same of ``top5``. ``sets`` (distinct
+        distilled sets), ``students`` (most of one set), ``n`` (all), ``fixed``, and ``values`` by set and student seed.
+        ``difference`` to ``REFERENCE``; its ``scope`` (``samples.Scope`` or ``SAME``); ``low`` and ``high`` at the
+        level of ``p_adjusted``, or at 95 % for this set only; ``p``; ``p_adjusted`` by Holm over the distinct
+        comparisons of the setting; ``detects``, the smallest difference found with 80 % power. The same with
+        ``coreset_`` for ``CORESET``. ``same_as``: an earlier method of the setting that chose the same images. Missing
+        where there is nothing to say.
     """
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
     for setting, group in students.groupby(SETTING):
-        cells = dict(list(group.groupby(["method", "name"])))
-        top1 = {key: _by_seeds(cell) for key, cell in cells.items()}
-        references, coresets = (
-            {name: values for (method, name), values in top1.items() if method == wanted}
-            for wanted in (REFERENCE, CORESET)
-        )
-        compared: list[dict[str, Any]] = []
-        # The methods in question come first, then what they are held against.
-        order = sorted(cells, key=lambda key: (key[0] == REFERENCE, bool(cells[key]["baseline"].iloc[0]), key))
-        for method, name in order:
-            cell = cells[method, name]
-            row = dict(zip(SETTING, setting, strict=True)) | {"method": method, "name": name}
-            row |= {"baseline": bool(cell["baseline"].iloc[0])}
-            for metric in ("top1", "top5"):
-                if sets := _by_set(cell, metric):
-                    found = _over_sets(sets)
-                    row |= {metric: found.mean, f"{metric}_half_width": found.half_width}
-            sizes = [len(students) for students in _by_set(cell, "top1").values()]
-            row |= {"sets": len(sizes), "students": max(sizes), "n": sum(sizes)}
-            reference = references.get(name) or references.get("", {})
-            if method != REFERENCE and (pairs := paired_by_seed(top1[method, name], reference)):
-                row |= {"difference": pairs.mean, "low": pairs.low, "high": pairs.high, "p": pairs.p, "pairs": pairs.n}
-                row["paired_distillation_seeds"] = pairs.distillation_seeds
-                if not math.isnan(pairs.p):
-                    compared.append(row)
-            coreset = coresets.get(name) or coresets.get("") or next(iter(coresets.values()), {})
-            if method != CORESET and (pairs := paired_by_seed(top1[method, name], coreset)):
-                row |= {"coreset_difference": pairs.mean, "coreset_low": pairs.low, "coreset_high": pairs.high}
-            rows.append(row)
-        for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
-            row["p_holm"] = p
-    columns = [*SETTING, "method", "name", "baseline", "top1", "top1_half_width", "top5", "top5_half_width"]
-    columns += ["sets", "students", "n", "difference", "low", "high", "p", "p_holm", "pairs"]
-    columns += ["coreset_difference", "coreset_low", "coreset_high"]
-    return pd.DataFrame(rows, columns=[*columns, "paired_distillation_seeds"])
+        cells = _cells(dict(zip(SETTING, setting, strict=True)), group)
+        _adjust([_comparison(cell, cells, reference) for reference in _REFERENCES for cell in cells])
+        for index, cell in enumerate(cells):
+            same = next((other for other in cells[:index] if other.images == cell.images), None)
+            cell.row["same_as"] = same.method if same and same.method != cell.method else None
+            rows.append(cell.row)
+    metrics = [f"{metric}{part}" for metric in ("top1", "top5") for part in ("", "_half_width", "_least", "_most")]
+    columns = [*SETTING, "method", "name", "baseline", *metrics, "sets", "students", "n", "fixed", "values", "same_as"]
+    return pd.DataFrame(rows, columns=[*columns, *(f"{pre}{key}" for pre in _REFERENCES.values() for key in _COMPARED)])
 
 
-def _over_sets(sets: Mapping[str, Sequence[float]]) -> Interval:
-    return interval([fmean(values) for values in sets.values()] if len(sets) > 1 else next(iter(sets.values())))
+def _cells(setting: dict[str, Any], group: "pd.DataFrame") -> list[_Cell]:
+    """Return the methods of a setting: those in question first, then the baselines, random images last."""
+    cells = []
+    for (method, name), own in group.groupby(["method", "name"]):
+        sets, baseline = by_set(own, "top1"), bool(own["baseline"].iloc[0])
+        # One collection of images from several seeds: they change nothing.
+        fixed = len(sets) == 1 and own["distillation_seed"].nunique() > 1
+        fixed = fixed or ("seeded" in own and not own["seeded"].any())
+        row = {**setting, "method": method, "name": name, "baseline": baseline, "fixed": fixed}
+        for metric in ("top1", "top5"):
+            if found := by_set(own, metric):
+                sample = sample_of(found, fixed)
+                spread = sample.interval()
+                row |= {metric: sample.mean, f"{metric}_half_width": spread.half_width if spread else math.nan}
+                row |= {f"{metric}_least": min(sample.values), f"{metric}_most": max(sample.values)}
+        sizes = [len(values) for values in sets.values()]
+        row |= {"sets": len(sizes), "students": max(sizes), "n": sum(sizes)}
+        seeds = zip(own["images"], own["student_seed"], own["metrics"], strict=True)
+        row["values"] = {(images, int(seed)): metrics["top1"] for images, seed, metrics in seeds}
+        cells.append(_Cell(method, name, baseline, sets, fixed, row))
+    return sorted(cells, key=lambda cell: (cell.method == REFERENCE, cell.baseline, cell.method, cell.name))
 
 
-def _by_set(cell: "pd.DataFrame", metric: str) -> dict[str, list[float]]:
+def _comparison(cell: _Cell, cells: list[_Cell], reference: str) -> _Comparison | None:
+    """Return a method beside a reference of its name, or of no name; None where there is none but itself."""
+    found = {other.name: other for other in cells if other.method == reference}
+    other = found.get(cell.name) or found.get("")
+    if other is None and reference == CORESET:
+        other = next(iter(found.values()), None)
+    if other is None or cell.method == reference:
+        return None
+    pair = frozenset((cell.images, other.images))
+    difference, scope = compared(cell.sample, other.sample)
+    return _Comparison(cell.row, _REFERENCES[reference], pair, difference, SAME if len(pair) == 1 else scope)
+
+
+def _adjust(comparisons: Iterable[_Comparison | None]) -> None:
+    """Write the comparisons of a setting into their rows, adjusted for the number of distinct ones."""
+    made = [one for one in comparisons if one]
+    tests = {one.images: one.found.p for one in made if one.scope == "sets"}
+    adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
+    for one in made:
+        found: dict[str, Any] = {"difference": one.found.mean, "scope": one.scope}
+        if one.scope == "sets":
+            p = tests[one.images]
+            level = adjusted_level(p, adjusted[one.images], len(tests))
+            # The least difference that the test finds is asked before the data are seen: at the level of all tests.
+            smallest = one.found.detects(1 - 0.05 / len(tests))
+            found |= {"p": p, "p_adjusted": adjusted[one.images], "detects": smallest}
+            found["low"], found["high"] = one.found.bounds(level)
+        elif one.scope == "this set":
+            found["low"], found["high"] = one.found.bounds()
+        one.row.update({f"{one.prefix}{key}": value for key, value in found.items()})
+
+
+def sample_of_values(values: Mapping[tuple[str, int], float], fixed: bool) -> Sample:
+    """Return the sample of values by set and student seed, at least one."""
+    sets: dict[str, list[float]] = {}
+    for (images, _), value in values.items():
+        sets.setdefault(images, []).append(value)
+    return sample_of(sets, fixed)
+
+
+def by_set(cell: "pd.DataFrame", metric: str) -> dict[str, list[float]]:
     """Return the values of each distilled set, one for each student seed.
 
     A selection gives the same images whatever the distillation seed, and a student seed the same student on them.
@@ -92,8 +171,3 @@ def _by_set(cell: "pd.DataFrame", metric: str) -> dict[str, list[float]]:
         if metric in metrics:
             found.setdefault(images, {}).setdefault(int(seed), []).append(metrics[metric])
     return {images: [fmean(values) for values in seeds.values()] for images, seeds in found.items()}
-
-
-def _by_seeds(cell: "pd.DataFrame") -> dict[Seeds, float]:
-    seeds = zip(cell["distillation_seed"], cell["student_seed"], cell["metrics"], strict=True)
-    return {(int(d), int(s)): metrics["top1"] for d, s, metrics in seeds}

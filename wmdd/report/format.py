@@ -4,6 +4,8 @@ from typing import Any
 
 import pandas as pd
 
+from wmdd.report.comparison import SAME
+
 NONE = "–"
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
@@ -15,22 +17,27 @@ Row = dict[str, Any]
 
 
 def percent(row: Row, metric: str) -> str:
-    """Return an accuracy in percent with its interval."""
+    """Return an accuracy in percent: with its interval, or with the least and the most value where there is none."""
     mean, half_width = row[metric], row[f"{metric}_half_width"]
     if pd.isna(mean):
         return NONE
-    return f"{100 * mean:.1f}" if pd.isna(half_width) else f"{100 * mean:.1f} ± {100 * half_width:.1f}"
+    if not pd.isna(half_width):
+        return f"{100 * mean:.1f} ± {100 * half_width:.1f}"
+    least, most = row[f"{metric}_least"], row[f"{metric}_most"]
+    # Several values that agree to the last digit are one figure.
+    span = f"{100 * least:.1f}–{100 * most:.1f}" if row["n"] > 1 else ""
+    return f"{100 * mean:.1f}" + (f" ({span})" if span and span != f"{100 * mean:.1f}–{100 * mean:.1f}" else "")
 
 
 def difference(row: Row, prefix: str = "") -> str:
     """Return a difference in points with its interval: to the baseline, or with ``coreset_`` to the coreset."""
-    value, low, high = (row[f"{prefix}{key}"] for key in ("difference", "low", "high"))
-    if pd.isna(value):
-        return NONE
-    text = f"{100 * value:+.1f}"
+    value, scope, low, high = (row[f"{prefix}{key}"] for key in ("difference", "scope", "low", "high"))
+    if pd.isna(value) or scope == SAME:
+        return NONE if pd.isna(value) else SAME
+    text = points(value, "+")
     if not pd.isna(low):
-        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return text.replace("-", "−")
+        text += f" [{points(low)}, {points(high)}]"
+    return f"{text} (this set only)" if scope == "this set" else text
 
 
 def count(row: Row) -> str:
@@ -43,7 +50,10 @@ def count(row: Row) -> str:
 
 def points(value: Any, sign: str = "") -> str:
     """Return a fraction as hundredths."""
-    return NONE if pd.isna(value) else f"{100 * value:{sign if value else ''}.1f}".replace("-", "−")
+    if pd.isna(value):
+        return NONE
+    rounded = round(100 * value, 1) or 0.0  # never −0.0
+    return f"{rounded:{sign if rounded else ''}.1f}".replace("-", "−")
 
 
 def number(value: Any, unit: int = 1, digits: int = 1) -> str:

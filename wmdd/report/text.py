@@ -145,6 +145,6 @@ def csv(report: "Report") -> str:
     if report.accuracy.empty and report.speeds:
         rows = [{"run": run.label, **speed.model_dump(mode="json")} for run, speed in report.speeds]
         return str(pd.json_normalize(rows).to_csv(index=False))
-    frame = report.accuracy.drop(columns=["recipe", "origins", "otherwise"])
+    frame = report.accuracy.drop(columns=["recipe", "origins", "otherwise", "values"])
     recipes = pd.DataFrame(list(report.accuracy["recipe"]), index=frame.index)
     return str(frame.join(recipes.add_prefix("recipe.")).to_csv(index=False))

@@ -42,6 +42,8 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
     """Names these images, labels and weights, however they were spread over blocks"""
     bytes: int = 0
     """Size of its files on disk; 0 for a set that was never written"""
+    seeded: bool = True
+    """Whether another distillation seed gives other images; False for a selection that no seed changes"""
 
     @staticmethod
     def load(run: str | Path) -> "DistilledSet":
@@ -62,9 +64,14 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
         files = [folder.block_file(block) for block in range(config.blocks)]
         parts = [read_tensors(file) for file in files]
         merged = {name: torch.cat([part[name] for part in parts]) for name in ("images", "labels", "weights")}
-        size = sum(file.stat().st_size for file in files)
+        sidecars = [folder.sidecar(block) or {} for block in range(config.blocks)]
         return DistilledSet(
-            **merged, classes=tuple(manifest["classes"]), data=config.data, sha256=manifest["sha256"], bytes=size
+            **merged,
+            classes=tuple(manifest["classes"]),
+            data=config.data,
+            sha256=manifest["sha256"],
+            bytes=sum(file.stat().st_size for file in files),
+            seeded=all(sidecar.get("seeded", True) for sidecar in sidecars),
         )
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from wmdd.data.synthetic import name_of
 from wmdd.errors import InputError
 from wmdd.networks.accuracy import Validation
 from wmdd.networks.checkpoint import Checkpoint
+from wmdd.records.bitmaps import pack
 from wmdd.records.files import read_records, write_records
 from wmdd.records.likeness import complete, protocol_of
 from wmdd.records.provenance import provenance
@@ -170,7 +171,10 @@ def _record(
         view=task.view,
         distillation_seed=config.seed,
         student_seed=task.seed,
+        seeded=distilled.seeded,
         evaluated_on=validation.on,
+        test_images=result.judged.images,
+        correct=pack(result.judged.correct),
         metrics=result.metrics,
         recipe=recipe,
         protocol=protocol_of(recipe),

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from wmdd.config.schema import Config, StudentConfig
 from wmdd.errors import Interrupted
 from wmdd.networks import create
-from wmdd.networks.accuracy import Validation
+from wmdd.networks.accuracy import Judgement, Validation
 from wmdd.networks.checkpoint import Checkpoint, StopCheck
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.meter import Meter
@@ -34,12 +34,16 @@ from wmdd.teacher.obtain import Teacher
 class Result:
     """What a student reached at its last epoch."""
 
-    metrics: dict[str, float]
-    """top1, top5 (fractions), loss"""
+    judged: Judgement
     updates: int
     """Optimiser steps"""
     cost: dict[str, float]
     """What training, labelling and validation took (``Meter.read``, ``SoftLabels.cost``), and bytes of the images"""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """top1, top5 (fractions), loss"""
+        return self.judged.metrics
 
 
 def train(
@@ -154,14 +158,14 @@ def train(
                 weight.data.copy_(mean)
         team.share_buffers(network)
         network.eval()
-        metrics = validation(network, team)
+        judged = validation(network, team)
     except Interrupted:
         save()
         how = "checkpointed" if checkpoint else "stopped"
         raise Interrupted(f"student {how} after {done} of {wanted_updates} updates") from None
     labelled = done // steps * len(distilled) + done % steps * settings.batch_size
     cost = {"image_bytes": float(distilled.bytes), "label_bytes": 0.0, **(soft.cost(labelled, team) if soft else {})}
-    return Result(metrics, done, meter.read() | {"updates": float(done)} | cost)
+    return Result(judged, done, meter.read() | {"updates": float(done)} | cost)
 
 
 def _smoothed_cosine(epoch: int, settings: StudentConfig) -> float:

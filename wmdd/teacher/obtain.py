@@ -203,7 +203,7 @@ def _make(
         return
     seconds = meter.read()["seconds"]
     state = network.state_dict()
-    accuracy = validation(FrozenNetwork(network, outputs).to(ranks.device).predict)
+    accuracy = validation(FrozenNetwork(network, outputs).to(ranks.device).predict).metrics
     file = folder / _FILE
     name = config.teacher.network
     facts: dict[str, Any] = {

@@ -76,6 +76,10 @@ class Method(ABC):
     uses_statistics = True
     """Whether ``prepare`` and ``objective`` need the class statistics (one pass of the teacher over the data)"""
 
+    seeded = True
+    """Whether another seed gives other images. False for a choice that the data alone decide: its one set is then all
+    that there is of the method, and not one draw of many"""
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

@@ -23,6 +23,8 @@ class Random(Method):
 class _Greedy(Method):
     """K real images chosen one after the other by their features; the same ones for every seed."""
 
+    seeded = False
+
     def prepare(self, data: ClassData) -> ClassPlan:
         """Choose the images."""
         return ClassPlan(data.decode(self.choose(_features(data), self.config.ipc)))
