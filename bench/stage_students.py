@@ -51,7 +51,7 @@ def students_of(bench: Bench, with_reference: bool) -> Workload:
             train.train(limited, task, distilled, bench.teacher, judge, job, SINGLE, Path(folder), advance)  # type: ignore[arg-type]  # any judge will do
 
     def own(steps: int, watch: Stopwatch) -> None:
-        engine(steps, lambda predict, team: {}, watch)
+        engine(steps, lambda predict, team: Judgement({}), watch)
 
     def fresh() -> nn.Module:
         torch.manual_seed(seed_of("student", task.seed))

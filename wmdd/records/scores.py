@@ -23,7 +23,7 @@ def label_robust_score(hard: float, soft: float, real_hard: float, random_soft: 
     """
     _refuse_percentages(hard, soft, real_hard, random_soft)
     gain, loss = improvement_over_random(soft, random_soft), hard_label_recovery(real_hard, hard)
-    return normalised(weight * gain - (1 - weight) * loss)
+    return normalized(weight * gain - (1 - weight) * loss)
 
 
 def augmentation_robust_score(
@@ -39,7 +39,7 @@ def augmentation_robust_score(
     """
     _refuse_percentages(augmented, random_augmented, plain, random_plain)
     gains = improvement_over_random(augmented, random_augmented), improvement_over_random(plain, random_plain)
-    return normalised(weight * gains[0] + (1 - weight) * gains[1])
+    return normalized(weight * gains[0] + (1 - weight) * gains[1])
 
 
 def hard_label_recovery(real_hard: float, hard: float) -> float:
@@ -52,7 +52,7 @@ def improvement_over_random(images: float, random: float) -> float:
     return images - random
 
 
-def normalised(score: float) -> float:
+def normalized(score: float) -> float:
     """Return (e^x − e^−1) / (e − e^−1), which grows with x: 0 at −1, 1 at 1."""
     return (math.exp(score) - math.exp(-1)) / (math.e - math.exp(-1))
 

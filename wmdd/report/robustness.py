@@ -8,7 +8,7 @@ import pandas as pd
 
 from wmdd.records.intervals import Difference
 from wmdd.records.samples import Scope, compared
-from wmdd.records.scores import hard_label_recovery, normalised
+from wmdd.records.scores import hard_label_recovery, normalized
 from wmdd.report.comparison import REFERENCE, SETTING, sample_of_values
 
 WEIGHT = 0.5
@@ -72,7 +72,7 @@ def _label_robust(row: Row, hard: Row, random: Row | None, full: float) -> Row:
 def _augmentation_robust(row: Row, plain: Row, random: Mapping[str, Row | None]) -> Row:
     """ARS: of β = γ·(gain with augmentation) + (1 − γ)·(gain without), set by set."""
     if _is_random(row):
-        return {"ars": normalised(0.0)}
+        return {"ars": normalized(0.0)}
     own = _mixed(row["values"], plain["values"])
     one, other = random["own"], random["plain"]
     others = _mixed(one["values"], other["values"]) if one and other else {}
@@ -94,9 +94,9 @@ def _from(name: str, found: Difference, scope: Scope, less: float) -> Row:
 
 def _score(name: str, mean: float, low: float, half: float, scope: Scope) -> Row:
     """Map a sum of gains and its interval to a score, which grows with it."""
-    made: Row = {name: normalised(mean), f"{name}_scope": scope}
+    made: Row = {name: normalized(mean), f"{name}_scope": scope}
     if not math.isnan(half):
-        made |= {f"{name}_low": normalised(low), f"{name}_high": normalised(low + 2 * half)}
+        made |= {f"{name}_low": normalized(low), f"{name}_high": normalized(low + 2 * half)}
     return made
 
 
