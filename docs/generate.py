@@ -86,7 +86,7 @@ def cli_page() -> str:
     parts = [
         f"{NOTE}\n# Command line",
         "`wmdd COMMAND --help` prints the same on the terminal. Exit codes: 0 done, 1 failed, 2 wrong input,"
-        " 75 stopped after a checkpoint (the same command resumes).",
+        " 75 stopped after a checkpoint (the same command resumes). `wmdd --version` prints the version.",
     ]
     for words, command in commands():
         if hasattr(command, "list_commands"):
@@ -100,7 +100,7 @@ def cli_page() -> str:
         rows += [(f"`{_option(param)}`", f"{param.help or ''}{_default(param)}") for param in options]
         if rows:
             lines = [f"| {_cell(name)} | {_cell(meaning)} |" for name, meaning in rows]
-            parts.append("\n".join(["| | |", "| --- | --- |", *lines]))
+            parts.append("\n".join(["| argument or option | meaning |", "| --- | --- |", *lines]))
         if command.epilog:
             _, _, text = command.epilog.partition(":")
             examples = [example.strip() for example in text.split("   |   ")]
@@ -176,7 +176,10 @@ def _text(docstring: str | None) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    words = " ".join(text.split())
+    if "|" in words and words.startswith("`"):  # a backslash before a bar stays visible in code
+        words = f"<code>{words.strip('`')}</code>"
+    return words.replace("|", "&#124;")
 
 
 if __name__ == "__main__":
