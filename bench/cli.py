@@ -209,3 +209,32 @@ def plan(
     settings = load_config(config, override or [])
     parts, told = projection.run(settings, gpus, projection.read(source), source)
     projection.tell(settings, gpus, parts, told, results())
+
+
+@app.command(epilog="Example:  wmdd bench power bench/results/digits-wmdd.jsonl --difference 1")
+def power(
+    places: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of records, or run folders.")],
+    difference: Annotated[float, typer.Option(min=0.01, help="True difference to be found, in points of top-1.")] = 1.0,
+) -> None:
+    """Say which differences to random images the measured sets could find, and how many sets find a given one."""
+    from bench import power as study
+    from wmdd.runtime.log import results
+
+    study.print_power(study.power(places, difference / 100), difference / 100, results())
+
+
+@app.command(epilog="Example:  wmdd bench compare fp32.jsonl bf16.jsonl --margin 1")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="File of records, or run folder.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The same methods under another recipe.")],
+    margin: Annotated[
+        float | None, typer.Option(min=0.01, help="Test equivalence within so many points of top-1.")
+    ] = None,
+) -> None:
+    """Compare the same methods under two recipes or precisions: paired where the images are the same."""
+    from bench import recipes
+    from wmdd.runtime.log import results
+
+    wanted = None if margin is None else margin / 100
+    found, differing = recipes.effects(first, second, wanted)
+    recipes.print_effects(found, differing, wanted, results())

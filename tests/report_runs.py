@@ -106,6 +106,18 @@ def make_random(run: Path, top1: list[float], **changes: Any) -> None:
         make_run(place, [value], method="random", name="digits/random", seed=number, student=student, **changes)
 
 
+def make_students(method: str, sets: dict[str, list[float]], **changes: Any) -> list[Record]:
+    """Return the students of each distilled set, by the set's name; the set's position is its seed."""
+    recipe = RECIPE | changes.pop("recipe", {})
+    made = []
+    for seed, (artefact, values) in enumerate(sets.items()):
+        for student, top1 in enumerate(values):
+            one = {**_student(method, 10, seed, 100 * seed + student), "artefact": artefact, "network": "convnet3x32"}
+            one |= {"regime": "soft", "recipe": recipe, "protocol": protocol_of(recipe), "metrics": {"top1": top1}}
+            made.append(Record(**one | changes))
+    return made
+
+
 def make_everything(folder: Path) -> Path:
     """Write a protocol with all that a report can show: methods, IPCs, networks, regimes, views, λ, speeds, gaps."""
     gains = {"wmdd": 0.10, "ce-pcbn": 0.08, "barycenter-global": 0.05, "ce-global": 0.03, "random": 0.0}
