@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bench import published as shipped
 from wmdd.errors import InputError
+from wmdd.records.bitmaps import pack
 from wmdd.records.files import write_records
 from wmdd.records.schema import Record, SpeedRecord
 from wmdd.report import published
@@ -248,3 +249,38 @@ def test_a_narrow_terminal_keeps_figures_whole_and_names_what_it_leaves_out(tmp_
     assert re.search(r" wmdd +97\.0 \(96\.0–98\.0\) +100\.0 +1×3\n", text)
     assert "For want of room without:" in text
     assert max(map(len, text.splitlines())) <= 72
+
+
+def with_bits(method: str, sets: int, wrong: int) -> list[Record]:
+    """Return students that get the first images of two classes wrong: one, and ``wrong`` or one more."""
+    made = []
+    for seed in range(sets):
+        correct = [index >= 1 for index in range(10)] + [index >= wrong + seed % 2 for index in range(30)]
+        about = {"distillation_seed": seed, "student_seed": seed, "artefact": f"{method}-{seed}"}
+        bits = {"test_images": (10, 30), "correct": pack(correct)}
+        made.append(student(method, sum(correct) / 40, **about, **bits))
+    return made
+
+
+def test_accuracy_by_class_and_the_interval_over_other_test_images_are_shown(tmp_path: Path) -> None:
+    report = report_of(tmp_path, *with_bits("wmdd", 3, 3), *with_bits("random", 4, 9))
+
+    assert cells(named(report, "Accuracy by class"), "Method", "0", "1") == [
+        ("wmdd", "90.0", "88.9"),
+        ("random", "90.0", "68.3"),
+    ]
+    (line,) = cells(named(report, "Other test images"), "Method", "Test images", "Right / wrong")
+    assert line == ("wmdd", "40", "6 / 0")
+    over_sets, over_both = (named(report, "Other test images").rows[0][i].split("[")[1] for i in (7, 8))
+    low, high = (float(text.split(",")[0].replace("−", "-")) for text in (over_sets, over_both))
+    assert high < low, "other test images widen the interval"
+    assert named(report, "Accuracy").terms["test images"] == "40"
+
+
+def test_one_set_has_no_p_value_over_test_images_either(tmp_path: Path) -> None:
+    one = [s.model_copy(update={"artefact": "w", "distillation_seed": 0}) for s in with_bits("wmdd", 3, 3)]
+    report = report_of(tmp_path, *one, *with_bits("random", 4, 9))
+
+    table = named(report, "Other test images")
+    assert "p, McNemar" not in table.columns
+    assert "(this set only)" in cells(table, "Over sets and images")[0][0]

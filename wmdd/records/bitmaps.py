@@ -35,11 +35,11 @@ def unpack(text: str, count: int) -> "NDArray[np.bool_]":
     return np.unpackbits(np.frombuffer(content, dtype=np.uint8), count=count).astype(bool)
 
 
-def by_class(correct: "NDArray[np.bool_]", counts: Sequence[int]) -> list[float]:
+def by_class(correct: "NDArray[np.bool_] | NDArray[np.floating]", counts: Sequence[int]) -> list[float]:
     """Return the accuracy of each class.
 
     Args:
-        correct: [N] bool, the images of a class together, in the order of the classes.
+        correct: [N] bool or a share of several students, the images of a class together, in the order of the classes.
         counts: number of test images of each class.
     """
     import numpy as np

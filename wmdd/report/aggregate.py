@@ -114,11 +114,18 @@ def _about(group: pd.DataFrame, spent: dict[str, dict[str, Any]]) -> dict[str, A
     return {
         **{key: sum(found) / len(found) if found else None for key, found in sizes.items()},
         "device_seconds": sum(known) / len(known) if known else None,
-        "recipe": {"evaluated_on": records[0].evaluated_on, **flatten(records[0].recipe)},
+        "recipe": {"evaluated_on": records[0].evaluated_on, **_test_images(records), **flatten(records[0].recipe)},
         "teacher": records[0].recipe.get("teacher"),
         **_bn_weight(group["run"].iloc[0]),
         "origins": origins(zip(group["run"], records, strict=True)),
     }
+
+
+def _test_images(records: Sequence[Record]) -> dict[str, int]:
+    """Return the number of images that students were measured on, where it is known and the same for all."""
+    counts = {sum(record.test_images) if record.test_images else None for record in records}
+    (only,) = counts if len(counts) == 1 else (None,)
+    return {} if only is None else {"test_images": only}
 
 
 def _bn_weight(run: Run) -> dict[str, Any]:

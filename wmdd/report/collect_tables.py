@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from wmdd.report import accuracy_tables, cost_tables
+from wmdd.report import accuracy_tables, cost_tables, image_tables
 from wmdd.report.table import Table, trimmed
 
 if TYPE_CHECKING:
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 _MAKERS: "tuple[Callable[[Report], Table], ...]" = (
     accuracy_tables.overview,
     accuracy_tables.accuracy,
+    image_tables.accuracy_by_class,
+    image_tables.other_images,
     accuracy_tables.published,
     accuracy_tables.architectures,
     accuracy_tables.ablation,
