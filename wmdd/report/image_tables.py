@@ -75,8 +75,8 @@ def other_images(report: "Report") -> Table:
         caption=(
             f"Difference to {REFERENCE} images, points. The interval over sets is about these test images; the one"
             " beside it is about others as well (bootstrap over sets and images). Right / wrong: images that only the"
-            f" first student of the method, or only that of {REFERENCE} images, got right, and McNemar's exact p: about these"
-            " two students. 95 %, each comparison for itself."
+            f" first student of the method, or only that of {REFERENCE} images, got right, and McNemar's exact p, which"
+            " is about these two students. 95 %, each comparison for itself."
         ),
         columns=[*_COLUMNS, "Test images", "Over sets", "Over sets and images", "Right / wrong", "p, McNemar"],
         rows=lines,
