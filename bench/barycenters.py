@@ -52,13 +52,10 @@ def features(images: int, dimension: int, spectrum: Spectrum, seed: int) -> torc
 
 
 def compare(
+    cloud: Callable[[int], torch.Tensor],
     classes: int,
-    images: int,
-    dimension: int,
     count: int,
-    seed: int = 0,
     workers: int = 2,
-    spectrum: Spectrum = "decaying",
     repeats: int = 5,
     advance: Callable[[int], None] = lambda classes: None,
 ) -> dict[str, dict[str, float]]:
@@ -72,14 +69,11 @@ def compare(
     - in ``ratio_same_results``: all that ``wmdd``'s holds, the last two by ``ot.emd2`` and scipy's assignment.
 
     Args:
-        classes: in all.
-        images: n of each class.
-        dimension: D of the features.
-        count: K, the atoms of each class.
-        seed: of features and starts.
-        workers: processes of ``wmdd``.
-        spectrum: which features.
-        repeats: parts of the classes that are timed one by one.
+        cloud: returns the features [n, D] of a class, by its index, which also seeds the starts.
+        classes: number of classes.
+        count: number K of atoms of each class.
+        workers: number of processes of ``wmdd``.
+        repeats: number of parts of the classes; each part is timed by itself.
         advance: called with the number of classes done.
 
     Returns:
@@ -91,7 +85,7 @@ def compare(
     w2: dict[str, list[float]] = {"wmdd": [], "pot": []}
     parts = [part.tolist() for part in np.array_split(np.arange(classes), min(repeats, classes))]
     for turn, part in enumerate(parts):
-        made = [features(images, dimension, spectrum, seed * 1_000_003 + index) for index in part]
+        made = [cloud(index) for index in part]
         points = [one.double().numpy() for one in made]
 
         def own(part: list[int] = part, made: list[torch.Tensor] = made) -> None:
@@ -101,7 +95,7 @@ def compare(
             w2["wmdd"] += [atoms.w2 for atoms in found]
 
         def pot(part: list[int] = part, points: list[np.ndarray] = points) -> None:
-            mass, even = ot.unif(images), ot.unif(count)
+            mass, even = ot.unif(len(points[0])), ot.unif(count)
             clock = [time.perf_counter()]
             drawn = [starts(one, count, 1, index)[0] for one, index in zip(points, part, strict=True)]
             clock.append(time.perf_counter())
@@ -169,12 +163,16 @@ def main(
     counts = [int(part) for part in parts if part.isdecimal()]
     if len(counts) < len(parts) or not all(1 <= count <= images for count in counts):
         raise InputError(f"--ipc {ipc}: expected numbers from 1 to {images}, such as 10,50")
+    chosen: Spectrum = "flat" if spectrum == "flat" else "decaying"
+
+    def cloud(index: int) -> torch.Tensor:
+        return features(images, dimension, chosen, seed * 1_000_003 + index)
+
     table = Table("IPC", "engine", "classes/s", "least", "most", "ratio", "least", "most", "mean W2²")
     table.caption = "ratio: POT's time, with the drawing of the starts, to ours"
     for count in counts:
         with progress(f"barycenters, IPC {count}", classes, "classes") as advance:
-            chosen: Spectrum = "flat" if spectrum == "flat" else "decaying"
-            found = compare(classes, images, dimension, count, seed, workers, chosen, advance=advance)
+            found = compare(cloud, classes, count, workers, advance=advance)
         for engine, metrics in found.items():
             keys = ("rate", "rate_low", "rate_high", "ratio", "ratio_low", "ratio_high", "w2")
             row = [f"{metrics[key]:.2f}" if key in metrics else "–" for key in keys]

@@ -55,7 +55,7 @@ def protocol(
     from wmdd import launchers
     from wmdd.errors import InputError
     from wmdd.report import collect, text
-    from wmdd.report import html as html_module
+    from wmdd.report.html import write_html
     from wmdd.runtime.log import results
 
     if slurm and minutes is not None:
@@ -77,7 +77,7 @@ def protocol(
         return
     html = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
     collected = collect.collect(folders)
-    html_module.write_html(collected, html)
+    write_html(collected, html)
     text.terminal(collected, results())
     typer.echo(f"report: {html}")
 

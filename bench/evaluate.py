@@ -34,13 +34,14 @@ def config_of(
     found = external_folder.images_per_class(folder) if ipc is None else ipc
     given = ["method=external", f"ipc={found}", f"external.layout={layout}"]
     config = load_config(source, [*overrides, *given])
-    files = {"folder": str(folder), "sha256": external_folder.fingerprint(folder)}
-    changes = {
-        "name": name or folder.resolve().name,
-        "external": config.external.model_copy(update=files),
-        "student": config.student.model_copy(update={"baselines": tuple(baselines)}),
-    }
-    config = config.model_copy(update=changes)
+    config = config.replace(
+        {
+            "name": name or folder.resolve().name,
+            "external.folder": str(folder),
+            "external.sha256": external_folder.fingerprint(folder),
+            "student.baselines": tuple(baselines),
+        }
+    )
     for method in baselines:
         registry.create(config, method)
     return config

@@ -15,7 +15,7 @@ from rich.table import Table
 from bench import timing
 from bench.stage_synthesis import synthesis_of
 from bench.throughput import duration, footnotes, records_of, spread_text
-from bench.workloads import OWN, Bench, Workload, open_bench
+from bench.workloads import OWN, BenchSession, Workload, open_bench
 from wmdd.config.schema import Config
 from wmdd.distill.methods import registry
 from wmdd.distill.synthesis.objective import Objective
@@ -79,10 +79,9 @@ def sizes(most: int) -> list[int]:
     return [*(2**power for power in range((most - 1).bit_length())), most]
 
 
-def work_of(bench: Bench, size: int) -> Workload:
+def work_of(bench: BenchSession, size: int) -> Workload:
     """Return the synthesis of a run's first group, were its groups of ``size`` classes."""
-    synthesis = bench.config.synthesis.model_copy(update={"classes_per_group": size})
-    config = bench.config.model_copy(update={"synthesis": synthesis, "blocks": 1})
+    config = bench.config.replace({"synthesis.classes_per_group": size, "blocks": 1})
     return replace(synthesis_of(replace(bench, config=config), with_reference=False), step_flops=None)
 
 

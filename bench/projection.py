@@ -20,7 +20,7 @@ from wmdd.errors import InputError
 from wmdd.records import files
 from wmdd.records.schema import SpeedRecord
 from wmdd.runs.baselines import baselines_of
-from wmdd.students import tasks as tasks_module
+from wmdd.students.tasks import student_tasks, update_count
 
 PUBLISHED = {
     "digits": (10, 1_442),
@@ -105,11 +105,11 @@ def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path
     distilled = classes * config.ipc
     for name in config.student.networks:
         runs = [config, *baselines_of(config).values()]
-        students = [one.student.model_copy(update={"networks": (name,)}) for one in runs]
-        tasks = [task for one in students for task in tasks_module.tasks(one, config.labels.regimes)]
+        students = [one.student.replace({"networks": (name,)}) for one in runs]
+        tasks = [task for one in students for task in student_tasks(one, config.labels.regimes)]
         batch = min(config.student.batch_size, distilled)
         record = measure(Need("students", name, {"precision": precision_of(config), "batch": batch}))
-        updates = [float(tasks_module.update_count(config, task.view, distilled)) for task in tasks]
+        updates = [float(update_count(config, task.view, distilled)) for task in tasks]
         per_hour = record.metrics["rate"] * float(record.setup["updates"])
         dealt(f"{len(tasks)} students ({name})", "updates", updates, record, per_hour)
     return parts, assumptions(config, gpus, parts, images, classes)

@@ -205,7 +205,7 @@ def students_left(cell: ProtocolRun, classes: int) -> list[tasks.StudentTask]:
         own = [one for one in records if one.config == config.fingerprint("images")]
         return any(evaluate.is_of_recipe(one, config, images) for one in own)
 
-    return [task for task in tasks.tasks(config.student, config.labels.regimes) if not known(task)]
+    return [task for task in tasks.student_tasks(config.student, config.labels.regimes) if not known(task)]
 
 
 def write_plan(protocol: Protocol, table: Sequence[ProtocolRun], out: Path) -> None:

@@ -171,10 +171,8 @@ class Views:
 
 
 def synthesize(
-    probe: Probe,
     images: Tensor,
-    targets: Sequence[ClassTarget],
-    loss_of: LossOf,
+    loss_of: Callable[[Tensor], Tensor],
     views: Views,
     iterations: int,
     lr: float,
@@ -185,10 +183,8 @@ def synthesize(
     """Return the images after so many steps of Adam under a cosine schedule, each seeing them in a new view.
 
     Args:
-        probe: the hooked teacher.
-        images: [C·K, channels, H, W], the classes one after the other, normalised.
-        targets: of each class.
-        loss_of: what is minimised.
+        images: [C·K, channels, H, W], the classes one after the other, normalized.
+        loss_of: returns the loss of the images; the weights of its network need no gradients.
         views: random crop, flip and roll.
         iterations: steps.
         lr: peak learning rate.
@@ -197,12 +193,11 @@ def synthesize(
         advance: called after each step.
     """
     images = images.clone().requires_grad_(True)
-    probe.network.requires_grad_(False)
     optimizer = torch.optim.Adam([images], lr=lr, betas=betas)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in range(iterations):
         optimizer.zero_grad()
-        loss_of(probe, views(images), targets).backward()
+        loss_of(views(images)).backward()
         optimizer.step()
         schedule.step()
         if limits is not None:

@@ -54,7 +54,7 @@ def remaining_of(cell: ProtocolRun) -> Remaining:
         sets=1,
         sets_left=int(not made),
         iterations_left=0 if made else images * iterations,
-        students=len(tasks.tasks(config.student, config.labels.regimes)),
+        students=len(tasks.student_tasks(config.student, config.labels.regimes)),
         students_left=len(left),
         updates_left=sum(tasks.update_count(config, task.view, images) for task in left),
     )

@@ -6,26 +6,24 @@ this rank's synthesis, and ``synthesis``, those until the last rank was done; th
 
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch.distributed as dist
 import typer
 
 from bench.timing import fresh_store
-from bench.workloads import groups_of, teacher_of
+from bench.workloads import bench_session, groups_of
 from wmdd import cli_options
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.data.dataset import load_dataset
-from wmdd.data.pixels import pixel_range, quantize
+from wmdd.data.pixels import quantize
 from wmdd.distill import blocks, statistics
-from wmdd.distill import groups as groups_module
-from wmdd.distill import job as job_module
+from wmdd.distill.groups import Prepared, prepare
 from wmdd.distill.synthesis.engine import State, synthesize
 from wmdd.errors import InputError
-from wmdd.runs import folder as folder_module
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import Team
 from wmdd.storage.files import write_json
@@ -47,10 +45,7 @@ def main(
 def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str, Any]:
     dataset = load_dataset(config.data, config.compute.workers, job)
     method = blocks.check(config, dataset)
-    objective = method.objective()
-    if objective is None:
-        raise InputError(f"method = {config.method!r} optimises no images: there is no synthesis to time")
-    teacher, _ = teacher_of(config, dataset, job)
+    session = bench_session(config, dataset, job)
     team = job.team(config.synthesis.split_class, "synthesis.split_class")
     own = team.deal(groups_of(config, len(dataset.classes))[:groups])
     marks = {"startup": time.time() - begun}
@@ -58,29 +53,18 @@ def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str,
     clock = time.perf_counter()
     classes = [index for group in own for index in group.classes]
     with fresh_store():
-        found = dict(statistics.measure(config, dataset, teacher, job, classes)) if method.uses_statistics else {}
+        found = dict(statistics.measure(session, classes)) if method.uses_statistics else {}
     marks["statistics"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    with TemporaryDirectory() as place:
-        work = job_module.Job(config, dataset, teacher, job, folder_module.RunFolder(Path(place)), lambda: False)
-        prepared = [groups_module.prepare(work, method, group, found) for group in own]
+    prepared = [prepare(session, method, group, found) for group in own]
     marks["preparation"] = time.perf_counter() - clock
 
-    def synthesized(group: groups_module.Prepared, iterations: int) -> State:
-        if group.target is None:
-            raise InputError(f"method = {config.method!r} sets no target: there is no synthesis to time")
-        return synthesize(
-            teacher.network,
-            State(group.images),
-            group.target,
-            objective,
-            method.synthesis().model_copy(update={"iterations": iterations}),
-            pixel_range(config.data),
-            (config.seed, *group.seed),
-            job,
-            team,
-        )
+    def synthesized(group: Prepared, iterations: int) -> State:
+        if group.problem is None:
+            raise InputError(f"method = {config.method!r} optimizes no images: there is no synthesis to time")
+        settings = group.problem.settings.replace({"iterations": iterations})
+        return synthesize(replace(group.problem, settings=settings), State(group.images), job, team)
 
     clock = time.perf_counter()
     for group in prepared[:1]:

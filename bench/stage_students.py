@@ -1,6 +1,7 @@
 """The training of a student: the engine, the plain loop, and how far apart two students are."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from bench import reference_student
 from bench.timing import Stopwatch, flops
-from bench.workloads import OWN, Bench, Checks, Workload
+from bench.workloads import OWN, BenchSession, Checks, Workload
 from wmdd.errors import InputError
 from wmdd.networks import create
 from wmdd.networks.accuracy import Judgement
@@ -20,7 +21,7 @@ from wmdd.runtime.team import SINGLE, Team
 from wmdd.students import batches, tasks, train
 
 
-def students_of(bench: Bench, with_reference: bool) -> Workload:
+def students_of(bench: BenchSession, with_reference: bool) -> Workload:
     """Updates of a student on a set of the run's size; a student's validation is not among them.
 
     The images are noise, which takes as long as any.
@@ -45,10 +46,9 @@ def students_of(bench: Bench, with_reference: bool) -> Workload:
     task = tasks.StudentTask(name, regime, 0, "updates")
 
     def engine(updates: int, judge: Callable[..., Judgement], advance: Callable[[int], None]) -> None:
-        settings = config.student.model_copy(update={"updates": updates})
-        limited = config.model_copy(update={"student": settings})
+        session = replace(bench, config=config.replace({"student.updates": updates}), validation=judge)  # type: ignore[arg-type]  # any judge will do
         with TemporaryDirectory() as folder:
-            train.train(limited, task, distilled, bench.teacher, judge, job, SINGLE, Path(folder), advance)  # type: ignore[arg-type]  # any judge will do
+            train.train(session, task, distilled, SINGLE, Path(folder), advance)
 
     def own(steps: int, watch: Stopwatch) -> None:
         engine(steps, lambda predict, team: Judgement({}), watch)
@@ -108,7 +108,7 @@ def students_of(bench: Bench, with_reference: bool) -> Workload:
 
 
 def student_difference(
-    bench: Bench,
+    bench: BenchSession,
     engine: Callable[..., None],
     fresh: Callable[[], nn.Module],
     distilled: DistilledSet,

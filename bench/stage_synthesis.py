@@ -1,9 +1,8 @@
 """The synthesis of one group: the engine, the plain loop, and how far apart they are at the start."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,61 +10,38 @@ from torch import Tensor, nn
 
 from bench import reference
 from bench.timing import Run, Stopwatch, flops
-from bench.workloads import OWN, Bench, Checks, Workload, difference
-from wmdd.data.pixels import pixel_range
+from bench.workloads import OWN, BenchSession, Checks, Workload, difference
 from wmdd.distill import groups
-from wmdd.distill import job as job_module
 from wmdd.distill.methods import registry
-from wmdd.distill.synthesis import engine as engine_module
-from wmdd.distill.synthesis import objective as objective_module
+from wmdd.distill.synthesis.engine import Problem, State, synthesize
+from wmdd.distill.synthesis.objective import Objective, Target
 from wmdd.errors import InputError, WmddError
-from wmdd.runs import folder as folder_module
 
 
-def first_group(bench: Bench) -> tuple[groups.Prepared, objective_module.Target]:
-    """Return the first group of classes as the run would begin it, and what its images are matched to.
+def first_group(bench: BenchSession) -> tuple[groups.Prepared, Problem]:
+    """Return the first group of classes as the run would begin it, and what its images are optimized for.
 
     Raises:
-        InputError: the method optimises nothing.
+        InputError: the method optimizes nothing.
     """
-    method = registry.create(bench.config)
-    if method.objective() is None:
-        raise InputError(f"method = {bench.config.method!r} optimises no images: there is no synthesis to time")
-    with TemporaryDirectory() as folder:
-        place = folder_module.RunFolder(Path(folder))
-        job = job_module.Job(bench.config, bench.dataset, bench.teacher, bench.ranks, place, lambda: False)
-        prepared = groups.prepare(job, method, bench.groups[0], bench.measured)
-    if prepared.target is None:
-        raise InputError(f"method = {bench.config.method!r} sets no target: there is no synthesis to time")
-    return prepared, prepared.target
+    prepared = groups.prepare(bench, registry.create(bench.config), bench.groups[0], bench.measured)
+    if prepared.problem is None:
+        raise InputError(f"method = {bench.config.method!r} optimizes no images: there is no synthesis to time")
+    return prepared, prepared.problem
 
 
-def synthesis_of(bench: Bench, with_reference: bool) -> Workload:
+def synthesis_of(bench: BenchSession, with_reference: bool) -> Workload:
     """Iterations of the first group."""
     config, job = bench.config, bench.ranks
-    method = registry.create(config)
-    prepared, target = first_group(bench)
-    objective, settings = (
-        method.objective() or objective_module.Objective.from_settings(config.synthesis),
-        method.synthesis(),
-    )
-    limits = pixel_range(config.data)
+    prepared, problem = first_group(bench)
+    objective, settings, target, limits = problem.objective, problem.settings, problem.target, problem.limits
     count = len(prepared.images)
 
     def engine(
         chosen: Any, images: Tensor, iterations: int, advance: Callable[[int], None] = lambda iterations: None
-    ) -> engine_module.State:
-        return engine_module.synthesize(
-            bench.teacher.network,
-            engine_module.State(images),
-            target,
-            objective,
-            chosen.model_copy(update={"iterations": iterations}),
-            limits,
-            (config.seed, *prepared.seed),
-            job,
-            advance=advance,
-        )
+    ) -> State:
+        asked = replace(problem, settings=chosen.replace({"iterations": iterations}))
+        return synthesize(asked, State(images), job, advance=advance)
 
     def own(steps: int, watch: Stopwatch) -> None:
         engine(settings, prepared.images, steps, watch)
@@ -84,10 +60,13 @@ def synthesis_of(bench: Bench, with_reference: bool) -> Workload:
         views = reference.Views(settings.crop_scale, settings.flip, settings.jitter, settings.augment == "image")
         edges = (limits[0].to(job.device), limits[1].to(job.device)) if settings.clamp else None
 
+        def plain_loss(pixels: Tensor) -> Tensor:
+            return loss_of(probe, pixels, plain_targets)
+
         def plainly(steps: int, watch: Stopwatch) -> None:
             start = prepared.images.to(job.device)
             lr, betas = settings.lr, settings.betas
-            reference.synthesize(probe, start, plain_targets, loss_of, views, steps, lr, betas, edges, watch)
+            reference.synthesize(start, plain_loss, views, steps, lr, betas, edges, watch)
 
         def check() -> Checks:
             return {
@@ -111,7 +90,7 @@ def synthesis_of(bench: Bench, with_reference: bool) -> Workload:
 
 
 def start_differences(
-    engine: Callable[[Any, Tensor, int], engine_module.State],
+    engine: Callable[[Any, Tensor, int], State],
     settings: Any,
     images: Tensor,
     probe: reference.Probe,
@@ -125,8 +104,8 @@ def start_differences(
     rounding alone does is ``gradient_rounding``, the distance of the reference's gradient from its own in float64: one
     input of a ReLU within rounding of zero makes it large, and the other difference with it.
     """
-    whole = settings.model_copy(
-        update={"crop_scale": (1.0, 1.0), "flip": False, "jitter": 0, "crop_curriculum": 0.0, "betas": (0.5, 0.9)}
+    whole = settings.replace(
+        {"crop_scale": (1.0, 1.0), "flip": False, "jitter": 0, "crop_curriculum": 0.0, "betas": (0.5, 0.9)}
     )
     state = engine(whole, images, 1)
     loss, gradient = _plain_gradient(loss_of, probe, images.to(device), targets)
@@ -154,7 +133,7 @@ def _plain_gradient(
     return loss, gradient
 
 
-def reference_loss(objective: objective_module.Objective, weights: Tensor) -> reference.LossOf:
+def reference_loss(objective: Objective, weights: Tensor) -> reference.LossOf:
     """Return the plain loss for an objective.
 
     Raises:
@@ -171,9 +150,7 @@ def reference_loss(objective: objective_module.Objective, weights: Tensor) -> re
     )
 
 
-def reference_targets(
-    target: objective_module.Target, probe: reference.Probe, device: torch.device
-) -> list[reference.ClassTarget]:
+def reference_targets(target: Target, probe: reference.Probe, device: torch.device) -> list[reference.ClassTarget]:
     """Return the engine's target as the reference wants it: class by class, layer by layer."""
     norms = [layer for layer in probe.network.modules() if isinstance(layer, nn.BatchNorm2d)]
     sizes = [layer.num_features for layer in norms]

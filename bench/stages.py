@@ -9,7 +9,7 @@ from bench import reference, reference_statistics
 from bench.stage_students import students_of
 from bench.stage_synthesis import synthesis_of
 from bench.timing import Run, Stopwatch, flops, fresh_store
-from bench.workloads import OWN, Bench, Checks, Workload, difference
+from bench.workloads import OWN, BenchSession, Checks, Workload, difference
 from wmdd.data.dataset import Dataset
 from wmdd.distill import groups, statistics
 from wmdd.distill.barycenter import solve
@@ -17,7 +17,7 @@ from wmdd.errors import InputError
 from wmdd.runtime.cpus import processes
 
 
-def statistics_of(bench: Bench, with_reference: bool) -> Workload:
+def statistics_of(bench: BenchSession, with_reference: bool) -> Workload:
     """Batches of real images: decoded, seen by the teacher, summed up.  Every repeat decodes anew."""
     config, job = bench.config, bench.ranks
     size = config.statistics.batch_size
@@ -31,7 +31,7 @@ def statistics_of(bench: Bench, with_reference: bool) -> Workload:
     def measure(dataset: Dataset, advance: Callable[[int], None]) -> dict[int, statistics.ClassStatistics]:
         classes = sorted(set(dataset.train.labels.tolist()))
         with fresh_store():
-            return dict(statistics.measure(config, dataset, bench.teacher, job, classes, advance))
+            return dict(statistics.measure(replace(bench, dataset=dataset), classes, advance))
 
     def own(steps: int, watch: Stopwatch) -> None:
         measure(part(bench.dataset, plan[:steps]), watch)
@@ -99,7 +99,7 @@ def part(dataset: Dataset, batches: list[list[int]]) -> Dataset:
     return replace(dataset, train=dataset.train.first(count))
 
 
-def barycenters_of(bench: Bench, with_reference: bool) -> Workload:
+def barycenters_of(bench: BenchSession, with_reference: bool) -> Workload:
     """Classes whose atoms are found, one after the other in one process, beside POT's solver from one start."""
     config = bench.config
     features = [found.features for found in bench.measured.values()]
@@ -150,7 +150,7 @@ def barycenters_of(bench: Bench, with_reference: bool) -> Workload:
     )
 
 
-STAGES: dict[str, Callable[[Bench, bool], Workload]] = {
+STAGES: dict[str, Callable[[BenchSession, bool], Workload]] = {
     "synthesis": synthesis_of,
     "statistics": statistics_of,
     "students": students_of,

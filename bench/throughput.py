@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bench import timing
 from bench.stages import STAGES
-from bench.workloads import OWN, Bench, Workload, open_bench
+from bench.workloads import OWN, BenchSession, Workload, open_bench
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, nearest
 from wmdd.records import files, provenance
@@ -74,7 +74,7 @@ def run(
 
 
 def records_of(
-    bench: Bench, workload: Workload, samples: dict[str, list[timing.Sample]], peaks: dict[str, float]
+    bench: BenchSession, workload: Workload, samples: dict[str, list[timing.Sample]], peaks: dict[str, float]
 ) -> list[SpeedRecord]:
     """Return one record of each engine that was timed.
 

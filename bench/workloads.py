@@ -23,8 +23,9 @@ from wmdd.runs import partition
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.seeding import seed_of
+from wmdd.session import Session, open_session
 from wmdd.students import tasks
-from wmdd.teacher.obtain import Teacher, get_or_train_teacher, is_stored
+from wmdd.teacher.obtain import Teacher, is_stored
 
 logger = logging.getLogger(f"wmdd.{__name__}")
 
@@ -62,15 +63,11 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What all workloads share: the images, a teacher, the first group of classes."""
+class BenchSession(Session):
+    """What all workloads share: a session, and what they compute from it once."""
 
-    config: Config
-    dataset: Dataset
-    teacher: Teacher
     trained: bool
-    """Whether the teacher comes from the store; else it is untrained, which changes no speed of a network"""
-    ranks: Ranks
+    """Whether the teacher comes from the cache; else it is untrained, which changes no speed of a network"""
 
     @property
     def name(self) -> str:
@@ -97,7 +94,7 @@ class Bench:
         classes = self.groups[0].classes
         images = sum(len(self.dataset.train.of_class(index)) for index in classes)
         with progress("statistics of the first group", images, "images") as advance:
-            return dict(statistics.measure(self.config, self.dataset, self.teacher, self.ranks, list(classes), advance))
+            return dict(statistics.measure(self, list(classes), advance))
 
 
 def groups_of(config: Config, classes: int) -> list[partition.Group]:
@@ -106,7 +103,7 @@ def groups_of(config: Config, classes: int) -> list[partition.Group]:
 
 
 @contextmanager
-def open_bench(config: Config) -> Iterator[Bench]:
+def open_bench(config: Config) -> Iterator[BenchSession]:
     """Join the ranks, list the images and get a teacher: the stored one, or an untrained one.
 
     Raises:
@@ -116,19 +113,24 @@ def open_bench(config: Config) -> Iterator[Bench]:
         dataset = load_dataset(config.data, config.compute.workers, job)
         blocks.check(config, dataset)
         tasks.check(config, len(dataset.classes))
-        yield Bench(config, dataset, *teacher_of(config, dataset, job), job)
+        yield bench_session(config, dataset, job)
 
 
-def teacher_of(config: Config, dataset: Dataset, job: Ranks) -> tuple[Teacher, bool]:
-    """Return the stored teacher and True, or an untrained one, always the same, and False."""
+def bench_session(config: Config, dataset: Dataset, job: Ranks) -> BenchSession:
+    """Return a session with the cached teacher, or with an untrained one, always the same."""
     if is_stored(config, dataset, [job.arithmetic]):
-        return get_or_train_teacher(config, dataset, Validation(config, dataset, job), job, lambda: False), True
+        return BenchSession(**vars(open_session(config, dataset, job, _never)), trained=True)
     data, settings = config.data, config.teacher
     logger.warning("the cache holds no teacher for this config: an untrained one takes its place and changes no speed")
     torch.manual_seed(seed_of("bench", "teacher"))
     network = create.create(settings.network, len(dataset.classes), data.channels, data.resolution, settings.stem)
     name = f"untrained-{settings.network}-{settings.stem}-{data.resolution}"
-    return Teacher(FrozenNetwork(network).to(job.device), name, {"network": settings.network}), False
+    teacher = Teacher(FrozenNetwork(network).to(job.device), name, {"network": settings.network})
+    return BenchSession(config, dataset, Validation(config, dataset, job), teacher, job, _never, trained=False)
+
+
+def _never() -> bool:
+    return False
 
 
 def plain(frozen: FrozenNetwork, config: Config) -> nn.Module:

@@ -76,7 +76,7 @@ def blocks_for(config: Config, classes: int, speed: ClusterSpeed, minutes: float
     A task of seconds is all start-up, and one of a day loses much when it dies.  A task never has fewer groups than
     ranks.
     """
-    groups = len(partition.plan(config.model_copy(update={"blocks": 1}), classes)[0].groups)
+    groups = len(partition.plan(config.replace({"blocks": 1}), classes)[0].groups)
     most = max(1, groups // ranks)
     if speed.rate is None:
         return most

@@ -92,7 +92,7 @@ def prepare(
     waiting, queued = _in_queue(folder)
     blocks = blocks or _bound_blocks(folder, bool(waiting))
     blocks = blocks or plan.blocks_for(config, classes, speed, minutes, profile.stages["distill"].ranks)
-    config = config.model_copy(update={"blocks": blocks})
+    config = config.replace({"blocks": blocks})
     partition.plan(config, classes)  # refuses more blocks than groups
     pipeline.check(config, dataset)
     return _planned(Request(config, folder, dataset, profile, speed, minutes, tuple(stages)), waiting, queued)

@@ -7,7 +7,6 @@ from statistics import fmean
 from sweeps.format import show
 from sweeps.objective import range_text, seeds_of
 from sweeps.run import Sweep
-from sweeps.space import apply
 from sweeps.trial_log import Log
 from wmdd.config.loading import to_toml
 from wmdd.config.schema import Config
@@ -32,7 +31,7 @@ def best(folder: Path, measure: bool = True) -> str:
     if chosen is None:
         raise WmddError(f"{folder}: no trial ran to its end; go on with `wmdd sweep run`")
     name = f"{sweep.config.name}-best"
-    config = apply(sweep.config, {**chosen.values, "name": name, "data.holdout_per_class": 0}, "the best trial")
+    config = sweep.config.replace({**chosen.values, "name": name, "data.holdout_per_class": 0}, "the best trial")
     provenance = log.identity["provenance"]
     seeds = seeds_of(chosen)
     lines = [
@@ -59,7 +58,7 @@ def _measure(config: Config, folder: Path) -> dict[str, list[float]]:
     from wmdd import pipeline
     from wmdd.pipeline import Share
 
-    alone = apply(config, {"student.baselines": ()}, "the best trial")
+    alone = config.replace({"student.baselines": ()}, "the best trial")
     pipeline.run(alone, folder, share=Share(("teacher", "distill", "students")))
     records, _ = read_records(folder / "records")
     top1: dict[str, dict[int, list[float]]] = {}

@@ -44,16 +44,17 @@ def run(
 ) -> None:
     """Run a sweep, go on with one that was stopped, or add trials to one that is finished."""
     from sweeps import page
-    from sweeps import run as run_module
     from sweeps.ray_cluster import TrialResources
+    from sweeps.run import resolve
+    from sweeps.run import run as run_sweep
     from wmdd.runtime.log import results
 
-    sweep = run_module.resolve(config, override or [], space, _budget(budget or []), objective, search, scheduler, seed)
+    sweep = resolve(config, override or [], space, _budget(budget or []), objective, search, scheduler, seed)
     if gpus is None:
         gpus = _default_gpus(sweep.config.compute.device)
     place = out or Path("runs") / f"{sweep.config.name}-{Path(space).stem}"
     resources = TrialResources(cpus or sweep.config.compute.threads, gpus, concurrent)
-    log = run_module.run(sweep, place, trials, resources, address)
+    log = run_sweep(sweep, place, trials, resources, address)
     page.render_terminal(sweep, log, results())
 
 
@@ -85,12 +86,12 @@ def show(
 ) -> None:
     """Print the trials, and write a page with the importance of each key and its response."""
     from sweeps import page
-    from sweeps import run as run_module
+    from sweeps.run import Sweep
     from sweeps.trial_log import Log
     from wmdd.runtime.log import results
 
     log = Log.load(folder)
-    sweep = run_module.Sweep.from_identity(log.identity)
+    sweep = Sweep.from_identity(log.identity)
     page.render_terminal(sweep, log, results())
     place = html or folder / "sweep.html"
     page.write_html(sweep, log, place)

@@ -12,7 +12,7 @@ from sweeps import ray_adapters, search, trial
 from sweeps.format import Values, show
 from sweeps.objective import SweepObjective, objective_of, range_text, seeds_of
 from sweeps.ray_cluster import TrialResources, check_address, check_local, ray_session
-from sweeps.space import Space, apply
+from sweeps.space import Space
 from sweeps.space_file import load_space, parse_space
 from sweeps.trial_log import Log, Trial
 from wmdd.config.loading import load_config
@@ -124,10 +124,10 @@ def run(sweep: Sweep, out: Path, trials: int, resources: TrialResources, address
         if todo:
             _say_plan(sweep, log, todo, trials)
             # Ray shows a trial the GPUs it may use, and numbers them from 0.
-            placed = apply(sweep.config, {"compute.device": "auto" if resources.gpus else "cpu"}, "the sweep")
+            placed = sweep.config.replace({"compute.device": "auto" if resources.gpus else "cpu"}, "the sweep")
             plan = trial.prepare(trial.SweepSetup(placed, sweep.space.budget, sweep.objective), stop)
             if resources.gpus:  # a trial that was given a GPU and sees none must fail, and not take hours on the CPU
-                plan = replace(plan, config=apply(placed, {"compute.device": "cuda"}, "the sweep"))
+                plan = replace(plan, config=placed.replace({"compute.device": "cuda"}, "the sweep"))
             _clear(out)
             try:
                 with ray_session(out, resources, address) as concurrent:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, StrictFloat, StrictInt, ValidationError
+from pydantic import Field, StrictFloat, StrictInt
 
 from sweeps.format import Values
 from wmdd.config.loading import describe
@@ -193,29 +193,3 @@ class Space:
             if parameter.active(values):
                 values[parameter.key] = known[parameter.key]
         return values
-
-
-def apply(config: Config, values: Mapping[str, Any], source: str) -> Config:
-    """Return the config with the values of some dotted keys replaced, all checked anew.
-
-    Raises:
-        InputError: a value the config forbids; the message names ``source``, key and value.
-    """
-    changed: dict[str, Any] = config.model_dump()
-    for key, value in values.items():
-        *sections, last = key.split(".")
-        place = changed
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    try:
-        return Config.model_validate(changed)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or ", ".join(values)
-        raise InputError(f"{source}: {where} = {first['input']!r}: {reason(first)}") from None
-
-
-def reason(error: Any) -> str:
-    """Return the message of one of pydantic's complaints."""
-    return str(error["msg"]).removeprefix("Value error, ")

@@ -19,11 +19,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sweeps.space import Budget, Choices, Parameter, Range, Space, apply, reason
+from sweeps.space import Budget, Choices, Parameter, Range, Space
 from wmdd.config.loading import describe
 from wmdd.config.schema import DECIDES, Config
 from wmdd.distill.methods import registry
-from wmdd.errors import InputError, nearest
+from wmdd.errors import InputError, nearest, reason
 from wmdd.storage.files import read_toml
 
 DOMAINS = ("loguniform", "uniform", "int", "choice", "grid")
@@ -192,7 +192,7 @@ def _check(space: Space, config: Config) -> None:
         if why := _ELSEWHERE.get(key) or _FIXED.get(what):
             raise InputError(f"{where}: cannot be swept: {why}")
         for value in parameter.domain.probes():
-            registry.create(apply(config, {key: value}, space.name))
+            registry.create(config.replace({key: value}, space.name))
     swept = {parameter.key for parameter in space.parameters}
     for key, amount in {"synthesis.iterations": "iterations", "student.epochs": "student_epochs"}.items():
         if key in swept and isinstance(getattr(space.budget, amount), int):

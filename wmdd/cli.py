@@ -140,17 +140,17 @@ def report(
     latex: Annotated[Path | None, typer.Option(help="Write the tables as LaTeX (booktabs).")] = None,
 ) -> None:
     """Consolidate runs into tables: on the terminal, and as HTML, CSV, Markdown or LaTeX."""
-    from wmdd.report import collect as reporter
-    from wmdd.report import html as html_module
-    from wmdd.report import text as text_module
+    from wmdd.report import text
+    from wmdd.report.collect import collect
+    from wmdd.report.html import write_html
     from wmdd.runtime.log import results
     from wmdd.storage.files import write_bytes
 
-    collected = reporter.collect(runs)
-    text_module.terminal(collected, results())
+    collected = collect(runs)
+    text.terminal(collected, results())
     if html:
-        html_module.write_html(collected, html)
-    for path, form in ((csv, text_module.csv), (markdown, text_module.markdown), (latex, text_module.latex)):
+        write_html(collected, html)
+    for path, form in ((csv, text.csv), (markdown, text.markdown), (latex, text.latex)):
         if path:
             write_bytes(path, form(collected).encode())
 

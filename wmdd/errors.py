@@ -50,9 +50,14 @@ def complaint(item: "ErrorDetails", valid: list[str], section: str = "") -> str:
     key = ".".join(str(part) for part in ([section] if section else []) + list(item["loc"]))
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}: {nearest(str(item['loc'][-1]), valid)}"
-    message = item["msg"].removeprefix("Value error, ")
+    message = reason(item)
     given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
     return f"{key}: {message}{given}" if key else message
+
+
+def reason(item: "ErrorDetails") -> str:
+    """Return the message of one of pydantic's complaints."""
+    return str(item["msg"]).removeprefix("Value error, ")
 
 
 def nearest(name: str, valid: list[str]) -> str:

@@ -5,19 +5,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.data.dataset import Dataset, load_dataset
-from wmdd.distill import blocks as blocks_module
-from wmdd.distill import job as job_module
 from wmdd.distill import statistics
+from wmdd.distill.blocks import check as check_method
+from wmdd.distill.blocks import distill
 from wmdd.distill.methods import registry
 from wmdd.errors import InputError, Interrupted
-from wmdd.networks.accuracy import Validation
 from wmdd.runs import partition, progress
 from wmdd.runs.baselines import baselines_of
 from wmdd.runs.folder import RunFolder
@@ -27,16 +26,16 @@ from wmdd.runtime.memory import within_memory
 from wmdd.runtime.placement import placement_of
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.signals import STOPS, StopRequest, stop_on
+from wmdd.session import open_session
 from wmdd.storage import cache
 from wmdd.storage.files import digest, expect, write_json
-from wmdd.students import evaluate, soft_labels
-from wmdd.students import tasks as tasks_module
+from wmdd.students import evaluate, soft_labels, tasks
 from wmdd.teacher import obtain
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Students = list[tuple[RunFolder, tasks_module.StudentTask]]
+Students = list[tuple[RunFolder, tasks.StudentTask]]
 """Students with the run, or the baseline, whose images they learn from"""
 
 STAGES = ("teacher", "distill", "students", "report")
@@ -110,7 +109,7 @@ def run(
         log.on_screen(logging.WARNING if here.rank else logging.INFO),
         log.in_file(folder.log_file(share.name), here.rank) as open_log,
         stop_on(*STOPS) as stop,
-        ranks(config.compute.model_copy(update={"device": device}), stop, here) as job,
+        ranks(config.compute.replace({"device": device}), stop, here) as job,
     ):
         if stop():  # while torch was imported, or between two runs
             raise Interrupted("stopped before it began")
@@ -174,23 +173,21 @@ def _run(
         _check_room(config, len(dataset.classes), made, trained, folder, job.size)
     if job.main and dataset.skipped:
         logger.warning(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
-    validation = Validation(config, dataset, job, stop)
     bound = job.broadcast_from_main(folder.bound_teacher() if job.main else None)
     open_log()
-    with within_memory(job.device, "lower teacher.batch_size"):
-        teacher = obtain.get_or_train_teacher(config, dataset, validation, job, stop, bound)
+    session = open_session(config, dataset, job, stop, bound)
     for place, one in runs.items():
         if job.main:
-            write_json(place.path / "teacher.json", teacher.facts)
+            write_json(place.path / "teacher.json", session.teacher.facts)
         if "distill" in share.stages:
-            blocks_module.distill(job_module.Job(one, dataset, teacher, job, place, stop), blocks)
+            distill(replace(session, config=one), place, blocks)
     if not {"distill", "students"} <= set(share.stages):
         _expect_others(runs, todo, share, stop)
     if "students" in share.stages:
         for place, one in runs.items():
-            tasks = [task for owner, task in todo if owner == place]
+            own = [task for owner, task in todo if owner == place]
             with within_memory(job.device, "lower student.batch_size"):
-                evaluate.evaluate(one, place, tasks, teacher, validation, job, stop)
+                evaluate.evaluate(replace(session, config=one), place, own)
     job.barrier()
     if "report" in share.stages and job.main:
         from wmdd.report import collect, html, text
@@ -224,7 +221,7 @@ def students_of(config: Config, folder: RunFolder) -> Students:
     return [
         (place, task)
         for place, one in runs_of(config, folder).items()
-        for task in tasks_module.tasks(one.student, one.labels.regimes)
+        for task in tasks.student_tasks(one.student, one.labels.regimes)
     ]
 
 
@@ -253,9 +250,9 @@ def check(config: Config, dataset: Dataset) -> None:
     Raises:
         InputError: a network or a method does not exist, a class is smaller than the IPC, or a method refuses the data.
     """
-    tasks_module.check(config, len(dataset.classes))
+    tasks.check(config, len(dataset.classes))
     for one in (config, *baselines_of(config).values()):
-        blocks_module.check(one, dataset)
+        check_method(one, dataset)
 
 
 def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups: int, trained: int) -> int:
@@ -274,7 +271,7 @@ def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups:
     images = classes * config.ipc * blocks // config.blocks * runs
     group = min(partition.group_size(config), classes) * config.ipc
     # A block is held twice while it is put together, and a checkpoint has three fp32 tensors of a group.
-    checkpoints = max(groups * 12 * group * pixels, trained * tasks_module.checkpoint_bytes(config, classes))
+    checkpoints = max(groups * 12 * group * pixels, trained * tasks.checkpoint_bytes(config, classes))
     labelled = stored_label_files(config, classes, students) * soft_labels.epoch_bytes(
         config.labels, classes * config.ipc, classes
     )

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 from bench import reference, throughput, timing
 from bench.stage_synthesis import first_group, reference_loss, reference_targets, start_differences, synthesis_of
 from bench.stages import STAGES, statistics_of
-from bench.workloads import OWN, Bench, open_bench
+from bench.workloads import OWN, BenchSession, open_bench
 from wmdd.cli import app
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.data.pixels import normalize, pixel_range
-from wmdd.distill.synthesis import engine as engine_module
-from wmdd.distill.synthesis import objective as objective_module
+from wmdd.distill.synthesis.engine import Problem, State, synthesize
+from wmdd.distill.synthesis.objective import Objective
 from wmdd.errors import InputError
 from wmdd.records.files import read_records
 from wmdd.records.schema import SpeedRecord
@@ -83,22 +83,18 @@ def test_engine_and_reference_do_the_same_work(found: dict[tuple[str, str], Spee
     assert found["barycenters", OWN].metrics["w2"] <= 1.02 * found["barycenters", "pot"].metrics["w2"]
 
 
-def compared(bench: Bench, images: torch.Tensor, target: objective_module.Target, engine_bn: float) -> dict[str, float]:
+def compared(bench: BenchSession, images: torch.Tensor, problem: Problem, engine_bn: float) -> dict[str, float]:
     """Return the differences at ``images`` of an engine whose BatchNorm term has the weight ``engine_bn``."""
     settings = bench.config.synthesis
-    objective = replace(objective_module.Objective.from_settings(settings), bn=engine_bn)
+    other = replace(problem, objective=replace(problem.objective, bn=engine_bn))
     probe = reference.Probe(bench.classifier)
 
-    def engine(chosen: Any, start: torch.Tensor, iterations: int) -> engine_module.State:
-        changed = chosen.model_copy(update={"iterations": iterations})
-        limits = pixel_range(bench.config.data)
-        state = engine_module.State(start)
-        return engine_module.synthesize(
-            bench.teacher.network, state, target, objective, changed, limits, (0,), bench.ranks
-        )
+    def engine(chosen: Any, start: torch.Tensor, iterations: int) -> State:
+        asked = replace(other, settings=chosen.replace({"iterations": iterations}))
+        return synthesize(asked, State(start), bench.ranks)
 
-    loss_of = reference_loss(objective_module.Objective.from_settings(settings), target.weights)
-    plain = reference_targets(target, probe, CPU)
+    loss_of = reference_loss(Objective.from_settings(settings), problem.target.weights)
+    plain = reference_targets(problem.target, probe, CPU)
     return start_differences(engine, settings, images, probe, plain, loss_of, CPU)
 
 
@@ -106,38 +102,42 @@ def compared(bench: Bench, images: torch.Tensor, target: objective_module.Target
 def test_they_agree_along_the_trajectory_of_the_reference(variant: str) -> None:
     config = load_config(variant, [*TINY, "synthesis.jitter=1"])
     with open_bench(config) as bench:
-        prepared, target = first_group(bench)
+        prepared, problem = first_group(bench)
         images = prepared.images
         probe = reference.Probe(bench.classifier)
-        loss_of = reference_loss(objective_module.Objective.from_settings(config.synthesis), target.weights)
-        plain = reference_targets(target, probe, CPU)
+        loss_of = reference_loss(Objective.from_settings(config.synthesis), problem.target.weights)
+        plain = reference_targets(problem.target, probe, CPU)
         views = reference.Views((0.9, 1.0), False, 1)
         limits = pixel_range(config.data)
         for _ in range(3):
-            told = compared(bench, images, target, config.synthesis.bn_weight)
+            told = compared(bench, images, problem, config.synthesis.bn_weight)
             assert told["loss_difference"] < 1e-4 and told["gradient_difference"] < 1e-4
             assert 0 < told["gradient_rounding"] < 1e-4
-            moved = reference.synthesize(probe, images, plain, loss_of, views, 4, 0.05, (0.5, 0.9), limits)
+            moved = reference.synthesize(
+                images, lambda pixels: loss_of(probe, pixels, plain), views, 4, 0.05, (0.5, 0.9), limits
+            )
             assert (moved - images).abs().max() > 0.01
             images = moved
 
 
 def test_an_engine_with_another_weight_is_found_out(config: Config) -> None:
     with open_bench(config) as bench:
-        prepared, target = first_group(bench)
-        told = compared(bench, prepared.images, target, engine_bn=1.01 * config.synthesis.bn_weight)
+        prepared, problem = first_group(bench)
+        told = compared(bench, prepared.images, problem, engine_bn=1.01 * config.synthesis.bn_weight)
     assert told["loss_difference"] > 1e-3 and told["gradient_difference"] > 1e-3
 
 
 def test_the_reference_descends(config: Config) -> None:
     with open_bench(config) as bench:
-        prepared, target = first_group(bench)
+        prepared, problem = first_group(bench)
         probe = reference.Probe(bench.classifier)
-        loss_of = reference_loss(objective_module.Objective.from_settings(config.synthesis), target.weights)
-        plain = reference_targets(target, probe, CPU)
+        loss_of = reference_loss(Objective.from_settings(config.synthesis), problem.target.weights)
+        plain = reference_targets(problem.target, probe, CPU)
         views = reference.Views((0.9, 1.0), False, 0, each=True)
         start = normalize(torch.full_like(prepared.images, 128), config.data)
-        final = reference.synthesize(probe, start, plain, loss_of, views, 30, 0.1, (0.5, 0.9), None)
+        final = reference.synthesize(
+            start, lambda pixels: loss_of(probe, pixels, plain), views, 30, 0.1, (0.5, 0.9), None
+        )
         with torch.no_grad():
             assert loss_of(probe, final, plain) < 0.7 * loss_of(probe, start, plain)
 

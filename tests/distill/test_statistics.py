@@ -1,5 +1,7 @@
 """Class statistics are exact whatever the batches, and their parts mean what they say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,11 @@ from wmdd.data.dataset import load_dataset
 from wmdd.distill.statistics import ClassStatistics, Moments, key, measure, summarize
 from wmdd.errors import Interrupted
 from wmdd.networks import create
+from wmdd.networks.accuracy import Validation
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.runtime.arithmetic import Hardware, resolve
 from wmdd.runtime.ranks import ranks
+from wmdd.session import Session
 from wmdd.storage import cache
 from wmdd.teacher.obtain import Teacher
 
@@ -86,7 +90,8 @@ def test_what_is_stored_is_measured_once_and_a_damaged_file_anew(tiny: Config) -
         shown: list[int] = []
         hook = network.register_forward_pre_hook(lambda module, images: shown.append(len(images[0])))
         with ranks(tiny.compute) as job:
-            found = dict(measure(tiny, dataset, teacher, job, [0, 1, 2]))
+            session = Session(tiny, dataset, Validation(tiny, dataset, job), teacher, job, lambda: False)
+            found = dict(measure(session, [0, 1, 2]))
         hook.remove()
         return found, shown
 
@@ -113,12 +118,13 @@ def test_a_stop_is_heeded_between_batches_and_finished_classes_are_kept(tiny: Co
         shown += images
 
     with ranks(config.compute) as job:
-        stream = measure(config, dataset, teacher, job, [0, 1, 2], advance, lambda: shown > 200)
+        session = Session(config, dataset, Validation(config, dataset, job), teacher, job, lambda: shown > 200)
+        stream = measure(session, [0, 1, 2], advance)
         with pytest.raises(Interrupted, match="stopped while class statistics were measured"):
             dict(stream)
         assert 200 < shown <= 250
         folder = cache.folder("statistics", key(config, dataset, teacher.sha256, job.arithmetic))
         assert [file.name for file in folder.iterdir()] == ["00000.safetensors"]
         before = (folder / "00000.safetensors").read_bytes()
-        assert len(dict(measure(config, dataset, teacher, job, [0, 1, 2]))) == 3
+        assert len(dict(measure(replace(session, stop=lambda: False), [0, 1, 2]))) == 3
         assert (folder / "00000.safetensors").read_bytes() == before

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bench import reference
 from wmdd.config.schema import ComputeConfig, SynthesisConfig
 from wmdd.data import augment
-from wmdd.distill.synthesis.engine import State, _schedule, synthesize
+from wmdd.distill.synthesis.engine import Problem, State, _schedule, synthesize
 from wmdd.distill.synthesis.objective import Objective, Target, evaluate
 from wmdd.errors import Interrupted
 from wmdd.networks.frozen import FrozenNetwork
@@ -156,16 +156,8 @@ def test_a_whole_trajectory_equals_the_plain_loop_in_float64(
         one.means, one.variances = [x.double() for x in one.means], [x.double() for x in one.variances]
     settings = SynthesisConfig(iterations=25, lr=0.05, jitter=3, bn_weight=2.0)
     limits = torch.full((3, 1, 1), -2.0, dtype=torch.float64), torch.full((3, 1, 1), 2.0, dtype=torch.float64)
-    own = synthesize(
-        FrozenNetwork(classifier),
-        State(images.double()),
-        target,
-        Objective.from_settings(settings),
-        settings,
-        limits,
-        (0, "g"),
-        alone,
-    )
+    problem = Problem(FrozenNetwork(classifier), Objective.from_settings(settings), target, settings, limits, (0, "g"))
+    own = synthesize(problem, State(images.double()), alone)
     expected = plain_synthesis(classifier, images.double(), plain, settings, (0, "g"))
     assert (own.images - expected).abs().max() < 1e-7
     assert own.curve["total"][0] > own.curve["total"][-1]
@@ -175,16 +167,30 @@ def test_an_interrupted_synthesis_ends_in_the_same_bytes(classifier: nn.Module, 
     target, _ = targets(classifier)
     settings = SynthesisConfig(iterations=12, lr=0.05)
     limits = torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)
-    arguments = (target, Objective.from_settings(settings), settings, limits, (0, "group"), alone)
-    network = FrozenNetwork(classifier)
-    whole = synthesize(network, State(images), *arguments)
+    objective = Objective.from_settings(settings)
+    problem = Problem(FrozenNetwork(classifier), objective, target, settings, limits, (0, "group"))
+    whole = synthesize(problem, State(images), alone)
     saved: list[State] = []
     asked = iter([False] * 5 + [True] * 10)
     with pytest.raises(Interrupted, match="iteration 5 of 12"):
-        synthesize(network, State(images), *arguments, save=saved.append, stop=lambda: next(asked))
+        synthesize(problem, State(images), alone, save=saved.append, check=lambda: (next(asked), False))
     assert saved[-1].iteration == 5
-    resumed = synthesize(network, saved[-1], *arguments)
+    resumed = synthesize(problem, saved[-1], alone)
     assert torch.equal(whole.images, resumed.images)
+    assert whole.curve["total"] == resumed.curve["total"]
+
+
+def test_a_paused_synthesis_ends_in_the_same_bytes(classifier: nn.Module, images: Tensor, alone: Ranks) -> None:
+    target, _ = targets(classifier)
+    settings = SynthesisConfig(iterations=12, lr=0.05)
+    limits = torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)
+    objective = Objective.from_settings(settings)
+    problem = Problem(FrozenNetwork(classifier), objective, target, settings, limits, (0, "group"))
+    paused = synthesize(problem, State(images), alone, until=5)
+    assert paused.iteration == 5 and not torch.equal(paused.images, images)
+    assert synthesize(problem, paused, alone, until=5).iteration == 5
+    whole, resumed = synthesize(problem, State(images), alone), synthesize(problem, paused, alone)
+    assert torch.equal(whole.images, resumed.images) and resumed.iteration == 12
     assert whole.curve["total"] == resumed.curve["total"]
 
 
@@ -192,10 +198,8 @@ def test_clamp_keeps_pixels_in_range(classifier: nn.Module, images: Tensor, alon
     target, _ = targets(classifier)
     limits = torch.full((3, 1, 1), -0.5), torch.full((3, 1, 1), 0.7)
     settings = SynthesisConfig(iterations=3, lr=1.0)
-    network = FrozenNetwork(classifier)
-    final = synthesize(
-        network, State(images), target, Objective.from_settings(settings), settings, limits, (0,), alone
-    ).images
+    problem = Problem(FrozenNetwork(classifier), Objective.from_settings(settings), target, settings, limits, (0,))
+    final = synthesize(problem, State(images), alone).images
     assert final.min() == -0.5 and final.max() == pytest.approx(0.7)
 
 

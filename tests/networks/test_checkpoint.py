@@ -29,6 +29,7 @@ from wmdd.runtime.meter import Meter
 from wmdd.runtime.progress_bars import observed_by
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE, Team
+from wmdd.session import Session
 from wmdd.students import tasks
 from wmdd.students import train as train_module
 from wmdd.teacher import obtain
@@ -98,19 +99,8 @@ class Students:
             advance(self.updates)
 
         saved = Checkpoint(where / "student.safetensors", of, seconds)
-        result = train_module.train(
-            self.config,
-            self._task,
-            self._set,
-            self._teacher,
-            judge,  # type: ignore[arg-type]
-            job,
-            team,
-            where / "labels",
-            count,
-            stop,
-            saved,
-        )
+        session = Session(self.config, None, judge, self._teacher, job, stop)  # type: ignore[arg-type]
+        result = train_module.train(session, self._task, self._set, team, where / "labels", count, saved)
         return judged, result
 
 

@@ -18,7 +18,6 @@ from wmdd.config.loading import load_config
 from wmdd.config.schema import ComputeConfig, Config
 from wmdd.data.dataset import load_dataset
 from wmdd.distill import blocks, checkpoints, groups, statistics
-from wmdd.distill import job as job_module
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.networks.accuracy import Validation
 from wmdd.networks.checkpoint import Checkpoint, Clock
@@ -29,6 +28,7 @@ from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import Arithmetic, Hardware, applied, candidates, permits, resolve, switches
 from wmdd.runtime.ranks import ranks
 from wmdd.runtime.team import SINGLE
+from wmdd.session import Session
 from wmdd.storage import cache
 from wmdd.storage.files import FORMAT, read_json, write_json
 from wmdd.teacher import obtain
@@ -199,7 +199,8 @@ def test_statistics_of_another_precision_are_not_reused(tiny: Config) -> None:
         shown: list[int] = []
         hook = network.register_forward_pre_hook(lambda module, images: shown.append(len(images[0])))
         with ranks(in_(tiny, precision).compute) as job:
-            ((_, found),) = statistics.measure(tiny, dataset, frozen, job, [2])
+            judge = Validation(tiny, dataset, job)
+            ((_, found),) = statistics.measure(Session(tiny, dataset, judge, frozen, job, lambda: False), [2])
         hook.remove()
         return sum(shown), found.mean
 
@@ -216,8 +217,8 @@ def test_the_checkpoint_of_a_group_in_another_arithmetic_is_not_resumed(
     monkeypatch.setattr(Clock, "due", lambda self: True)
     write = checkpoints.write_checkpoint
 
-    def written(job: job_module.Job, group: Any, state: Any, spent: Any) -> None:
-        write(job, group, state, spent)
+    def written(session: Session, folder: Any, group: Any, state: Any, spent: Any) -> None:
+        write(session, folder, group, state, spent)
         if state.iteration == 3:
             raise Interrupted("stopped")
 
@@ -229,7 +230,7 @@ def test_the_checkpoint_of_a_group_in_another_arithmetic_is_not_resumed(
     pipeline.run(in_(tiny, "bf16"), tmp_path / "run", share=IMAGES)
     (line,) = (line for line in said if "begins anew" in line)
     assert "computed in fp32 on cpu, 1 thread, this is bf16 on cpu, 1 thread" in line
-    assert not any("goes on at iteration" in line for line in said)
+    assert not any("resumes at iteration" in line for line in said)
     pipeline.run(in_(tiny, "bf16"), tmp_path / "whole", share=IMAGES)
     assert blocks_of(tmp_path / "run") == blocks_of(tmp_path / "whole")
 

@@ -24,7 +24,7 @@ from wmdd import pipeline
 from wmdd.config.loading import load_config
 from wmdd.config.schema import ComputeConfig, Config, SynthesisConfig
 from wmdd.distill.synthesis import objective as objective_module
-from wmdd.distill.synthesis.engine import State, synthesize
+from wmdd.distill.synthesis.engine import Problem, State, synthesize
 from wmdd.distill.synthesis.objective import Objective, evaluate, own_rows
 from wmdd.errors import Interrupted, WmddError
 from wmdd.networks.frozen import FrozenNetwork
@@ -116,9 +116,8 @@ def test_a_split_synthesis_follows_the_unsplit_one_and_resumes(classifier: nn.Mo
     def work(size: int, state: State) -> State:
         with ranks(ComputeConfig(device="cpu")) as job:
             team = job.team(size, "test")
-            return synthesize(
-                network, state, target, Objective.from_settings(settings), settings, limits, (0,), job, team
-            )
+            problem = Problem(network, Objective.from_settings(settings), target, settings, limits, (0,))
+            return synthesize(problem, state, job, team)
 
     whole = work(1, State(images))
     halves = in_ranks(2, lambda: work(2, State(images)).images.tolist())

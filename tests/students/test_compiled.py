@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wmdd.config.loading import load_config
 from wmdd.config.schema import ComputeConfig, SynthesisConfig
-from wmdd.distill.synthesis.engine import State, synthesize
+from wmdd.distill.synthesis.engine import Problem, State, synthesize
 from wmdd.distill.synthesis.objective import Objective, Target
 from wmdd.errors import WmddError
 from wmdd.networks import create
@@ -21,6 +21,7 @@ from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime import ranks as ranks_module
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE
+from wmdd.session import Session
 from wmdd.students import tasks, train
 from wmdd.teacher.obtain import Teacher
 
@@ -71,7 +72,7 @@ def test_synthesis(jobs: dict[str, Ranks]) -> None:
 
     def run(job: Ranks) -> State:
         frozen, objective = FrozenNetwork(network()), Objective(1.0, 10.0, 0.5)
-        return synthesize(frozen, State(start), target, objective, settings, limits, ("group",), job)
+        return synthesize(Problem(frozen, objective, target, settings, limits, ("group",)), State(start), job)
 
     eager, compiled = run(jobs["eager"]), run(jobs["compiled"])
     assert graphs() == 1, "one graph for all iterations"
@@ -99,7 +100,8 @@ def test_a_student_and_its_teacher(jobs: dict[str, Ranks], tmp_path: Path) -> No
             return Judgement({})
 
         task = tasks.StudentTask("convnet1x8", "soft", 0)
-        train.train(config, task, distilled, teacher, judge, job, SINGLE, tmp_path)  # type: ignore[arg-type]
+        session = Session(config, None, judge, teacher, job, lambda: False)  # type: ignore[arg-type]
+        train.train(session, task, distilled, SINGLE, tmp_path)
         return seen[0]
 
     eager, compiled = run(jobs["eager"]), run(jobs["compiled"])

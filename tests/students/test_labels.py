@@ -15,6 +15,7 @@ from wmdd.networks.frozen import FrozenNetwork
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE, Team
+from wmdd.session import Session
 from wmdd.storage.files import write_tensors
 from wmdd.students import batches as batches_module
 from wmdd.students import logit_files, losses, soft_labels, tasks
@@ -144,9 +145,8 @@ def test_a_student_on_stored_labels_equals_one_on_rounded_online_labels(
         return Judgement({"top1": 0.0, "top5": 0.0, "loss": 0.0})
 
     def train(regime: str) -> None:
-        train_module.train(
-            config, StudentTask("convnet2x8", regime, 0), distilled, teacher, judge, alone, SINGLE, tmp_path
-        )  # type: ignore[arg-type]
+        session = Session(config, None, judge, teacher, alone, lambda: False)  # type: ignore[arg-type]
+        train_module.train(session, StudentTask("convnet2x8", regime, 0), distilled, SINGLE, tmp_path)
 
     train("stored")
     online = soft_labels.SoftLabels.online
@@ -196,15 +196,16 @@ def test_the_size_of_stored_logits_is_known_beforehand(name: str, row: int, tmp_
     assert 50 * row < size <= soft_labels.epoch_bytes(settings, 50, 300)
 
 
-def spent(config: Config, regime: str, view: str = "epochs", **parts: Any) -> train_module.Result:
+def spent(
+    config: Config, regime: str, view: str = "epochs", *, teacher: Teacher, ranks: Ranks, **parts: Any
+) -> train_module.Result:
     """Train a student; its judge is content with anything."""
 
     def judge(network: nn.Module, team: object) -> Judgement:
         return Judgement({"top1": float(sum(parameter.detach().double().sum() for parameter in network.parameters()))})
 
-    return train_module.train(
-        config, StudentTask("convnet2x8", regime, 0, view), validation=judge, team=SINGLE, **parts
-    )
+    session = Session(config, None, judge, teacher, ranks, lambda: False)  # type: ignore[arg-type]
+    return train_module.train(session, StudentTask("convnet2x8", regime, 0, view), team=SINGLE, **parts)
 
 
 def test_a_budget_buys_the_first_epochs_of_the_stored_labels_and_no_more(

@@ -14,7 +14,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bench
 from bench.protocol import cells, load_protocol
-from sweeps.space import apply
 from wmdd import pipeline
 from wmdd.config.loading import load_config
 from wmdd.config.schema import ComputeConfig, Config
@@ -28,6 +27,7 @@ from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.seeding import seed_of
 from wmdd.runtime.team import SINGLE, Team
+from wmdd.session import Session
 from wmdd.students import batches, evaluate, soft_labels, tasks, train
 from wmdd.teacher.obtain import Teacher
 
@@ -69,7 +69,8 @@ def engines(
         return Judgement({"training": float(network.training)})
 
     task = tasks.StudentTask("convnet2x8", "soft", 0)
-    result = train.train(config, task, distilled, teacher, judge, job, team, folder)  # type: ignore[arg-type]
+    session = Session(config, None, judge, teacher, job, lambda: False)  # type: ignore[arg-type]
+    result = train.train(session, task, distilled, team, folder)
     assert result.metrics == {"training": 0}
     return judged
 
@@ -205,7 +206,7 @@ def test_records_from_before_these_options_are_of_the_same_recipe(tmp_path: Path
     assert not known.recipe.keys() & {"teacher_mode", "loss", "ema"}
     for option in ALL:
         key, _, value = option.partition("=")
-        assert not evaluate.is_of_recipe(known, apply(cell.config, {key: value}, "this test"), 100), option
+        assert not evaluate.is_of_recipe(known, cell.config.replace({key: value}), 100), option
 
 
 def test_the_fingerprint_of_a_recipe_outlasts_new_keys() -> None:

@@ -5,19 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sweeps import space, trial
+from sweeps import trial
 from sweeps.objective import OBJECTIVES
 from wmdd.data.dataset import load_dataset
 from wmdd.data.pixels import quantize
 from wmdd.distill import blocks, groups, statistics
-from wmdd.distill import job as job_module
+from wmdd.distill.synthesis.engine import State
 from wmdd.errors import InputError
-from wmdd.networks.accuracy import Validation
 from wmdd.records.scores import label_robust_score
-from wmdd.runs.folder import RunFolder
 from wmdd.runs.partition import plan
 from wmdd.runtime.ranks import ranks
 from wmdd.runtime.team import SINGLE
+from wmdd.session import open_session
 from wmdd.students import losses
 from wmdd.teacher import obtain
 
@@ -43,9 +42,9 @@ def test_teacher_and_statistics_are_computed_once_for_all_trials(make, monkeypat
         trained.append(1)
         return make_teacher(*arguments, **options)
 
-    def count_classes(config, dataset, model, here, classes, *rest):
+    def count_classes(session, classes, *rest):
         measured.extend(classes)
-        return compute(config, dataset, model, here, classes, *rest)
+        return compute(session, classes, *rest)
 
     monkeypatch.setattr(obtain, "_make", count_teachers)
     monkeypatch.setattr(statistics, "_compute", count_classes)
@@ -66,24 +65,20 @@ def test_a_trial_reports_at_its_rungs_and_is_measured_on_the_holdout(make):
     assert found == [{**report, "seconds": report["seconds"]} for report in found]
 
 
-def test_a_trial_in_stages_ends_with_the_images_of_a_whole_run(make, tmp_path):
+def test_a_trial_in_stages_ends_with_the_images_of_a_whole_run(make):
     settled = prepared(make(SPACE, ("synthesis.classes_per_group=2",)))
     config = settled.proxy({})
     with ranks(config.compute) as here:
         dataset = load_dataset(config.data)
-        validation = Validation(config, dataset, here)
-        model = obtain.get_or_train_teacher(config, dataset, validation, here, lambda: False)
-        bench = trial.Bench(config, dataset, validation, model, here)
-        stages = trial._Synthesis(bench, lambda: False)
+        session = open_session(config, dataset, here, lambda: False)
+        stages = trial._Synthesis(session)
         for iteration in (2, 4, 8):
             stages.advance_to(iteration)
-        job = job_module.Job(config, dataset, model, here, RunFolder(tmp_path), lambda: False)
         method = blocks.check(config, dataset)
         (block,) = plan(config, len(dataset.classes))
-        found = dict(statistics.measure(config, dataset, model, here, block.classes))
-        whole = [
-            groups.optimize(job, method, groups.prepare(job, method, group, found)).images for group in block.groups
-        ]
+        found = dict(statistics.measure(session, block.classes))
+        begun = [groups.prepare(session, method, group, found) for group in block.groups]
+        whole = [groups.optimize(group, State(group.images), here).images for group in begun]
         assert torch.equal(stages.images().images, quantize(torch.cat(whole), config.data))
 
 
@@ -156,12 +151,11 @@ def test_images_count_alike_in_the_moments_where_the_config_says_so(make):
     settled = prepared(make(SPACE, ("barycenter.weights=free", "ipc=4")))
     uneven = {}
     for weighted in (True, False):
-        config = space.apply(settled.proxy({}), {"synthesis.bn_weighted": weighted}, "the test")
+        config = settled.proxy({}).replace({"synthesis.bn_weighted": weighted})
         with ranks(config.compute) as here:
             dataset = load_dataset(config.data)
-            bench = trial._open(config, dataset, here, lambda: False)
-            group = trial._Synthesis(bench, lambda: False)._groups[0]
-        uneven[weighted] = bool((group.target.weights - 0.25).abs().max() > 1e-3)
+            group = trial._Synthesis(trial._open(config, dataset, here, lambda: False))._groups[0]
+        uneven[weighted] = bool((group.problem.target.weights - 0.25).abs().max() > 1e-3)
         assert (group.weights - 0.25).abs().max() > 1e-3  # the set keeps its weights
     assert uneven == {True: True, False: False}
 

@@ -1,9 +1,12 @@
 """What every section of the config has: strict fields, each of which says what it decides."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from wmdd.errors import InputError, reason
 
 SCOPES = ("data", "teacher", "statistics", "images", "labels", "students")
 """What keys decide, in the order of the work: a key decides its own scope and all that follow."""
@@ -28,6 +31,30 @@ class Section(Strict):
     """A part of the config; each field says what it decides."""
 
     _decides: ClassVar[dict[str, Decides | None]] = {}
+
+    def replace(self, changes: Mapping[str, Any], source: str = "config") -> Self:
+        """Return a copy with other values for some keys; the whole copy is validated.
+
+        Args:
+            changes: new value of each key, by its dotted name below this section, such as ``student.epochs``.
+            source: where the values come from, named in an error.
+
+        Raises:
+            InputError: the config forbids a value; the message names the key.
+        """
+        values: dict[str, Any] = self.model_dump()
+        for key, value in changes.items():
+            *sections, last = key.split(".")
+            place = values
+            for section in sections:
+                place = place[section]
+            place[last] = value
+        try:
+            return self.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or ", ".join(changes)
+            raise InputError(f"{source}: {where} = {first['input']!r}: {reason(first)}") from None
 
     def __init_subclass__(cls, decides: Decides | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -329,7 +329,7 @@ def check_files(config: DataConfig, workers: int, refresh: bool = False) -> list
     Raises:
         InputError: the data set or a class is missing, or a file is not what was listed.
     """
-    catalogue = _catalogue(config.model_copy(update={"on_error": "fail"}), workers, None, refresh)
+    catalogue = _catalogue(config.replace({"on_error": "fail"}), workers, None, refresh)
     classes = _choose(catalogue.classes, config)
     if isinstance(catalogue, Shards) and (damaged := catalogue.damaged(classes)):
         return damaged

@@ -43,7 +43,7 @@ def pack(config: DataConfig, out: Path, workers: int, shard_bytes: int = SHARD_B
         InputError: the data are not as ``load_dataset`` wants them, the folder holds another data set, or the disk has
             not enough room.
     """
-    config = config.model_copy(update={"packed": None, "stage": None, "holdout_per_class": 0})
+    config = config.replace({"packed": None, "stage": None, "holdout_per_class": 0})
     dataset = load_dataset(config, workers)
     each = config.channels * config.resolution**2
     out = out.expanduser()

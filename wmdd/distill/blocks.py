@@ -14,13 +14,14 @@ from wmdd.distill import statistics
 from wmdd.distill.barycenter.pool import Pending, solvers
 from wmdd.distill.checkpoints import finished_group
 from wmdd.distill.groups import distill_group, submitted
-from wmdd.distill.job import Job, StatisticsByClass
 from wmdd.distill.methods import base, registry
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.records.provenance import provenance
+from wmdd.runs.folder import RunFolder
 from wmdd.runs.partition import Block, Group
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.progress_bars import progress
+from wmdd.session import Session
 from wmdd.storage.files import FORMAT, expect, read_tensors, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def check(config: Config, dataset: Dataset) -> base.Method:
     return method
 
 
-def distill(job: Job, blocks: list[Block]) -> None:
+def distill(session: Session, folder: RunFolder, blocks: list[Block]) -> None:
     """Write every block that is missing; a block that is whole is left alone.
 
     Statistics are measured one group ahead of the synthesis, and the barycenters of that group are computed beside it;
@@ -50,107 +51,108 @@ def distill(job: Job, blocks: list[Block]) -> None:
     Raises:
         Interrupted: a stop was requested; what was done is kept.
     """
-    method = check(job.config, job.dataset)
+    method = check(session.config, session.dataset)
     for block in blocks:
-        lock = job.folder.locked(f"block-{block.index:05d}", job.stop) if job.ranks.main else nullcontext()
+        lock = folder.locked(f"block-{block.index:05d}", session.stop) if session.ranks.main else nullcontext()
         with lock:
             # Rank 0 decides for all: ranks on different machines may see a shared folder at different times.
-            if job.ranks.broadcast_from_main(job.ranks.main and _must_write(job, block)):
-                _distill_block(job, method, block)
+            if session.ranks.broadcast_from_main(session.ranks.main and _must_write(session, folder, block)):
+                _distill_block(session, folder, method, block)
 
 
-def _must_write(job: Job, block: Block) -> bool:
+def _must_write(session: Session, folder: RunFolder, block: Block) -> bool:
     """Return whether a block is missing or damaged.
 
     Raises:
         InputError: it is whole, and was made with another teacher.
     """
-    sidecar = job.folder.sidecar(block.index)
-    reason = job.folder.damaged(block.index)
+    sidecar = folder.sidecar(block.index)
+    reason = folder.damaged(block.index)
     if reason:
         logger.warning(f"{reason}: the block is made anew")
     if reason or sidecar is None:
-        job.folder.check_arithmetic(job.ranks.arithmetic)
+        folder.check_arithmetic(session.ranks.arithmetic)
         return True
-    if sidecar["teacher"] != job.teacher.sha256:
+    if sidecar["teacher"] != session.teacher.sha256:
         raise InputError(
-            f"{job.folder.block_file(block.index)}: was made with the teacher {sidecar['teacher'][:12]}, the store now"
-            f" holds {job.teacher.sha256[:12]}; bring the first one back (WMDD_CACHE), or use another --out"
+            f"{folder.block_file(block.index)}: was made with the teacher {sidecar['teacher'][:12]}, the store now"
+            f" holds {session.teacher.sha256[:12]}; bring the first one back (WMDD_CACHE), or use another --out"
         )
     return False
 
 
-def _distill_block(job: Job, method: base.Method, block: Block) -> None:
-    team = job.ranks.team(job.config.synthesis.split_class, "synthesis.split_class")
-    missing = job.ranks.broadcast_from_main(
-        [group.index for group in block.groups if finished_group(job, group) is None]
+def _distill_block(session: Session, folder: RunFolder, method: base.Method, block: Block) -> None:
+    config, ranks = session.config, session.ranks
+    team = ranks.team(config.synthesis.split_class, "synthesis.split_class")
+    missing = ranks.broadcast_from_main(
+        [group.index for group in block.groups if finished_group(session, folder, group) is None]
     )
     todo = [group for group in team.deal(block.groups) if group.index in missing]
     classes = [index for group in todo for index in group.classes] if method.uses_statistics else []
-    images = sum(len(job.dataset.train.of_class(index)) for index in classes)
+    images = sum(len(session.dataset.train.of_class(index)) for index in classes)
     steps = method.synthesis().iterations * len(todo) if method.objective() else 0
     with (
         progress(f"statistics, block {block.index}", images, "images") as measured,
-        progress(f"{job.config.method}, block {block.index}", steps, "iterations") as optimised,
-        solvers(job.config.compute.workers, job.stop) as submit,
+        progress(f"{config.method}, block {block.index}", steps, "iterations") as optimized,
+        solvers(config.compute.workers, session.stop) as submit,
     ):
         # One stream over the whole block, read group by group; the decoders work ahead while a group is synthesised.
-        stream = statistics.measure(job.config, job.dataset, job.teacher, job.ranks, classes, measured, job.stop)
+        stream = statistics.measure(session, classes, measured)
 
-        def look_at(group: Group) -> tuple[Group, StatisticsByClass, dict[int, Pending]]:
-            with within_memory(job.ranks.device, "lower statistics.batch_size"):
+        def measure_group(group: Group) -> tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]:
+            with within_memory(ranks.device, "lower statistics.batch_size"):
                 found = team.together(lambda: dict(itertools.islice(stream, len(group.classes) if classes else 0)))
-            return group, found, submitted(job, method, group, found, submit)
+            return group, found, submitted(session, method, group, found, submit)
 
         # ``ready`` is dropped before the group after ``following`` is measured: never are three held.
-        groups = map(look_at, todo)
+        groups = map(measure_group, todo)
         ready = next(groups, None)
         while ready:
             following = next(groups, None)
-            if any(team.anyone(job.stop())):
+            if any(team.anyone(session.stop())):
                 raise Interrupted(f"stopped before group {ready[0].index}")
-            distill_group(job, method, team, *ready, optimised)
+            distill_group(session, folder, method, team, *ready, optimized)
             ready = following
-    job.ranks.barrier()
-    if job.ranks.main:
-        _assemble(job, method, block)
-    job.ranks.barrier()
+    ranks.barrier()
+    if ranks.main:
+        _assemble(session, folder, method, block)
+    ranks.barrier()
 
 
-def _assemble(job: Job, method: base.Method, block: Block) -> None:
+def _assemble(session: Session, folder: RunFolder, method: base.Method, block: Block) -> None:
     """Write the block and then its sidecar, and delete its group files."""
     groups = []
     parts = []
-    expect([job.folder.group_file(group.index) for group in block.groups], job.stop)
+    expect([folder.group_file(group.index) for group in block.groups], session.stop)
     for group in block.groups:
-        meta = finished_group(job, group)
+        meta = finished_group(session, folder, group)
         if meta is None:
-            raise WmddError(f"{job.folder.group_file(group.index)}: is missing; run the same command again")
+            raise WmddError(f"{folder.group_file(group.index)}: is missing; run the same command again")
         groups.append(meta)
-        parts.append(read_tensors(job.folder.group_file(group.index)))
+        parts.append(read_tensors(folder.group_file(group.index)))
     tensors = {name: torch.cat([part[name] for part in parts]) for name in ("images", "labels", "weights")}
-    names = [job.dataset.classes[index] for index in block.classes]
-    sha = write_tensors(job.folder.block_file(block.index), tensors)
+    names = [session.dataset.classes[index] for index in block.classes]
+    sha = write_tensors(folder.block_file(block.index), tensors)
     sidecar = {
         "format": FORMAT,
         "block": block.index,
-        "method": job.config.method,
+        "method": session.config.method,
         "seeded": method.seeded,
         "classes": names,
         "class_indices": block.classes,
         "sha256": sha,
-        "class_sha256": _class_digests(tensors, names, job.config.ipc),
+        "class_sha256": _class_digests(tensors, names, session.config.ipc),
         "groups": [{key: value for key, value in meta.items() if key != "w2"} for meta in groups],
         "w2": {name: value for meta in groups for name, value in meta["w2"].items()},
-        "teacher": job.teacher.sha256,
-        "data": job.dataset.fingerprint,
-        "fingerprint": job.config.fingerprint("images"),
-        "arithmetic": job.ranks.arithmetic.facts,
-        "provenance": provenance(job.config.compute, job.ranks.arithmetic),
+        "teacher": session.teacher.sha256,
+        "data": session.dataset.fingerprint,
+        "fingerprint": session.config.fingerprint("images"),
+        "arithmetic": session.ranks.arithmetic.facts,
+        "provenance": provenance(session.config.compute, session.ranks.arithmetic),
     }
-    write_json(job.folder.sidecar_file(block.index), sidecar)
+    write_json(folder.sidecar_file(block.index), sidecar)
     for group in block.groups:
-        job.folder.group_file(group.index).unlink(missing_ok=True)
+        folder.group_file(group.index).unlink(missing_ok=True)
 
 
 def _class_digests(tensors: dict[str, Tensor], names: list[str], count: int) -> dict[str, str]:

@@ -4,43 +4,46 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from wmdd.distill.job import Job
 from wmdd.distill.synthesis.engine import State
 from wmdd.networks.checkpoint import is_of, marked
+from wmdd.runs.folder import RunFolder
 from wmdd.runs.partition import Group
+from wmdd.session import Session
 from wmdd.storage.files import digest, read_metadata, read_tensors, write_tensors
 
 
-def identity(job: Job) -> dict[str, str]:
+def identity(session: Session) -> dict[str, str]:
     """Return what a group and its checkpoint must belong to: config, images and teacher as ``run``; the arithmetic."""
-    run = digest([job.config.fingerprint("images"), job.dataset.fingerprint, job.teacher.sha256])
-    return {"run": run, "arithmetic": marked(job.ranks.arithmetic)}
+    run = digest([session.config.fingerprint("images"), session.dataset.fingerprint, session.teacher.sha256])
+    return {"run": run, "arithmetic": marked(session.ranks.arithmetic)}
 
 
-def write_checkpoint(job: Job, group: Group, state: State, spent: Mapping[str, float]) -> None:
+def write_checkpoint(
+    session: Session, folder: RunFolder, group: Group, state: State, spent: Mapping[str, float]
+) -> None:
     """Write where the synthesis of a group stands, and what it took so far."""
     tensors = {"images": state.images}
     if state.first is not None and state.second is not None:
         tensors |= {"first": state.first, "second": state.second}
     reached = {"iteration": str(state.iteration), "curve": json.dumps(state.curve), "spent": json.dumps(spent)}
-    meta = reached | identity(job)
-    write_tensors(job.folder.checkpoint_file(group.index), tensors, meta)
+    meta = reached | identity(session)
+    write_tensors(folder.checkpoint_file(group.index), tensors, meta)
 
 
-def read_checkpoint(job: Job, group: Group) -> tuple[State | None, dict[str, float]]:
+def read_checkpoint(session: Session, folder: RunFolder, group: Group) -> tuple[State | None, dict[str, float]]:
     """Return where the synthesis of a group stands and what it took so far; None and nothing when it begins."""
-    path = job.folder.checkpoint_file(group.index)
+    path = folder.checkpoint_file(group.index)
     meta = read_metadata(path)
-    if "run" not in meta or not is_of(job.ranks.arithmetic, meta, f"group {group.index} begins anew"):
+    if "run" not in meta or not is_of(session.ranks.arithmetic, meta, f"group {group.index} begins anew"):
         return None, {}
-    if meta["run"] != identity(job)["run"]:
+    if meta["run"] != identity(session)["run"]:
         return None, {}
     tensors, curve = read_tensors(path), json.loads(meta["curve"])
     moments = tensors.get("first"), tensors.get("second")
     return State(tensors["images"], int(meta["iteration"]), *moments, curve), json.loads(meta.get("spent", "{}"))
 
 
-def finished_group(job: Job, group: Group) -> dict[str, Any] | None:
+def finished_group(session: Session, folder: RunFolder, group: Group) -> dict[str, Any] | None:
     """Return what is known of a finished group whose block is not yet whole."""
-    meta = read_metadata(job.folder.group_file(group.index))
-    return json.loads(meta["group"]) if "group" in meta and identity(job).items() <= meta.items() else None
+    meta = read_metadata(folder.group_file(group.index))
+    return json.loads(meta["group"]) if "group" in meta and identity(session).items() <= meta.items() else None

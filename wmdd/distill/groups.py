@@ -3,7 +3,7 @@
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +13,20 @@ from wmdd.config.schema import Config
 from wmdd.data.pixels import pixel_range, quantize
 from wmdd.distill.barycenter.pool import Pending, Submit, deferred
 from wmdd.distill.checkpoints import identity, read_checkpoint, write_checkpoint
-from wmdd.distill.job import Job, StatisticsByClass
 from wmdd.distill.methods import base
-from wmdd.distill.synthesis.engine import State, synthesize
+from wmdd.distill.statistics import StatisticsByClass
+from wmdd.distill.synthesis.engine import Problem, State, synthesize
 from wmdd.distill.synthesis.objective import Target
 from wmdd.errors import WmddError
-from wmdd.networks.checkpoint import Clock
+from wmdd.networks.checkpoint import Clock, StopCheck
+from wmdd.runs.folder import RunFolder
 from wmdd.runs.partition import Group
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.meter import Meter
+from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.seeding import seed_of
 from wmdd.runtime.team import SINGLE, Team
+from wmdd.session import Session
 from wmdd.storage.files import write_tensors
 
 logger = logging.getLogger(__name__)
@@ -35,122 +38,124 @@ def barycenter_seed(config: Config, name: str) -> int:
 
 
 def submitted(
-    job: Job, method: base.Method, group: Group, found: StatisticsByClass, submit: Submit
+    session: Session, method: base.Method, group: Group, found: StatisticsByClass, submit: Submit
 ) -> dict[int, Pending]:
     """Ask for the barycenters of a group's classes, if the method wants any."""
-    settings = method.barycenter()
+    config, settings = session.config, method.barycenter()
     if settings is None:
         return {}
-    seeds = {index: barycenter_seed(job.config, job.dataset.classes[index]) for index in group.classes}
-    return {index: submit(found[index].features, job.config.ipc, settings, seed) for index, seed in seeds.items()}
+    seeds = {index: barycenter_seed(config, session.dataset.classes[index]) for index in group.classes}
+    return {index: submit(found[index].features, config.ipc, settings, seed) for index, seed in seeds.items()}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A group before synthesis: where its images start and what they are matched to."""
+    """A group before synthesis: where its images start and what they are optimized for."""
 
-    group: Group
     names: list[str]
-    """Of its classes"""
+    """Names of its classes"""
     images: Tensor
-    """[G·K, channels, H, W] float32, normalised"""
+    """[G·K, channels, H, W] float32, normalized"""
     labels: Tensor
     """[G·K] int64"""
     weights: Tensor
     """[G, K] float32, each row sums to one"""
     w2: dict[str, float]
     """Squared Wasserstein-2 distance of each class's barycenter, where there is one"""
-    target: Target | None
-    """None for methods that optimise nothing"""
-
-    @property
-    def seed(self) -> tuple[object, ...]:
-        """Names the group for ``seed_of``: by its classes, which no cut into blocks changes."""
-        return ("group", *self.names)
+    problem: Problem | None
+    """None for methods that optimize nothing"""
 
 
 def prepare(
-    job: Job, method: base.Method, group: Group, found: StatisticsByClass, pending: Mapping[int, Pending] | None = None
+    session: Session,
+    method: base.Method,
+    group: Group,
+    found: StatisticsByClass,
+    pending: Mapping[int, Pending] | None = None,
 ) -> Prepared:
     """Let the method plan each class of a group, and put the plans together.
 
     Args:
-        job: of the run.
-        method: who plans.
-        group: the classes.
-        found: their statistics.
-        pending: their barycenters, by index; None computes here what the method asks for.
+        session: session of the run.
+        method: the method that plans.
+        group: its classes.
+        found: statistics of the classes.
+        pending: barycenters of the classes, by index; None computes here what the method asks for.
     """
-    config, count, settings = job.config, job.config.ipc, method.synthesis()
-    names = [job.dataset.classes[index] for index in group.classes]
-    observe = functools.partial(job.teacher.observe, ranks=job.ranks, batch_size=config.statistics.batch_size)
-    pending = submitted(job, method, group, found, deferred) if pending is None else pending
+    config, dataset = session.config, session.dataset
+    names = [dataset.classes[index] for index in group.classes]
+    observe = functools.partial(session.teacher.observe, ranks=session.ranks, batch_size=config.statistics.batch_size)
+    pending = submitted(session, method, group, found, deferred) if pending is None else pending
     atoms = {index: solved() for index, solved in pending.items()}
-    plans = [
-        method.prepare(base.ClassData(index, name, config, job.dataset, found.get(index), observe, atoms.get(index)))
+    plans = {
+        index: method.prepare(base.ClassData(index, name, config, dataset, found.get(index), observe, atoms.get(index)))
         for index, name in zip(group.classes, names, strict=True)
-    ]
-    own = zip(group.classes, plans, strict=True)
-    labels = torch.cat([torch.full((count,), index) if plan.labels is None else plan.labels for index, plan in own])
-    even = torch.full((count,), 1 / count)
-    weights = torch.stack([even if plan.weights is None else plan.weights for plan in plans])
-    objective = method.objective()
-    target = None
-    if objective is not None:
+    }
+    even = torch.full((config.ipc,), 1 / config.ipc)
+    weights = torch.stack([even if plan.weights is None else plan.weights for plan in plans.values()])
+    labels = torch.cat(
+        [torch.full((config.ipc,), index) if plan.labels is None else plan.labels for index, plan in plans.items()]
+    )
+    problem = None
+    if objective := method.objective():
+        settings = method.synthesis()
         counted = weights if settings.bn_weighted else even.expand_as(weights)
-        if objective.per_class:
-            matched = settings.bn_variance == "matched"
-            own_stats = [found[index] for index in group.classes]
-            mean = torch.stack([one.mean for one in own_stats])
-            pairs = zip(own_stats, counted, strict=True)
-            variance = torch.stack([one.variance(share, matched) for one, share in pairs])
-        else:
-            mean, variance = (moment[None].cpu() for moment in job.teacher.network.running_moments())
-        targets = [plan.atoms for plan in plans if plan.atoms is not None]
-        target = Target(labels, counted, mean, variance, torch.stack(targets) if len(targets) == len(plans) else None)
-    w2 = {name: plan.w2 for name, plan in zip(names, plans, strict=True) if plan.w2 is not None}
-    return Prepared(group, names, torch.cat([plan.images for plan in plans]), labels, weights, w2, target)
+        mean, variance = _moments(session, method, group.classes, found, counted)
+        targets = [plan.atoms for plan in plans.values() if plan.atoms is not None]
+        joined = torch.stack(targets) if len(targets) == len(plans) else None
+        problem = Problem(
+            session.teacher.network,
+            objective,
+            Target(labels, counted, mean, variance, joined),
+            settings,
+            pixel_range(config.data),
+            # By its classes, which no cut into blocks changes.
+            (config.seed, "group", *names),
+        )
+    w2 = {name: plan.w2 for name, plan in zip(names, plans.values(), strict=True) if plan.w2 is not None}
+    return Prepared(names, torch.cat([plan.images for plan in plans.values()]), labels, weights, w2, problem)
+
+
+def _moments(
+    session: Session, method: base.Method, classes: Sequence[int], found: StatisticsByClass, counted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the BatchNorm means and variances to match: of each class [G, M], or the teacher's running ones [1, M]."""
+    objective, settings = method.objective(), method.synthesis()
+    if objective is None or not objective.per_class:
+        mean, variance = session.teacher.network.running_moments()
+        return mean[None].cpu(), variance[None].cpu()
+    matched = settings.bn_variance == "matched"
+    variances = [found[index].variance(weights, matched) for index, weights in zip(classes, counted, strict=True)]
+    return torch.stack([found[index].mean for index in classes]), torch.stack(variances)
 
 
 def optimize(
-    job: Job,
-    method: base.Method,
     prepared: Prepared,
-    state: State | None = None,
+    state: State,
+    ranks: Ranks,
     team: Team = SINGLE,
     advance: Callable[[int], None] = lambda iterations: None,
-    save: Callable[[State], None] | None = None,
-    due: Callable[[], bool] = lambda: False,
+    save: Callable[[State], None] = lambda state: None,
+    check: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+    until: int | None = None,
 ) -> State:
-    """Synthesise a prepared group, from its start or from a state; a selection is done as it is."""
-    config = job.config
-    objective = method.objective()
-    state = state or State(prepared.images)
-    if objective is None or prepared.target is None:
+    """Synthesize a prepared group from a state (``engine.synthesize``); images that are not optimized stay as they are.
+
+    Raises:
+        WmddError: the device has too little memory; the message names the key to change.
+        Interrupted: a stop was requested; the state was saved.
+    """
+    if prepared.problem is None:
         return state
-    limits, seed = pixel_range(config.data), (config.seed, *prepared.seed)
     fewer = f"set synthesis.classes_per_group below {len(prepared.names)}"
     shared = "share each class among ranks with synthesis.split_class"
-    with within_memory(job.ranks.device, fewer if len(prepared.names) > 1 else shared):
-        return synthesize(
-            job.teacher.network,
-            state,
-            prepared.target,
-            objective,
-            method.synthesis(),
-            limits,
-            seed,
-            job.ranks,
-            team,
-            advance,
-            save,
-            due,
-            job.stop,
-        )
+    with within_memory(ranks.device, fewer if len(prepared.names) > 1 else shared):
+        return synthesize(prepared.problem, state, ranks, team, advance, save, check, until)
 
 
 def distill_group(
-    job: Job,
+    session: Session,
+    folder: RunFolder,
     method: base.Method,
     team: Team,
     group: Group,
@@ -158,34 +163,36 @@ def distill_group(
     pending: Mapping[int, Pending],
     advance: Callable[[int], None],
 ) -> None:
-    """Synthesise a group, with checkpoints, and write its file."""
-    meter = Meter(job.ranks.device, team.size)
-    prepared = prepare(job, method, group, found, pending)
-    clock = Clock(job.config.compute.checkpoint_seconds)
+    """Synthesize a group, with checkpoints, and write its file."""
+    config, ranks = session.config, session.ranks
+    meter = Meter(ranks.device, team.size)
+    prepared = prepare(session, method, group, found, pending)
+    clock = Clock(config.compute.checkpoint_seconds)
 
     def save(state: State) -> None:
         if team.rank == 0:
-            write_checkpoint(job, group, state, meter.read())
+            write_checkpoint(session, folder, group, state, meter.read())
         clock.restart()
 
-    state, spent = read_checkpoint(job, group)
+    state, spent = read_checkpoint(session, folder, group)
     if not team.alike(state.iteration if state else -1):
-        path = job.folder.checkpoint_file(group.index)
+        path = folder.checkpoint_file(group.index)
         raise WmddError(f"{path}: not every rank sees the same checkpoint; start the same command again")
     meter.add_previous(spent)
     if state:
-        logger.info(f"group {group.index}: goes on at iteration {state.iteration}")
-    advance(state.iteration if state else 0)
-    final = optimize(job, method, prepared, state, team, advance, save, clock.due)
+        logger.info(f"group {group.index}: resumes at iteration {state.iteration}")
+    state = state or State(prepared.images)
+    advance(state.iteration)
+    final = optimize(prepared, state, ranks, team, advance, save, StopCheck(team, session.stop, clock.due))
     if team.rank:
         return
     measured = {"statistics_seconds": round(sum(one.seconds for one in found.values()), 3)}
     meta = {"classes": prepared.names, **measured, **meter.read(), "curve": final.curve, "w2": prepared.w2}
     tensors = {
-        "images": quantize(final.images, job.config.data),
+        "images": quantize(final.images, config.data),
         "labels": prepared.labels,
         "weights": prepared.weights.flatten(),
     }
-    job.folder.bind_arithmetic(job.ranks.arithmetic)
-    write_tensors(job.folder.group_file(group.index), tensors, {"group": json.dumps(meta)} | identity(job))
-    job.folder.checkpoint_file(group.index).unlink(missing_ok=True)
+    folder.bind_arithmetic(ranks.arithmetic)
+    write_tensors(folder.group_file(group.index), tensors, {"group": json.dumps(meta)} | identity(session))
+    folder.checkpoint_file(group.index).unlink(missing_ok=True)

@@ -1,9 +1,8 @@
 """Class statistics: one pass over the real images gives features and per-class BatchNorm moments, exactly."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,13 +13,10 @@ from wmdd.data.dataset import Dataset
 from wmdd.data.pixels import normalize
 from wmdd.errors import Interrupted
 from wmdd.runtime.arithmetic import Arithmetic
-from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.seeding import generator
+from wmdd.session import Session
 from wmdd.storage import cache
 from wmdd.storage.files import digest, read_metadata, read_tensors, sweep, write_tensors
-
-if TYPE_CHECKING:
-    from wmdd.teacher.obtain import Teacher
 
 
 @dataclass(frozen=True)
@@ -83,6 +79,10 @@ class ClassStatistics:
         return self.within + share * self.between
 
 
+StatisticsByClass = Mapping[int, ClassStatistics]
+"""Statistics of each class, by index; empty for methods that use none"""
+
+
 def summarize(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]], between: str) -> ClassStatistics:
     """Combine the batches of one class, in order.
 
@@ -118,23 +118,22 @@ def key(config: Config, dataset: Dataset, teacher: str, arithmetic: Arithmetic) 
 
 
 def measure(
-    config: Config,
-    dataset: Dataset,
-    teacher: "Teacher",
-    ranks: Ranks,
-    classes: Sequence[int],
-    advance: Callable[[int], None] = lambda images: None,
-    stop: Callable[[], bool] = lambda: False,
+    session: Session, classes: Sequence[int], advance: Callable[[int], None] = lambda images: None
 ) -> Iterator[tuple[int, ClassStatistics]]:
     """Yield (class index, statistics) in the order of ``classes``, from the store or in one decode of their images.
 
     Every batch holds images of one class and its size is the config's, so that neither ranks nor blocks change a bit.
-    ``advance`` is called with the number of images done.
+
+    Args:
+        session: session of the run.
+        classes: indices of the classes to measure.
+        advance: called with the number of images done.
 
     Raises:
-        Interrupted: ``stop`` asked for it, between two batches; what is stored of finished classes is kept.
+        Interrupted: a stop was requested, between two batches; the statistics of finished classes stay in the cache.
     """
-    folder = cache.folder("statistics", key(config, dataset, teacher.sha256, ranks.arithmetic))
+    sha, arithmetic = session.teacher.sha256, session.ranks.arithmetic
+    folder = cache.folder("statistics", key(session.config, session.dataset, sha, arithmetic))
     paths = {index: folder / f"{index:05d}.safetensors" for index in classes}
     # What is damaged has no metadata, and is measured anew.  The rest is read when its turn comes: all of ImageNet's
     # would take gigabytes.
@@ -144,7 +143,7 @@ def measure(
         cache.prepare(folder)
         sweep(folder)
     cache.note_use(folder)
-    fresh = _compute(config, dataset, teacher, ranks, missing, advance, stop)
+    fresh = _compute(session, missing, advance)
     for index in classes:
         seconds = known[index]
         if seconds is None:
@@ -158,15 +157,8 @@ def measure(
         yield index, found
 
 
-def _compute(
-    config: Config,
-    dataset: Dataset,
-    teacher: "Teacher",
-    ranks: Ranks,
-    classes: Sequence[int],
-    advance: Callable[[int], None],
-    stop: Callable[[], bool],
-) -> Iterator[ClassStatistics]:
+def _compute(session: Session, classes: Sequence[int], advance: Callable[[int], None]) -> Iterator[ClassStatistics]:
+    config, dataset, ranks = session.config, session.dataset, session.ranks
     size = config.statistics.batch_size
     plan: list[list[int]] = []
     sizes: list[int] = []
@@ -181,12 +173,12 @@ def _compute(
         features: list[Tensor] = []
         moments: list[tuple[Tensor, Tensor]] = []
         for _ in range(count):
-            if stop():
+            if session.stop():
                 raise Interrupted("stopped while class statistics were measured")
             shown = normalize(next(decoded).to(ranks.device), config.data)
             if config.statistics.augment:
                 shown = augment.warp(shown, _draws(config, len(shown), source).to(ranks.device))
-            seen = teacher.observe(shown, ranks, size)
+            seen = session.teacher.observe(shown, ranks, size)
             features.append(seen.features)
             moments.append((seen.means, seen.variances))
             advance(len(shown))

@@ -114,7 +114,7 @@ def _nearest(
     first = runs[0][0]
     try:
         data = Config.model_validate(first.config).data
-        dataset = load_dataset(data.model_copy(update={"classes": tuple(names)}))
+        dataset = load_dataset(data.replace({"classes": tuple(names)}))
         found: dict[tuple[str, str], list[tuple[str, str]]] = {}
         left = MAX_REAL
         for index, name in enumerate(dataset.classes):

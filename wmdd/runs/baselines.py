@@ -37,11 +37,10 @@ def _baseline(config: Config, method: str, number: int) -> Config:
     Of several random sets, each has a seed and one student of its own. An external set is left out unless it is the
     baseline: it decides no image of another method.
     """
-    student: dict[str, Any] = {"baselines": ()}
-    if method == RANDOM and config.student.baseline_sets > 1:
-        student |= {"seeds": 1, "first_seed": config.student.first_seed + number}
     changes: dict[str, Any] = {"name": f"{config.name}/{method}", "method": method, "seed": config.seed + number}
-    changes["student"] = config.student.model_copy(update=student)
+    changes["student.baselines"] = ()
+    if method == RANDOM and config.student.baseline_sets > 1:
+        changes |= {"student.seeds": 1, "student.first_seed": config.student.first_seed + number}
     if method != "external":
         changes["external"] = ExternalConfig()
-    return config.model_copy(update=changes)
+    return config.replace(changes)

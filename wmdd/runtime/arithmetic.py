@@ -92,7 +92,7 @@ def candidates(compute: ComputeConfig, *devices: Literal["cpu", "cuda"]) -> list
     for device in devices or ("cpu", "cuda"):
         if compute.device == "auto" or compute.device.startswith(device):
             hardware = Hardware(device, bf16=True, tf32=device == "cuda")
-            asked = [compute.model_copy(update={"precision": one}) for one in precisions]
+            asked = [compute.replace({"precision": one}) for one in precisions]
             found += [resolve(one, hardware) for one in asked if one.precision != "tf32" or hardware.tf32]
     return found
 

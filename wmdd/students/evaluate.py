@@ -9,7 +9,6 @@ from pathlib import Path
 from wmdd.config.schema import Config, decides
 from wmdd.data.synthetic import name_of
 from wmdd.errors import InputError
-from wmdd.networks.accuracy import Validation
 from wmdd.networks.checkpoint import Checkpoint
 from wmdd.records.bitmaps import pack
 from wmdd.records.files import read_records, write_records
@@ -20,26 +19,15 @@ from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import Arithmetic, permits
 from wmdd.runtime.progress_bars import progress
-from wmdd.runtime.ranks import Ranks
-from wmdd.runtime.signals import StopRequest
+from wmdd.session import Session
 from wmdd.storage.files import digest
-from wmdd.students import tasks as tasks_module
 from wmdd.students import train
-from wmdd.students.tasks import StudentTask
-from wmdd.teacher.obtain import Teacher
+from wmdd.students.tasks import StudentTask, config_for_view, student_tasks, update_count
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(
-    config: Config,
-    folder: RunFolder,
-    tasks: list[StudentTask],
-    teacher: Teacher,
-    validation: Validation,
-    job: Ranks,
-    stop: StopRequest,
-) -> None:
+def evaluate(session: Session, folder: RunFolder, tasks: list[StudentTask]) -> None:
     """Train and measure the students that have no record yet; each record is a file of its own.
 
     Records of an earlier recipe are moved to ``RUN/superseded``: unlike students are never averaged, and none is lost.
@@ -49,15 +37,18 @@ def evaluate(
         WmddError: blocks of the set are missing or damaged.
         Interrupted: a stop was requested; finished students are kept, and one in training goes on next time.
     """
-    if job.main:
+    config, ranks = session.config, session.ranks
+    if ranks.main:
         folder.merge()
     distilled = DistilledSet.load(folder.path)
 
     def recipe(regime: str, view: str) -> dict[str, object]:
-        return _recipe(config, teacher, job, regime, view, len(distilled))
+        # All that two students must have in common to be compared.
+        beside = {"teacher": session.teacher.sha256, "arithmetic": ranks.arithmetic.facts}
+        return recipe_settings(config, regime, view, len(distilled)) | beside
 
-    if job.main:
-        mine = None if set(tasks_module.tasks(config.student, config.labels.regimes)) <= set(tasks) else tasks
+    if ranks.main:
+        mine = None if set(student_tasks(config.student, config.labels.regimes)) <= set(tasks) else tasks
         set_aside(folder, lambda record: record.protocol == protocol_of(recipe(str(record.regime), record.view)), mine)
 
     def done(task: StudentTask) -> bool:
@@ -66,28 +57,26 @@ def evaluate(
         return any(record.protocol == protocol and record.artefact == distilled.sha256 for record in records)
 
     missing = [position for position, task in enumerate(tasks) if not done(task)]
-    if job.main:  # left by a kill after the record was written
+    if ranks.main:  # left by a kill after the record was written
         for position in set(range(len(tasks))) - set(missing):
             folder.student_checkpoint(_name(tasks[position])).unlink(missing_ok=True)
-    team = job.team(config.student.ranks, "student.ranks")
-    todo = [tasks[position] for position in team.deal(job.broadcast_from_main(missing))]
-    updates = {task: tasks_module.update_count(config, task.view, len(distilled)) for task in todo}
+    team = ranks.team(config.student.ranks, "student.ranks")
+    todo = [tasks[position] for position in team.deal(ranks.broadcast_from_main(missing))]
+    updates = {task: update_count(config, task.view, len(distilled)) for task in todo}
     with progress(f"{len(todo)} students on {config.method}", sum(updates.values()), "updates") as advance:
         for task in todo:
-            with folder.locked(_name(task), stop) if team.size == 1 else nullcontext():
+            with folder.locked(_name(task), session.stop) if team.size == 1 else nullcontext():
                 if team.size == 1 and done(task):
                     advance(updates[task])  # another process was faster
                     continue
                 own, labels = recipe(task.regime, task.view), folder.path / "labels"
                 unrounded = {key: value for key, value in own.items() if key != "arithmetic"}
-                of = digest([protocol_of(unrounded), distilled.sha256])
+                owner = digest([protocol_of(unrounded), distilled.sha256])
                 file, seconds = folder.student_checkpoint(_name(task)), config.compute.checkpoint_seconds
-                saved = Checkpoint(file, of, seconds, job.arithmetic)
-                result = train.train(
-                    config, task, distilled, teacher, validation, job, team, labels, advance, stop, saved
-                )
+                saved = Checkpoint(file, owner, seconds, ranks.arithmetic)
+                result = train.train(session, task, distilled, team, labels, advance, saved)
                 if team.rank == 0:
-                    record = _record(config, task, result, validation, distilled, own, job)
+                    record = _record(session, task, result, distilled, own)
                     with folder.locked(_RECORDS):
                         write_records(record_file(folder, task), [record])
                     saved.remove()
@@ -150,14 +139,9 @@ def _read(path: Path) -> tuple[list[Record], list[str]]:
 
 
 def _record(
-    config: Config,
-    task: StudentTask,
-    result: train.Result,
-    validation: Validation,
-    distilled: DistilledSet,
-    recipe: dict[str, object],
-    job: Ranks,
+    session: Session, task: StudentTask, result: train.Result, distilled: DistilledSet, recipe: dict[str, object]
 ) -> Record:
+    config = session.config
     return Record(
         kind="student",
         run=config.name,
@@ -172,7 +156,7 @@ def _record(
         distillation_seed=config.seed,
         student_seed=task.seed,
         seeded=distilled.seeded,
-        evaluated_on=validation.on,
+        evaluated_on=session.validation.on,
         test_images=result.judged.images,
         correct=pack(result.judged.correct),
         metrics=result.metrics,
@@ -181,19 +165,13 @@ def _record(
         config=config.fingerprint("images"),
         artefact=distilled.sha256,
         cost=result.cost,
-        provenance=provenance(config.compute, job.arithmetic),
+        provenance=provenance(config.compute, session.ranks.arithmetic),
     )
-
-
-def _recipe(config: Config, teacher: Teacher, job: Ranks, regime: str, view: str, images: int) -> dict[str, object]:
-    """Return all that two students must have in common to be compared."""
-    beside = {"teacher": teacher.sha256, "arithmetic": job.arithmetic.facts}
-    return recipe_settings(config, regime, view, images) | beside
 
 
 def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict[str, object]:
     """Return the part of a student's recipe that the config decides, for a distilled set of so many images."""
-    seen = tasks_module.config_for_view(config, view, images)
+    seen = config_for_view(config, view, images)
     # How long it trains follows from the view: the epochs of a fixed number of updates depend on the set.
     unused = {"epochs" if view == "updates" else "updates"}
     storage = {"encoding", "top_k", "budget"}
@@ -205,7 +183,7 @@ def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict
         if decides(key, "students") and not decides(key, "images")
     }
     return {key: value for key, value in settings.items() if key not in unused} | {
-        "updates": tasks_module.update_count(config, view, images),
+        "updates": update_count(config, view, images),
         "optimizer": "adamw",
         "checkpoint": "last",
     }

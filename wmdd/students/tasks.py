@@ -23,7 +23,7 @@ class StudentTask:
     view: str = "epochs"
 
 
-def tasks(settings: StudentConfig, regimes: tuple[str, ...]) -> list[StudentTask]:
+def student_tasks(settings: StudentConfig, regimes: tuple[str, ...]) -> list[StudentTask]:
     """Return the students of a run: architectures × label regimes × views × seeds."""
     return [
         StudentTask(network, regime, seed, view)
@@ -36,12 +36,11 @@ def tasks(settings: StudentConfig, regimes: tuple[str, ...]) -> list[StudentTask
 
 def config_for_view(config: Config, view: str, images: int) -> Config:
     """Return the config under which a student of a view trains: its number of epochs and its augmentation."""
-    student, settings = config.student, config.labels
     if view == "updates":
-        student = student.model_copy(update={"epochs": -(-student.updates // updates_per_epoch(config, images))})
+        return config.replace({"student.epochs": -(-config.student.updates // updates_per_epoch(config, images))})
     if view == "plain":
-        settings = settings.model_copy(update={"crop_scale": 1.0, "flip": False, "mix": "none"})
-    return config.model_copy(update={"student": student, "labels": settings})
+        return config.replace({"labels.crop_scale": 1.0, "labels.flip": False, "labels.mix": "none"})
+    return config
 
 
 def update_count(config: Config, view: str, images: int) -> int:

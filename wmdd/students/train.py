@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from wmdd.config.schema import Config, StudentConfig
+from wmdd.config.schema import StudentConfig
 from wmdd.errors import Interrupted
 from wmdd.networks import create
-from wmdd.networks.accuracy import Judgement, Validation
+from wmdd.networks.accuracy import Judgement
 from wmdd.networks.checkpoint import Checkpoint, StopCheck
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.meter import Meter
-from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.seeding import seed_of
 from wmdd.runtime.team import Team
+from wmdd.session import Session
 from wmdd.students import batches, soft_labels
 from wmdd.students.losses import hard_loss, importance_of, mixed, soft_loss, squared_error
 from wmdd.students.tasks import (
@@ -27,7 +27,6 @@ from wmdd.students.tasks import (
     update_count,
     updates_per_epoch,
 )
-from wmdd.teacher.obtain import Teacher
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,12 @@ class Result:
 
 
 def train(
-    config: Config,
+    session: Session,
     task: StudentTask,
     distilled: DistilledSet,
-    teacher: Teacher,
-    validation: Validation,
-    ranks: Ranks,
     team: Team,
     folder: Path,
     advance: Callable[[int], None] = lambda updates: None,
-    stop: Callable[[], bool] = lambda: False,
     checkpoint: Checkpoint | None = None,
 ) -> Result:
     """Train one student and measure it.
@@ -67,31 +62,28 @@ def train(
     different sets are pairs.
 
     Args:
-        config: recipe.
+        session: session of the run; its config is the recipe, its teacher labels the batches of soft regimes. A stop
+            request is noticed before every update, by a team about once a second.
         task: which student.
-        distilled: the set.
-        teacher: labels the batches of the soft regimes.
-        validation: judges the student.
-        ranks: device and precision.
-        team: the ranks that train it together; each takes its share of every batch.
-        folder: where soft labels are stored if the config says so.
+        distilled: the set it trains on.
+        team: ranks that train it together; each takes its share of every batch.
+        folder: folder of stored soft labels, if the config asks for them.
         advance: called with the number of updates done.
-        stop: whether to leave; looked at before every update, by a team about once a second.
-        checkpoint: where it is kept when that is due and at a stop, and where it resumes.
+        checkpoint: written when it is due and at a stop; training resumes from it.
 
     Raises:
         Interrupted: a stop was requested.
     """
-    meter = Meter(ranks.device, team.size)
-    wanted_updates = update_count(config, task.view, len(distilled))
-    config = config_for_view(config, task.view, len(distilled))
+    ranks, meter = session.ranks, Meter(session.ranks.device, team.size)
+    wanted_updates = update_count(session.config, task.view, len(distilled))
+    config = config_for_view(session.config, task.view, len(distilled))
     settings, data = config.student, config.data
     torch.manual_seed(seed_of("student", task.seed))
     network = create.create(task.network, len(distilled.classes), data.channels, data.resolution).to(ranks.device)
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=True)
     soft = None
     if task.regime != "hard":
-        soft = soft_labels.SoftLabels(config, distilled, teacher, task.regime, task.seed, ranks, folder)
+        soft = soft_labels.SoftLabels(config, distilled, session.teacher, task.regime, task.seed, ranks, folder)
     images, classes = distilled.images.to(ranks.device), distilled.labels.to(ranks.device)
     importance = importance_of(distilled).to(ranks.device) if config.labels.weighted else None
     # Not torch's AveragedModel, whose counter makes the host wait for the device in every update.
@@ -108,7 +100,7 @@ def train(
         advance(done)
     example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
     parallel = ranks.compiled(team.wrap(network.train(), example))
-    check = StopCheck(team, stop, checkpoint.due if checkpoint else lambda: False)
+    check = StopCheck(team, session.stop, checkpoint.due if checkpoint else lambda: False)
 
     def save() -> None:
         if checkpoint:
@@ -125,7 +117,7 @@ def train(
             plan = batches.batches(
                 task.seed, visit, len(images), data.resolution, settings.batch_size, config.labels, ranks.device
             )
-            stored = reads_stored_labels(soft, images, visit, team, stop) if soft and soft.stored else None
+            stored = reads_stored_labels(soft, images, visit, team, session.stop) if soft and soft.stored else None
             for position in range(done % steps, min(steps, wanted_updates - epoch * steps)):
                 stopping, saving = check()
                 if stopping:
@@ -158,7 +150,7 @@ def train(
                 weight.data.copy_(mean)
         team.share_buffers(network)
         network.eval()
-        judged = validation(network, team)
+        judged = session.validation(network, team)
     except Interrupted:
         save()
         how = "checkpointed" if checkpoint else "stopped"

@@ -74,7 +74,7 @@ def open_set(external: ExternalConfig, data: DataConfig, dataset: Dataset) -> Im
     for name, count in zip(dataset.classes, catalogue.counts("train"), strict=True):
         if not count:
             raise InputError(f"{root / places[name]}: no images of class {name!r} in it ({', '.join(EXTENSIONS)})")
-    whole = data.model_copy(update={"crop_ratio": 1.0})
+    whole = data.replace({"crop_ratio": 1.0})
     return image_set(catalogue, whole, dataset.classes, np.arange(len(dataset.classes)), {"train": {}}, "train")
 
 

@@ -27,7 +27,7 @@ class SRe2L(Wmdd):
 
     def synthesis(self) -> SynthesisConfig:
         """Return the published settings, with the config's iterations, learning rate, mirroring and groups."""
-        return self.config.synthesis.model_copy(update=self._published())
+        return self.config.synthesis.replace(self._published())
 
     def _published(self) -> dict[str, Any]:
         return {

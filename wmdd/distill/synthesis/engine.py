@@ -19,10 +19,10 @@ from wmdd.runtime.team import SINGLE, Team
 
 @dataclass
 class State:
-    """Where the synthesis of a group stands: all that is needed to go on from here."""
+    """Where the synthesis of a group stands: all that is needed to resume it."""
 
     images: Tensor
-    """[N, channels, H, W] float32, normalised"""
+    """[N, channels, H, W] float32, normalized"""
     iteration: int = 0
     first: Tensor | None = None
     """Adam's first moment, like ``images``; None at the start"""
@@ -32,66 +32,75 @@ class State:
     """Loss terms at the iterations listed under ``iteration``"""
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What the images of one group are optimized for."""
+
+    network: FrozenNetwork
+    """The frozen teacher"""
+    objective: Objective
+    """Weights of the terms"""
+    target: Target
+    """What the images are matched to"""
+    settings: SynthesisConfig
+    """Iterations, learning rate, augmentation"""
+    limits: tuple[Tensor, Tensor]
+    """Smallest and largest normalized pixel value, each [channels, 1, 1]"""
+    seed: tuple[object, ...]
+    """Names the group for ``seed_of``"""
+
+
 def synthesize(
-    network: FrozenNetwork,
+    problem: Problem,
     state: State,
-    target: Target,
-    objective: Objective,
-    settings: SynthesisConfig,
-    limits: tuple[Tensor, Tensor],
-    seed: tuple[object, ...],
     ranks: Ranks,
     team: Team = SINGLE,
     advance: Callable[[int], None] = lambda iterations: None,
-    save: Callable[[State], None] | None = None,
-    due: Callable[[], bool] = lambda: False,
-    stop: Callable[[], bool] = lambda: False,
+    save: Callable[[State], None] = lambda state: None,
+    check: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+    until: int | None = None,
 ) -> State:
-    """Optimise the images of one group against its target.
+    """Optimize the images of one group against its target.
 
-    Adam on the images with a cosine schedule to zero, each iteration seeing them through a random crop, flip and roll;
-    pixels are clamped to ``limits`` after each step.  All draws follow from ``seed`` and the iteration, so a resumed
-    synthesis equals an uninterrupted one.
+    Adam runs on the images with a cosine schedule to zero. Each iteration sees them through a random crop, flip and
+    roll. Pixels are clamped to the limits after each step. All draws follow from the seed and the iteration, so a
+    resumed synthesis equals an uninterrupted one.
 
     Args:
-        network: the frozen teacher.
+        problem: what the images are optimized for.
         state: where to start; its images are [G·K, channels, H, W].
-        target: what to match.
-        objective: how.
-        settings: iterations, learning rate, augmentation.
-        limits: smallest and largest normalised pixel value, each [channels, 1, 1].
-        seed: names the group; given to ``seed_of``.
         ranks: device and precision, and whether steps are compiled.
-        team: the ranks that hold the images of each class together; all get the whole state and return it.
+        team: ranks that share the images of each class; every rank gets the whole state and returns it.
         advance: called with the number of iterations done.
-        save: writes a checkpoint; called when ``due()`` or ``stop()`` says so.
-        due: whether a checkpoint is wanted now.
-        stop: whether to checkpoint and leave.
+        save: writes a checkpoint; called when ``check`` says so.
+        check: returns, before an iteration, whether to stop and whether to write a checkpoint (``StopCheck``). The
+            answer must be the same on every rank of the team.
+        until: iteration to pause at. None runs all iterations of the settings.
 
     Returns:
-        the final state, on the CPU.
+        The state reached, on the CPU.
 
     Raises:
-        Interrupted: ``stop`` asked for it; the state was saved.
+        Interrupted: ``check`` asked to stop; the state was saved.
     """
-    device = ranks.device
+    device, settings, target = ranks.device, problem.settings, problem.target
     classes, count = target.weights.shape
     rows = own_rows(classes, count, team)
     target = target.part(team).to(device)
-    low, high = (limit.to(device) for limit in limits)
+    low, high = (limit.to(device) for limit in problem.limits)
     images = state.images[rows].to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([images], lr=settings.lr, betas=settings.betas, fused=True)
     if state.first is not None and state.second is not None:
         step = torch.tensor(float(state.iteration), device=device)
         moments = {"exp_avg": state.first[rows].to(device), "exp_avg_sq": state.second[rows].to(device)}
         optimizer.state[images] = {"step": step, **moments}
-    draws = _schedule(settings, classes * count, images.shape[-1], seed, rows).to(device)
-    sizes = network.layer_sizes
+    draws = _schedule(settings, classes * count, images.shape[-1], problem.seed, rows).to(device)
+    network, sizes = problem.network, problem.network.layer_sizes
 
     def loss_of(pixels: Tensor, boxes: augment.Draws) -> Loss:
         with ranks.autocast():
             seen = network(augment.warp(pixels, boxes))
-        return evaluate(objective, seen, target, sizes, team)
+        return evaluate(problem.objective, seen, target, sizes, team)
 
     def whole(part: Tensor) -> Tensor:
         out = torch.empty(classes * count, *part.shape[1:], dtype=part.dtype)
@@ -112,13 +121,13 @@ def synthesize(
         first, second = (whole(moments[name]) if name in moments else None for name in ("exp_avg", "exp_avg_sq"))
         return State(whole(images), iteration, first, second, curve)
 
-    for iteration in range(state.iteration, settings.iterations):
-        if save:
-            stopping, saving = team.anyone(stop(), due())
-            if stopping or saving:
-                save(snapshot(iteration))
-            if stopping:
-                raise Interrupted(f"checkpointed at iteration {iteration} of {settings.iterations}")
+    end = settings.iterations if until is None else until
+    for iteration in range(state.iteration, end):
+        stopping, saving = check()
+        if stopping or saving:
+            save(snapshot(iteration))
+        if stopping:
+            raise Interrupted(f"checkpointed at iteration {iteration} of {settings.iterations}")
         loss = step_loss(images, draws[iteration])
         (images.grad,) = torch.autograd.grad(loss.total, images)
         optimizer.param_groups[0]["lr"] = settings.lr * _cosine(iteration / settings.iterations)
@@ -129,7 +138,7 @@ def synthesize(
         if iteration % every == 0 or iteration == settings.iterations - 1:
             logged.append((iteration, Loss(*(value.detach() for value in vars(loss).values()))))
         advance(1)
-    return snapshot(settings.iterations)
+    return snapshot(max(state.iteration, end))
 
 
 def _schedule(
