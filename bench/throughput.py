@@ -74,7 +74,7 @@ def run(
 
 
 def records_of(
-    bench: BenchSession, workload: Workload, samples: dict[str, list[timing.Sample]], peaks: dict[str, float]
+    bench: BenchSession, workload: Workload, samples: dict[str, list[timing.TimedRun]], peaks: dict[str, float]
 ) -> list[SpeedRecord]:
     """Return one record of each engine that was timed.
 

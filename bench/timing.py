@@ -66,7 +66,7 @@ Run = Callable[[int, Stopwatch], None]
 
 
 @dataclass(frozen=True)
-class Sample:
+class TimedRun:
     """One repeat of one contestant."""
 
     asked: int
@@ -82,7 +82,7 @@ class Sample:
         return sum(self.steps)
 
 
-def once(run: Run, steps: int, device: torch.device, warm: int) -> Sample:
+def once(run: Run, steps: int, device: torch.device, warm: int) -> TimedRun:
     """Do ``steps`` steps after ``warm`` ones that do not count."""
     _forget_peak(device)
     watch = Stopwatch(device, warm)
@@ -90,7 +90,7 @@ def once(run: Run, steps: int, device: torch.device, warm: int) -> Sample:
     taken = watch.read()
     if not taken:
         raise WmddError("the stopwatch was told of no step")
-    return Sample(steps, taken, _peak(device))
+    return TimedRun(steps, taken, _peak(device))
 
 
 def in_turns(
@@ -101,7 +101,7 @@ def in_turns(
     device: torch.device,
     warm: int,
     advance: Callable[[int], None] = lambda repeats: None,
-) -> dict[str, list[Sample]]:
+) -> dict[str, list[TimedRun]]:
     """Time the contestants one after the other, again and again, so that all meet the same weather.
 
     A first, short repeat of each warms up and does not count.  From the first contestant's it follows how many steps
@@ -126,7 +126,7 @@ def in_turns(
         pace.append(trial.seconds / trial.asked)
         advance(1)
     steps = max(1, min(most, MAX_STEPS, max(MIN_STEPS, round(seconds / max(pace[0], 1e-9)))))
-    samples: dict[str, list[Sample]] = {name: [] for name in contestants}
+    samples: dict[str, list[TimedRun]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
             samples[name].append(once(run, steps, device, warm))
@@ -139,7 +139,7 @@ def spread(values: list[float], prefix: str) -> dict[str, float]:
     return {prefix: statistics.median(values), f"{prefix}_low": min(values), f"{prefix}_high": max(values)}
 
 
-def figures(samples: list[Sample], work: Callable[[int], float]) -> dict[str, float]:
+def figures(samples: list[TimedRun], work: Callable[[int], float]) -> dict[str, float]:
     """Return ``rate`` with its spread, ``seconds``, ``repeats``, ``steps``, ``p50``, ``p90`` and ``peak_bytes``.
 
     Args:
@@ -155,7 +155,7 @@ def figures(samples: list[Sample], work: Callable[[int], float]) -> dict[str, fl
     return found | {"p50": p50, "p90": p90} | ({"peak_bytes": float(max(peaks))} if peaks else {})
 
 
-def ratio(samples: list[Sample], baseline: list[Sample]) -> dict[str, float]:
+def ratio(samples: list[TimedRun], baseline: list[TimedRun]) -> dict[str, float]:
     """Return how many times faster than the baseline: median, least and largest over the pairs of repeats.
 
     Both did the same steps.

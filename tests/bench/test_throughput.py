@@ -176,8 +176,8 @@ def test_each_repeat_times_all_contestants_before_the_next() -> None:
 
 
 def test_ratios_are_of_pairs_and_rates_of_the_work_asked_for() -> None:
-    own = [timing.Sample(4, [0.5, 0.5], 10), timing.Sample(4, [1.0, 1.0], 30), timing.Sample(4, [1.0, 3.0], 20)]
-    baseline = [timing.Sample(4, [2.0], None), timing.Sample(4, [6.0], None), timing.Sample(4, [4.0], None)]
+    own = [timing.TimedRun(4, [0.5, 0.5], 10), timing.TimedRun(4, [1.0, 1.0], 30), timing.TimedRun(4, [1.0, 3.0], 20)]
+    baseline = [timing.TimedRun(4, [2.0], None), timing.TimedRun(4, [6.0], None), timing.TimedRun(4, [4.0], None)]
     # Of the medians it would be 4 / 2 as well; of the extremes 2 / 1 and 6 / 4.
     assert timing.ratio(own, baseline) == {"ratio": 2.0, "ratio_low": 1.0, "ratio_high": 3.0}
     told = timing.figures(own, lambda steps: 10.0 * steps)

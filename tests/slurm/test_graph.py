@@ -120,7 +120,7 @@ def test_a_requeued_and_then_warned_task_goes_on_from_its_checkpoint(cluster: Lo
     pipeline.run(config, tmp_path / "local", share=pipeline.Share(("teacher", "distill")))
     finish(run)
     assert [row.state for row in rows(run)] == ["done"] and rows(run)[0].restarts == 2
-    said = [int(line.split()[-1]) for line in log(run, job).splitlines() if "goes on at iteration" in line]
+    said = [int(line.split()[-1]) for line in log(run, job).splitlines() if "resumes at iteration" in line]
     assert said[0] == first and first < said[1] < 2500, "it did not go on from its checkpoint"
     assert log(run, job).count("stop requested: checkpointed at iteration") == 2
     assert "back into the queue, restart 2" in log(run, job)
