@@ -49,7 +49,7 @@ class _Screen(logging.Handler):
             self.handleError(record)
 
 
-class _File(logging.FileHandler):
+class _LogFile(logging.FileHandler):
     """Appends messages to a file, which its first message creates.  A disk that takes none stops no run."""
 
     def _open(self) -> Any:
@@ -110,7 +110,7 @@ def in_file(path: Path, rank: int = 0) -> Iterator[Callable[[], None]]:
         rank: number of this process; another than 0 writes to ``NAME.rankN.log``, from its first warning on.
     """
     own = path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}.log")
-    file = _File(own, encoding="utf-8", delay=True)
+    file = _LogFile(own, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank}: %(message)s", "%Y-%m-%d %H:%M:%S%z"))
     waiting = MemoryHandler(capacity=1)  # without a target it keeps all, with one it passes each on
     waiting.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
