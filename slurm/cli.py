@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from wmdd.cli_options import ConfigArgument, RefreshOption, RunArgument, SetOption
+from wmdd.errors import InputError
 
 app = typer.Typer(
     help="Run on a SLURM cluster: one array task per block of classes.", no_args_is_help=True, rich_markup_mode=None
@@ -37,27 +38,40 @@ def submit(
     ] = None,
     rate_from: Annotated[Path | None, typer.Option(help="Take speeds from this run, done on the same nodes.")] = None,
     stages: Annotated[str, typer.Option(help="Part of the graph.")] = "teacher,distill,students,report",
+    only_blocks: Annotated[
+        str | None, typer.Option(help="Blocks to submit, such as 0-499; students follow the last missing block.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, scripts and estimate; submit nothing.")
     ] = False,
     refresh: RefreshOption = False,
 ) -> None:
     """Submit what is missing of a run: teacher, array of blocks, array of students, report."""
-    from slurm import messages, plan, scheduler
+    from dataclasses import replace
+
+    from slurm import estimate, messages, scheduler
     from slurm import submit as submission
-    from slurm.profile import load_profile, parse_stages
+    from slurm.plan import Selection
+    from slurm.profile import load_profile, parse_blocks, parse_stages
     from wmdd.config.loading import load_config
+    from wmdd.config.schema import Config
+    from wmdd.runs.folder import RunFolder
 
     known = load_profile(profile)
-    wanted = parse_stages(stages)
+    wanted = Selection(parse_stages(stages), parse_blocks(only_blocks) if only_blocks else None)
     if not dry_run:
         scheduler.require("sbatch")
     overrides = [*(override or []), *([f"student.seeds={seeds}"] if seeds else [])]
-    settings = load_config(config, overrides)
+    if (bound := Path(config) / "config.json").is_file():
+        if overrides or out:
+            raise InputError(f"{config}: is a run folder, which has a config; leave out --set, --seeds and --out")
+        settings, out = Config.model_validate(RunFolder(bound.parent).bound()["config"]), bound.parent
+    else:
+        settings = load_config(config, overrides)
     if blocks is None and any(one.partition("=")[0].strip() == "blocks" for one in overrides):
         blocks = settings.blocks
-    speed = plan.measured(rate_from) if rate_from else plan.ClusterSpeed()
-    speed = plan.ClusterSpeed(rate or speed.rate, speed.student_minutes)
+    speed = estimate.measured(rate_from) if rate_from else estimate.ClusterSpeed()
+    speed = replace(speed, rate=rate, rates=None) if rate else speed
     request = submission.prepare(settings, out, known, blocks, task_minutes, speed, wanted, refresh)
     if dry_run:
         typer.echo(messages.dry_run(request))
@@ -74,7 +88,9 @@ def submit(
 def status(
     run: RunArgument,
     all_tasks: Annotated[bool, typer.Option("--all", help="Show the tasks that are done, too.")] = False,
-    watch: Annotated[float | None, typer.Option(min=1, help="Ask again every so many seconds, until it ends.")] = None,
+    watch: Annotated[
+        float | None, typer.Option(min=30, help="Ask again every so many seconds until all tasks have ended.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print plain values instead of a table.")] = False,
 ) -> None:
     """Show where a submitted run stands; exit 1 if a task is over without its result."""
@@ -98,9 +114,8 @@ def status(
                 live.update(reporter.render(found, all_tasks), refresh=True)
     else:
         results().print(reporter.render(found, all_tasks))
-    lost = [row for row in found.rows if row.over]
-    if lost:
-        typer.echo(f"{len(lost)} tasks are over without their result; submit again to do what is missing", err=True)
+    if lines := reporter.mending(run, found):
+        typer.echo("\n".join(lines), err=True)
         raise typer.Exit(1)
 
 
@@ -127,6 +142,24 @@ def cancel(run: RunArgument) -> None:
 
     gone = scheduler.cancel_all([one.job for one in submissions.read(run)])
     typer.echo(f"{run}: {gone} tasks were cancelled" if gone else f"{run}: no task was in the queue")
+
+
+@app.command(epilog="Example:  wmdd slurm throttle runs/imagenet-1k 64")
+def throttle(
+    run: RunArgument,
+    parallel: Annotated[int, typer.Argument(min=1, metavar="N", help="Tasks of an array that run at the same time.")],
+) -> None:
+    """Change how many tasks of each array of a run work at the same time."""
+    from slurm import scheduler, submissions
+
+    launched = submissions.read(run)
+    known = scheduler.queue(one.job for one in launched)
+    active = {name for name, task in known.items() if task.active}
+    waiting = [one for one in launched if len(one.tasks) > 1 and active.intersection(one.names())]
+    for one in waiting:
+        scheduler.throttle(one.job, parallel)
+    what = ", ".join(f"{one.stage} (job {one.job})" for one in waiting)
+    typer.echo(f"{run}: {what}: {parallel} tasks at a time" if waiting else f"{run}: no array is in the queue")
 
 
 @local.command("start", epilog='Example, which sets SLURM_CONF for this shell:  eval "$(wmdd slurm local start)"')

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import scheduler, submit
+from slurm.plan import Selection
 from slurm.profile import STAGES, load_profile
 from slurm.task import Program
 from wmdd.config.schema import Config
@@ -16,9 +17,6 @@ from wmdd.runtime.signals import requested
 from wmdd.storage import cache
 
 logger = logging.getLogger(f"wmdd.{__name__}")
-
-_POLL_SECONDS = 2.0
-"""Seconds between two looks at the queue."""
 
 
 class Slurm(Launcher):
@@ -37,13 +35,14 @@ class Slurm(Launcher):
 
     def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
         """Submit what is missing of every run and is not in the queue; ``wmdd slurm status FOLDER`` follows each."""
-        stages = [stage for stage in STAGES if stage != "report"]  # whoever launched them reports them together
+        # Whoever launched them reports them together.
+        wanted = Selection([stage for stage in STAGES if stage != "report"])
         submitted = jobs = 0
         with progress(f"submitting {title}", len(runs), "runs") as advance:
             for config, folder in runs:
                 if requested():
                     raise Interrupted(f"{submitted} runs are submitted; the same command submits the others")
-                request = submit.prepare(config, folder, self._profile, stages=stages)
+                request = submit.prepare(config, folder, self._profile, selection=wanted)
                 if request.arrays:
                     jobs += len(submit.submit(request))
                     submitted += 1
@@ -72,7 +71,7 @@ class Slurm(Launcher):
             job = executor.submit(Program(module, tuple(arguments), environment))
         logger.info(f"job {job.job_id}: {ranks} ranks on {wanted.nodes} nodes")
         while any(task.active for task in scheduler.queue([str(job.job_id)]).values()):
-            time.sleep(_POLL_SECONDS)
+            time.sleep(scheduler.POLL_SECONDS)
         # Without accounting a job's end has no state, and submitit would wait for ever for a rank that left no result.
         for rank in range(ranks):
             paths = JobPaths(folder / "job", job.job_id, rank)

@@ -36,8 +36,10 @@ class Resources(Strict):
     """Processes on each node, one GPU each."""
     gpus_per_rank: Count = 1
     """GPUs of each process: 1, or 0 on CPUs."""
+    gpu_type: str | None = None
+    """Type of the GPUs as the cluster names it in ``--gpus-per-node=TYPE:N``, such as ``a100``."""
     cpus_per_rank: Positive = 8
-    """CPUs of each process: ``compute.threads`` and ``compute.workers`` run on them."""
+    """CPUs of each process: ``compute.threads`` run on them, and as many processes that decode images."""
     memory_gb: Rate = 32
     """Memory on each node, in GB."""
     minutes: Positive = 60
@@ -47,9 +49,11 @@ class Resources(Strict):
     parallel: Positive = 32
     """Tasks of an array that run at the same time."""
     requeue: bool = True
-    """Whether a task that was warned, preempted or lost its node goes back into the queue."""
-    max_restarts: Count = 50
-    """A task that came back so often gives up; ``wmdd slurm submit`` goes on from its checkpoint."""
+    """Whether a task that was warned, preempted, killed or that failed goes back into the queue."""
+    retries: Count = 2
+    """Number of times that a task which failed or was killed starts again; wrong input is not tried again."""
+    env: dict[str, str] = Field({})
+    """Environment variables that a task sets before it imports torch; ``$NAME`` stands for a variable of the task."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the task, such as ``module load cuda``."""
     container: tuple[str, ...] = ()
@@ -89,8 +93,8 @@ class Profile(Strict):
     """What each stage asks for."""
     rate: Rate | None = None
     """Image-iterations per second of one rank in synthesis, measured; decides the default number of blocks."""
-    student_minutes: Rate | None = None
-    """Minutes of one student on one rank, measured; decides how many go into one task."""
+    update_seconds: Rate | None = None
+    """Seconds of one update of a student, measured; decides how many students go into one task."""
 
 
 def profile_names() -> list[str]:
@@ -99,7 +103,7 @@ def profile_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-_KEYS = [*Resources.model_fields, "rate", "student_minutes", *STAGES]
+_KEYS = [*Resources.model_fields, "rate", "update_seconds", *STAGES]
 """What a profile may say at its top"""
 
 
@@ -115,7 +119,7 @@ def load_profile(source: str) -> Profile:
     """
     values = _read(source)
     tables = {stage: values.pop(stage, {}) for stage in STAGES}
-    own = {key: values.pop(key) for key in ("rate", "student_minutes") if key in values}
+    own = {key: values.pop(key) for key in ("rate", "update_seconds") if key in values}
     alone = {"nodes": 1, "ranks_per_node": 1}
     stages = {}
     for stage, table in tables.items():
@@ -134,8 +138,13 @@ def load_profile(source: str) -> Profile:
         raise InputError(f"profile {source}: {complaint(error.errors()[0], _KEYS)}") from None
 
 
+def is_file(source: str) -> bool:
+    """Return whether a profile is named by the path of its file."""
+    return source.endswith(".toml") or "/" in source
+
+
 def _read(source: str) -> dict[str, Any]:
-    if source.endswith(".toml") or "/" in source:
+    if is_file(source):
         place: Any = Path(source)
     elif source in profile_names():
         place = resources.files("slurm") / "profiles" / f"{source}.toml"
@@ -143,6 +152,21 @@ def _read(source: str) -> dict[str, Any]:
         hint = nearest(source, profile_names())
         raise InputError(f"--profile {source}: no such profile; {hint} (a file's name ends in .toml)")
     return read_toml(place, f"--profile {source}")
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """Return the blocks that a list such as ``0-3,7`` names.
+
+    Raises:
+        InputError: it is no such list.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        low, dash, high = (word.strip() for word in part.partition("-"))
+        if not low.isdigit() or not (high.isdigit() if dash else not high):
+            raise InputError(f"--only-blocks {text}: expected numbers and ranges, such as 0-3,7")
+        found += range(int(low), int(high or low) + 1)
+    return tuple(found)
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:

@@ -1,6 +1,5 @@
 """What SLURM's own programs are asked, and their answers as values; every failure is one clear line."""
 
-import os
 import shutil
 import subprocess
 import time
@@ -13,6 +12,8 @@ ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 )
 """States after which nothing more happens by itself."""
+POLL_SECONDS = 30.0
+"""Seconds between two questions to the controller while something lasts."""
 _FIELDS = ("JobArrayID", "State", "NodeList", "Reason", "RestartCnt", "TimeUsed")
 
 
@@ -145,43 +146,40 @@ def cancel(jobs: Sequence[str]) -> None:
         call("scancel", "--quiet", *jobs)
 
 
-def cancel_all(jobs: Sequence[str], patience: float = 60) -> int:
+def cancel_all(jobs: Sequence[str], patience: float = 600) -> int:
     """Cancel jobs and wait until none is left in the queue; return how many tasks there were.
 
-    A task that was about to requeue itself may come back once: it is cancelled again.
+    A task that was about to requeue itself may come back once: it is cancelled again.  A task that is ending is left
+    alone.  The controller is asked less and less often: at last every 30 seconds.
 
     Raises:
         WmddError: some did not go away in time.
     """
     before = sum(task.state not in ENDED for task in queue(jobs).values())
-    deadline = time.monotonic() + patience
+    deadline, pause = time.monotonic() + patience, 0.5
     while left := [task for task in queue(jobs).values() if task.state not in ENDED]:
         if time.monotonic() > deadline:
             raise WmddError(f"{len(left)} tasks are still in the queue, such as {left[0].task} ({left[0].state})")
-        cancel(jobs)
-        time.sleep(0.5)
+        cancel(sorted({task.task.partition("_")[0] for task in left if task.state != "COMPLETING"}))
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
     return before
+
+
+def throttle(job: str, parallel: int) -> None:
+    """Change how many tasks of an array run at the same time."""
+    call("scontrol", "update", f"jobid={job}", f"arraytaskthrottle={parallel}")
+
+
+def unavailable_nodes() -> int:
+    """Return the number of nodes that take no jobs at this moment: down, drained, in maintenance."""
+    states = "down,drain,drained,draining,fail,maint,reboot,no_respond"
+    return len(set(call("sinfo", "--noheader", "--Node", f"--states={states}", "--format=%N").split()))
 
 
 def release(jobs: Sequence[str]) -> None:
     """Let held jobs start."""
     call("scontrol", "release", ",".join(jobs))
-
-
-def requeue_myself() -> bool:
-    """Put the job that this process belongs to back into the queue, unless SLURM is ending or moving it already.
-
-    SLURM sends the same signals when it cancels, preempts or requeues a job by itself; only a job that it still counts
-    as running was merely warned.  Requeueing a cancelled one would bring it back to life.
-    """
-    job = os.environ["SLURM_JOB_ID"]
-    try:
-        if call("squeue", "--noheader", f"--jobs={job}", "-o", "%T").strip() != "RUNNING":
-            return False
-        call("scontrol", "requeue", job)
-    except WmddError:
-        return False
-    return True
 
 
 def _seconds(elapsed: str) -> int:

@@ -1,18 +1,20 @@
 """Where a submitted run stands: from the names of its files and one question to the controller."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from slurm import scheduler, submissions
+from slurm import attempts, scheduler, submissions
+from slurm.attempts import History
 from slurm.profile import STAGES, Stage
 from slurm.scheduler import Accounted, Queued
-from slurm.submissions import Attempts, FileNames, Item, Submitted
+from slurm.submissions import JOBS, FileNames, Item, Submitted
 from wmdd.errors import InputError
 
 _OVER = {
@@ -24,6 +26,26 @@ _OVER = {
     "DEADLINE": "deadline",
     "BOOT_FAIL": "node failed",
 }
+_ENDS = {
+    "failed": "failed",
+    "killed": "killed",
+    "device": "bad node",
+    "refused": "wrong input",
+    "stuck": "stuck",
+    "stopped": "stopped",
+}
+"""Outcomes of a last start that left work to do, and how a task is called that ended so."""
+_REMEDIES = {
+    "out of memory": "raise memory_gb in the profile",
+    "killed": "raise memory_gb in the profile if memory was short",
+    "time limit": "raise signal_seconds in the profile: the task did not checkpoint in time",
+    "stuck": "raise minutes in the profile: a start takes longer than the time limit",
+    "wrong input": "mend what the message says",
+    "bad node": "set exclude in the profile to the nodes that failed the device check",
+}
+"""What to do before the next submission, by the state of a task."""
+_CAUSES = 20
+"""Number of tasks whose logs are read for the cause."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,9 @@ class Row:
     """Share of the finished parts, 0 to 1"""
     restarts: int
     seconds: int
-    """All starts together; a start that was killed counts only where there is accounting"""
+    """All starts together; a start whose node was lost counts only where there is accounting"""
+    bad_nodes: tuple[str, ...] = ()
+    """Nodes that failed the device check of this task"""
 
     @property
     def over(self) -> bool:
@@ -75,7 +99,8 @@ class Status:
 def status(run: Path) -> Status:
     """Find out where a submitted run stands.
 
-    Opens one file per submission and asks SLURM at most twice, however many tasks there are.
+    Opens one file per submission, and the logs of a few tasks that failed.  Asks SLURM at most twice, however many
+    tasks there are.
 
     Raises:
         InputError: nothing was submitted from the folder, or SLURM is missing.
@@ -83,12 +108,8 @@ def status(run: Path) -> Status:
     """
     launched = submissions.read(run)
     jobs = [one.job for one in launched]
-    queue, accounts, marks, tree = (
-        scheduler.queue(jobs),
-        scheduler.accounted(jobs),
-        submissions.marks(run),
-        FileNames(run),
-    )
+    queue, accounts = scheduler.queue(jobs), scheduler.accounted(jobs)
+    histories, tree = attempts.histories(run, jobs), FileNames(run)
     rows: list[Row] = []
     spent = 0.0
     for number, one in enumerate(launched):
@@ -101,10 +122,12 @@ def status(run: Path) -> Status:
         }
         for name, items in zip(one.names(), one.tasks, strict=True):
             account = accounts.get(name, accounts.get(one.job)) if accounts else None
-            row = _row(one, name, items, queue.get(name), account, marks.get(name, Attempts()), tree)
+            row = _row(one, name, items, queue.get(name), account, attempts.of_task(histories, name), tree)
             spent += row.seconds * max(1, one.gpus or one.ranks)
             if not anew.issuperset(row.items):
                 rows.append(row)
+    for position in [position for position, row in enumerate(rows) if row.over][:_CAUSES]:
+        rows[position] = _with_cause(run, rows[position])
     unit = "GPU-hours" if any(one.gpus for one in launched) else "rank-hours"
     rows.sort(key=lambda row: STAGES.index(row.stage))
     return Status(rows, spent / 3600, unit, accounts is not None)
@@ -116,7 +139,7 @@ def _row(
     items: Sequence[Item],
     queued: Queued | None,
     account: Accounted | None,
-    marks: Attempts,
+    marks: History,
     tree: FileNames,
 ) -> Row:
     whole = [all(tree.has(proof) for proof in item.proof) for item in items]
@@ -128,13 +151,13 @@ def _row(
     running = queued.seconds if queued and state in ("running", "ending") else 0
     seconds = account.seconds if account else marks.seconds + running
     restarts = max(queued.restarts if queued else 0, marks.restarts)
-    node = (queued.node if queued else "") or (account.node if account else "")
+    node = (queued.node if queued else "") or (account.node if account else "") or marks.node
     indices = tuple(item.index for item in items)
-    return Row(one.stage, name, indices, state, why, node, progress, restarts, seconds)
+    return Row(one.stage, name, indices, state, why, node, progress, restarts, seconds, marks.bad_nodes)
 
 
 def _state(
-    stage: Stage, whole: bool, queued: Queued | None, account: Accounted | None, marks: Attempts
+    stage: Stage, whole: bool, queued: Queued | None, account: Accounted | None, marks: History
 ) -> tuple[str, str]:
     """Return the state of a task and the reason that SLURM gives.
 
@@ -149,18 +172,52 @@ def _state(
         if told == "PENDING":
             return ("requeued" if queued.restarts else "pending"), reason
         return ("running" if told == "RUNNING" else "ending"), ""
-    failed = marks.last == "failed" or told in scheduler.ENDED - {"COMPLETED"}
+    failed = marks.last in _ENDS or told in scheduler.ENDED - {"COMPLETED"}
     if whole and (stage == "distill" or not failed):
         return "done", ""
     if reason == "DependencyNeverSatisfied" or (told == "CANCELLED" and not marks.starts and reason == "Dependency"):
         return "cancelled", "what it waited for failed"
     if told in _OVER:
         return _OVER[told], reason
-    if marks.last == "failed":
-        return "failed", "its log says why"
+    if marks.last in _ENDS:
+        return _ENDS[marks.last], ""
     if marks.starts and marks.last is None:
         return "killed", "it ended without a word"
-    return "failed", "its log says why" if marks.starts else "it never started"
+    return "failed", "" if marks.starts else "it never started"
+
+
+def _with_cause(run: Path, row: Row) -> Row:
+    """Return a row with the last message of its task, where its log has one."""
+    for file in _logs(run, row.task)[:1]:
+        with file.open("rb") as log:
+            log.seek(max(0, file.stat().st_size - _TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        told = [line.removeprefix("wmdd: ") for line in lines if line.startswith("wmdd: ")]
+        told = [line for line in told if not line.startswith(_AFTERWARDS)] or lines[-1:]
+        return replace(row, why=row.why or told[-1] if told else row.why)
+    return row
+
+
+_AFTERWARDS = ("back into the queue", "not requeued", "excluded from")
+"""How the lines begin that ``teardown.sh`` writes below the cause."""
+_TAIL_BYTES = 20_000
+"""Part of a log that is read for the cause."""
+
+
+def mending(run: Path, found: Status) -> list[str]:
+    """Return what to do about the tasks that are over without their result, and the command; nothing if all is well."""
+    lost = [row for row in found.rows if row.over]
+    if not lost:
+        return []
+    lines = [f"{len(lost)} tasks are over without their result"]
+    for state in dict.fromkeys(row.state for row in lost):
+        if state in _REMEDIES:
+            nodes = sorted({node for row in lost if row.state == state for node in row.bad_nodes})
+            lines.append(f"{state}: {_REMEDIES[state]}{': ' if nodes else ''}{','.join(nodes)}")
+    if found.active:
+        lines.append("the other tasks are still in the queue; this command submits only what is not:")
+    profile = submissions.profile_of(run)
+    return [*lines, shlex.join(["wmdd", "slurm", "submit", str(run), "--profile", profile])]
 
 
 def render(found: Status, everything: bool = False) -> Table:
@@ -212,13 +269,19 @@ def log_files(run: Path, stage: Stage, item: int) -> list[Path]:
     for one in reversed(known):
         for name, items in zip(one.names(), one.tasks, strict=True):
             if one.stage == stage and item in [found.index for found in items]:
-                files = sorted((run / "slurm" / "jobs").glob(f"{name}_*_log.out"))
+                files = _logs(run, name)
                 if not files:
                     raise InputError(f"{stage} {item}: task {name} has not started, so that it has no log yet")
-                return sorted(files, key=lambda file: int(file.name.split("_")[-2]))
+                return files
     valid = sorted({found.index for one in known if one.stage == stage for task in one.tasks for found in task})
     there = f"submitted: {ranges(valid)}" if valid else f"nothing was submitted for stage {stage}"
     raise InputError(f"{stage} {item}: no task was submitted for it; {there}")
+
+
+def _logs(run: Path, task: str) -> list[Path]:
+    """Return the logs of a task, one a rank, rank 0 first."""
+    place = run / JOBS / task.partition("_")[0] / task
+    return sorted(place.glob("*_log.out"), key=lambda file: int(file.name.split("_")[-2]))
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -5,20 +5,20 @@ done, so that ``status`` needs no torch, opens no file per task, and works where
 """
 
 import itertools
-import os
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from slurm.attempts import listing
 from slurm.profile import Stage
-from slurm.task import ATTEMPTS
 from wmdd.errors import InputError, WmddError
 from wmdd.storage.files import read_json, write_json
 
-VERSION = 1
+VERSION = 2
+JOBS = "slurm/jobs"
+"""Folder of submitit's files, in the run folder: a folder for each job, and in it one for each task."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,6 @@ class Submitted:
     def names(self) -> list[str]:
         """Return SLURM's name of each task, in order: submitit makes a single one a plain job."""
         return [self.job] if len(self.tasks) == 1 else [f"{self.job}_{index}" for index in range(len(self.tasks))]
-
-
-@dataclass(frozen=True)
-class Attempts:
-    """What the names in the folder of attempts tell of one task."""
-
-    starts: int = 0
-    last: str | None = None
-    """How the last start ended: done, failed, requeued or stopped; None while it runs, or when it was killed"""
-    seconds: int = 0
-    """Of all starts that have ended by themselves"""
-    restarts: int = 0
-    """Number of the last start; one that ended before Python was up has left no mark of its own"""
 
 
 def write(run: Path, profile: str, launched: Iterable[Submitted]) -> Path:
@@ -94,17 +81,9 @@ def read(run: Path) -> list[Submitted]:
     return launched
 
 
-def marks(run: Path) -> dict[str, Attempts]:
-    """Return what the tasks left in the folder of attempts, by task: one listing."""
-    found: dict[str, Attempts] = defaultdict(Attempts)
-    for name in _listing(run / ATTEMPTS):
-        task, restart, *end = name.split(".")
-        known, number = found[task], int(restart)
-        latest = not known.starts or number >= known.restarts
-        last = (end[0] if end else None) if latest else known.last
-        seconds = known.seconds + (int(end[1]) if end else 0)
-        found[task] = Attempts(known.starts + 1, last, seconds, max(known.restarts, number))
-    return found
+def profile_of(run: Path) -> str:
+    """Return the name, or the file, of the profile of the last submission."""
+    return str(read_json(_files(run)[-1])["profile"])
 
 
 class FileNames:
@@ -118,15 +97,8 @@ class FileNames:
         """Return whether there is a file of this path in the run folder."""
         folder, _, name = path.rpartition("/")
         if folder not in self._known:
-            self._known[folder] = set(_listing(self._run / folder))
+            self._known[folder] = set(listing(self._run / folder))
         return name in self._known[folder]
-
-
-def _listing(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
 
 
 def _files(run: Path) -> list[Path]:

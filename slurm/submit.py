@@ -1,6 +1,7 @@
 """Submit a run as a graph of arrays: held until the whole graph is accepted, then released at once."""
 
 import contextlib
+import logging
 import os
 import shlex
 import stat
@@ -8,12 +9,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from slurm import plan, scheduler, submissions
-from slurm.plan import Array, ClusterSpeed
-from slurm.profile import STAGES, Profile, Resources, Stage
+from slurm import attempts, plan, scheduler, submissions
+from slurm.estimate import ClusterSpeed
+from slurm.plan import LARGEST_ARRAY, Array, Selection, TaskSize
+from slurm.profile import STAGES, Profile, Resources, Stage, is_file
 from slurm.submissions import Item, Submitted
 from slurm.task import SlurmTask, versions
 from wmdd import pipeline
@@ -26,12 +29,15 @@ from wmdd.storage import cache
 from wmdd.storage.files import read_json
 from wmdd.students import evaluate
 
+logger = logging.getLogger(f"wmdd.{__name__}")
+
+_NO_NODE = "node configuration is not available"
 _REMEDIES = {
     "invalid partition": "sinfo lists the partitions; set partition in the profile",
     "invalid account": "sacctmgr show associations lists yours; set account in the profile",
     "invalid qos": "sacctmgr show qos lists them; set qos in the profile",
     "invalid feature": "sinfo -o %f lists the features; set constraint in the profile",
-    "node configuration is not available": "no node has that much; ask for fewer CPUs, GPUs or less memory",
+    _NO_NODE: "no node has that much; ask for fewer CPUs, GPUs or less memory",
     "memory specification": "no node has that much; ask for fewer CPUs, GPUs or less memory",
     "inactive or drain": "the partition takes no jobs now; wait, or set another one in the profile",
     "maxsubmitjob": "the queue takes no more jobs of yours; use fewer --blocks, or wait",
@@ -50,10 +56,8 @@ class Request:
     folder: RunFolder
     dataset: Dataset
     profile: Profile
-    speed: ClusterSpeed
-    minutes: float
-    """Target length of a task"""
-    stages: tuple[Stage, ...]
+    size: TaskSize
+    selection: Selection
     arrays: list[Array] = field(default_factory=list)
     waiting: dict[Stage, set[str]] = field(default_factory=dict)
     """Jobs of earlier submissions that are still in the queue"""
@@ -66,19 +70,19 @@ def prepare(
     blocks: int | None = None,
     minutes: float = 30,
     speed: ClusterSpeed | None = None,
-    stages: Sequence[Stage] = STAGES,
+    selection: Selection | None = None,
     refresh: bool = False,
 ) -> Request:
     """Check the run as its tasks would, and find out what is missing of it.
 
     Args:
-        config: of the run.
-        out: its folder; ``runs/NAME`` by default.
+        config: config of the run.
+        out: run folder; ``runs/NAME`` by default.
         profile: what the tasks ask for.
         blocks: number of blocks; by default that of the folder, else what makes tasks of ``minutes``.
-        minutes: target length of a task.
-        speed: what is known of it; else the profile's.
-        stages: those to submit.
+        minutes: target duration of a task.
+        speed: known speeds; else the profile's.
+        selection: part of the run to submit; by default all of it.
         refresh: list the data set again; the tasks read the listing that is made here.
 
     Raises:
@@ -87,28 +91,35 @@ def prepare(
     folder = RunFolder((out or Path("runs") / config.name).absolute())
     dataset = load_dataset(config.data, config.compute.workers, refresh=refresh)
     classes = len(dataset.classes)
-    given = speed or ClusterSpeed()
-    speed = ClusterSpeed(given.rate or profile.rate, given.student_minutes or profile.student_minutes)
+    speed = speed or ClusterSpeed()
+    speed = replace(
+        speed, rate=speed.rate or profile.rate, update_seconds=speed.update_seconds or profile.update_seconds
+    )
+    size = TaskSize(minutes, speed, min(scheduler.largest_array(), LARGEST_ARRAY))
     waiting, queued = _in_queue(folder)
     blocks = blocks or _bound_blocks(folder, bool(waiting))
-    blocks = blocks or plan.blocks_for(config, classes, speed, minutes, profile.stages["distill"].ranks)
-    config = config.replace({"blocks": blocks})
+    blocks = blocks or plan.blocks_for(config, classes, size, profile.stages["distill"].ranks)
+    # As many decoders as a rank has CPUs: it decides no result.  A task with fewer CPUs starts fewer (runtime.cpus).
+    workers = profile.stages["distill"].cpus_per_rank if config.compute.workers else 0
+    config = config.replace({"blocks": blocks, "compute.workers": workers})
     partition.plan(config, classes)  # refuses more blocks than groups
     pipeline.check(config, dataset)
-    return _planned(Request(config, folder, dataset, profile, speed, minutes, tuple(stages)), waiting, queued)
+    selection = selection or Selection()
+    selection.check(config.blocks)
+    return _planned(Request(config, folder, dataset, profile, size, selection), waiting, queued)
 
 
 def _planned(request: Request, waiting: dict[Stage, set[str]], queued: dict[Stage, set[int]]) -> Request:
     """Return a request for what is missing and is not in the queue."""
     config, folder = request.config, request.folder
-    if waiting and read_json(folder.path / "config.json")["config"] != config.model_dump(mode="json"):
+    if waiting and _without_workers(read_json(folder.path / "config.json")["config"]) != _without_workers(
+        config.model_dump(mode="json")
+    ):
         raise InputError(
             f"{folder.path}: tasks with another config are in the queue; use another --out, or cancel them"
         )
-    limit = scheduler.largest_array()
-    arrays = plan.arrays(
-        config, folder, request.dataset, request.profile, request.speed, request.minutes, limit, request.stages, queued
-    )
+    selection = replace(request.selection, queued=queued)
+    arrays = plan.arrays(config, folder, request.dataset, request.profile, request.size, selection)
     return replace(request, arrays=arrays, waiting=waiting)
 
 
@@ -147,10 +158,13 @@ def _submitted(request: Request) -> list[Submitted]:
     jobs: list[str] = []
     try:
         for array in request.arrays:
-            jobs.append(_launch(request, array, jobs[-1] if jobs else None))
-            tasks = tuple(tuple(_item(request, array.stage, index) for index in task or (0,)) for task in array.tasks)
+            items = _items(request, array.stage)
+            tasks = tuple(tuple(items[index] for index in task or (0,)) for task in array.tasks)
+            jobs.append(_launch(request, array, tasks, jobs))
             launched.append(Submitted(array.stage, jobs[-1], array.resources.gpus, array.resources.ranks, tasks))
-        submissions.write(request.folder.path, request.profile.name, launched)
+        profile = request.profile.name
+        profile = str(Path(profile).absolute()) if is_file(profile) else profile
+        submissions.write(request.folder.path, profile, launched)
         scheduler.release(jobs)
     except BaseException:
         with contextlib.suppress(WmddError):
@@ -159,14 +173,21 @@ def _submitted(request: Request) -> list[Submitted]:
     return launched
 
 
-def script(request: Request, array: Array, after: str | None = None, hold: bool = True) -> str:
-    """Return the text that sbatch is given for an array, in a graph that is held or by itself."""
+def script(request: Request, array: Array, before: Sequence[str] = (), hold: bool = True) -> str:
+    """Return the text that sbatch is given for an array, in a graph that is held or by itself.
+
+    Args:
+        request: the run.
+        array: of one stage.
+        before: jobs of the graph that were submitted before it, in order.
+        hold: whether the job waits for its release.
+    """
     from submitit.slurm import slurm
 
-    folder = _jobs_folder(request)
+    folder = _pattern(request, array)
     command = f"{python(array.resources)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     count = len(array.tasks) if len(array.tasks) > 1 else None
-    written = _parameters(request, array, after)
+    written = _parameters(request, array, before)
     if not hold:
         written["dependency"] = None
         del written["additional_parameters"]["hold"]
@@ -175,11 +196,25 @@ def script(request: Request, array: Array, after: str | None = None, hold: bool 
 
 
 def _rehearse(request: Request, array: Array) -> None:
-    """Let SLURM check what an array asks for: of a job that is held it would only find out when it releases it."""
+    """Let SLURM check what an array asks for: of a job that is held it would only find out when it releases it.
+
+    SLURM answers from the nodes that are up at this moment, and with its own state: what may be different tomorrow is
+    said and not refused.
+
+    Raises:
+        InputError: the array asks for something that does not exist.
+    """
     try:
         scheduler.call("sbatch", "--test-only", given=script(request, array, hold=False))
     except WmddError as error:
-        raise _refused(array, str(error)) from None
+        told = str(error)
+        absent = _NO_NODE in told.lower() and scheduler.unavailable_nodes()
+        if absent or not any(part in told.lower() for part in _REMEDIES):
+            logger.warning(
+                f"{array.stage}: {told}{f'; {absent} nodes are down or drained' if absent else ''}; submitted anyway"
+            )
+            return
+        raise _refused(array, told) from None
 
 
 def _refused(array: Array, told: str) -> InputError:
@@ -188,51 +223,67 @@ def _refused(array: Array, told: str) -> InputError:
     return InputError(f"{array.stage}: {told}; {remedy}")
 
 
-def _launch(request: Request, array: Array, after: str | None) -> str:
+def _launch(request: Request, array: Array, tasks: Sequence[Sequence[Item]], before: Sequence[str]) -> str:
     """Submit one array, held; return its number."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = submitit.SlurmExecutor(_jobs_folder(request), max_num_timeout=1_000_000, python=python(array.resources))
-    executor.update_parameters(**_parameters(request, array, after))
+    executor = submitit.SlurmExecutor(
+        _pattern(request, array), max_num_timeout=1_000_000, python=python(array.resources)
+    )
+    executor.update_parameters(**_parameters(request, array, before))
+    config = request.config.model_dump(mode="json")
+    environment = {"WMDD_CACHE": str(cache.cache_root().absolute())} | array.resources.env
+    common = SlurmTask(config, str(request.folder.path), array.stage, (), environment, versions())
+    gpu = array.resources.gpus_per_rank > 0
     try:
         # submitit prints what sbatch complains of; it is said once, below.
         with clean_environment(), open(os.devnull, "w") as void, contextlib.redirect_stderr(void), executor.batch():
-            jobs = [executor.submit(_task(request, array, items)) for items in array.tasks]
+            jobs = [
+                executor.submit(
+                    replace(
+                        common,
+                        items=indices,
+                        gpu=gpu,
+                        files=tuple(file for item in items for file in (*item.parts, *item.proof)),
+                    )
+                )
+                for indices, items in zip(array.tasks, tasks, strict=True)
+            ]
         return str(jobs[0].job_id).partition("_")[0]
     except (FailedJobError, FailedSubmissionError) as error:
         raise _refused(array, scheduler.complaint(str(error), "sbatch")) from None
 
 
-def _task(request: Request, array: Array, items: tuple[int, ...]) -> SlurmTask:
-    resources = array.resources
-    environment = {"WMDD_CACHE": str(cache.cache_root().absolute())}
-    config = request.config.model_dump(mode="json")
-    folder = str(request.folder.path)
-    gpu = resources.gpus_per_rank > 0
-    restarts, requeue = resources.max_restarts, resources.requeue
-    return SlurmTask(config, folder, array.stage, items, environment, restarts, requeue, versions(), gpu)
-
-
-def _parameters(request: Request, array: Array, after: str | None) -> dict[str, Any]:
+def _parameters(request: Request, array: Array, before: Sequence[str]) -> dict[str, Any]:
     """Return what submitit writes into the script; see its ``SlurmExecutor``."""
+    wanted = array.resources
     # Jobs of an earlier submission may fail: what waits for them then says what is missing.
-    before = STAGES[: STAGES.index(array.stage)]
-    earlier = sorted(job for stage in before for job in request.waiting.get(stage, ()))
-    conditions = ([f"afterok:{after}"] if after else []) + [f"afterany:{job}" for job in earlier]
-    further = {
-        "hold": True,
-        "requeue" if array.resources.requeue else "no-requeue": True,
-        "kill-on-invalid-dep": "yes",
+    stages = STAGES[: STAGES.index(array.stage)]
+    earlier = sorted(job for stage in stages for job in request.waiting.get(stage, ()))
+    if array.stage == "report":  # it says what is missing, so it runs whatever became of the others
+        conditions = [f"afterany:{job}" for job in [*before, *earlier]]
+    else:
+        conditions = [f"afterok:{job}" for job in before[-1:]] + [f"afterany:{job}" for job in earlier]
+    further = {"hold": True, "requeue" if wanted.requeue else "no-requeue": True, "kill-on-invalid-dep": "yes"}
+    settings = {
+        "requeue": int(wanted.requeue),
+        "retries": wanted.retries,
+        "exclude": wanted.exclude or "",
+        "attempts": request.folder.path / attempts.FOLDER,
     }
-    return parameters(f"{request.config.name}-{array.stage}", array.resources, further) | {
+    known = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in settings.items())
+    teardown = (resources.files("slurm") / "teardown.sh").read_text()
+    return parameters(f"{request.config.name}-{array.stage}", wanted, further) | {
         "dependency": ",".join(conditions) or None,
-        "array_parallelism": array.resources.parallel,
+        "array_parallelism": wanted.parallel,
+        "teardown": [f"code=$? {known}", *teardown.splitlines()],
     }
 
 
 def parameters(name: str, wanted: Resources, further: dict[str, Any]) -> dict[str, Any]:
     """Return what submitit writes into the script of a job of that name, with further options of sbatch."""
+    gpus = wanted.gpus_per_rank * wanted.ranks_per_node
     if wanted.reservation:
         further = further | {"reservation": wanted.reservation}
     return {
@@ -247,7 +298,7 @@ def parameters(name: str, wanted: Resources, further: dict[str, Any]) -> dict[st
         "nodes": wanted.nodes,
         "ntasks_per_node": wanted.ranks_per_node,
         "cpus_per_task": wanted.cpus_per_rank,
-        "gpus_per_node": wanted.gpus_per_rank * wanted.ranks_per_node or None,
+        "gpus_per_node": f"{wanted.gpu_type}:{gpus}" if gpus and wanted.gpu_type else gpus or None,
         "mem": f"{int(wanted.memory_gb * 1024)}M",
         "setup": list(wanted.setup) or None,
         "stderr_to_stdout": True,
@@ -258,23 +309,27 @@ def parameters(name: str, wanted: Resources, further: dict[str, Any]) -> dict[st
     }
 
 
-def _item(request: Request, stage: Stage, index: int) -> Item:
-    """Return how it will be seen that an item is done."""
-    runs = list(pipeline.runs_of(request.config, request.folder))
-    root = request.folder.path
+def _items(request: Request, stage: Stage) -> dict[int, Item]:
+    """Return, for every item of a stage, how it will be seen that it is done."""
+    config, root = request.config, request.folder.path
 
     def below(path: Path) -> str:
         return path.relative_to(root).as_posix()
 
     if stage == "distill":
-        block = partition.plan(request.config, len(request.dataset.classes))[index]
-        proof = [below(run.sidecar_file(index)) for run in runs]
-        parts = [below(run.group_file(group.index)) for run in runs for group in block.groups]
-        return Item(index, tuple(proof), tuple(parts))
+        runs = list(pipeline.runs_of(config, request.folder))
+        return {
+            block.index: Item(
+                block.index,
+                tuple(below(run.sidecar_file(block.index)) for run in runs),
+                tuple(below(run.group_file(group.index)) for run in runs for group in block.groups),
+            )
+            for block in partition.plan(config, len(request.dataset.classes))
+        }
     if stage == "students":
-        place, task = pipeline.students_of(request.config, request.folder)[index]
-        return Item(index, (below(evaluate.record_file(place, task)),))
-    return Item(index, (f"{stage}.json" if stage == "teacher" else "report.html",))
+        students = enumerate(pipeline.students_of(config, request.folder))
+        return {index: Item(index, (below(evaluate.record_file(place, task)),)) for index, (place, task) in students}
+    return {0: Item(0, (f"{stage}.json" if stage == "teacher" else "report.html",))}
 
 
 def _in_queue(folder: RunFolder) -> tuple[dict[Stage, set[str]], dict[Stage, set[int]]]:
@@ -298,8 +353,18 @@ def _bound_blocks(folder: RunFolder, waiting: bool) -> int | None:
     return int(read_json(folder.path / "config.json")["config"]["blocks"])
 
 
+def _without_workers(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without what the profile decides."""
+    return config | {"compute": {key: value for key, value in config["compute"].items() if key != "workers"}}
+
+
 def _jobs_folder(request: Request) -> Path:
-    return request.folder.path / "slurm" / "jobs"
+    return request.folder.path / submissions.JOBS
+
+
+def _pattern(request: Request, array: Array) -> Path:
+    """Return the folder of each task as submitit takes it: one a task, so that no folder has many files."""
+    return _jobs_folder(request) / ("%A" if len(array.tasks) > 1 else "%j") / "%j"
 
 
 def private(folder: Path) -> None:

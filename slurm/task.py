@@ -8,53 +8,27 @@ import os
 import runpy
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slurm import scheduler
-from wmdd.errors import EXIT_RESUMABLE, Interrupted, WmddError
+from slurm.attempts import STARTS_WITHOUT_PROGRESS, Attempt
+from wmdd.errors import EXIT_RESUMABLE, InputError, Interrupted, WmddError, tell
 from wmdd.runs.baselines import baseline_folders
 from wmdd.runs.folder import RunFolder
+from wmdd.runtime.device_check import DeviceFault, check_device
 from wmdd.runtime.log import on_screen
 from wmdd.runtime.placement import Placement, placement_of
 from wmdd.runtime.signals import stop_on
+from wmdd.storage.files import digest
 
 if TYPE_CHECKING:
     from slurm.profile import Stage
 
 logger = logging.getLogger(f"wmdd.{__name__}")
-
-ATTEMPTS = "slurm/attempts"
-"""Folder, in that of the run, of one empty file a start: see ``Attempt``."""
-
-
-@dataclass
-class Attempt:
-    """One start of a task, as an empty file whose name says it all.
-
-    ``4711_3.0`` is the first start of task 3 of job 4711, ``4711_3.0.requeued.118`` the same once it has ended, after
-    118 seconds.  A listing of the folder is the whole history; nothing is opened and no file has two writers.  A start
-    without an end either runs or was killed.
-    """
-
-    path: Path
-    begun: float
-
-    @classmethod
-    def begin(cls, folder: Path, task: str) -> "Attempt":
-        """Leave the mark of a start."""
-        path = folder / ATTEMPTS / f"{task}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        return cls(path, time.monotonic())
-
-    def end(self, outcome: str) -> None:
-        """Leave the mark of an end: done, failed, requeued or stopped."""
-        seconds = round(time.monotonic() - self.begun)
-        self.path.replace(self.path.with_name(f"{self.path.name}.{outcome}.{seconds}"))
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells a rank: of a shell that submits under torchrun, none of it holds for a task."""
 
 
 @dataclass(frozen=True)
@@ -64,52 +38,65 @@ class SlurmTask:
     config: dict[str, Any]
     """The resolved config: no file that may change meanwhile is read again"""
     folder: str
-    """Of the run, absolute"""
+    """Run folder, absolute"""
     stage: "Stage"
     items: tuple[int, ...]
     """Blocks, or positions of students"""
     environment: dict[str, str]
-    """What the submitting process had, and SLURM may not pass on"""
-    max_restarts: int
-    requeue: bool
+    """Variables of the submitting process and of the profile; ``$NAME`` stands for a variable of the task"""
     versions: tuple[str, str]
-    """Python's and the package's, as they were at submission"""
+    """Versions of Python and of the package at submission"""
     gpu: bool = False
     """Whether each rank asked SLURM for a GPU"""
+    files: tuple[str, ...] = ()
+    """Files in the run folder that the items leave, parts included"""
 
     def __call__(self) -> None:
-        """Do the share.
+        """Do the share, and leave an attempt whose name says how it ended; ``teardown.sh`` acts on it.
 
         Raises:
-            SystemExit: it was asked to stop and has checkpointed; SLURM starts it again.
-            WmddError: it failed, or came back too often.
+            SystemExit: it failed, or was asked to stop and has checkpointed.
         """
         # submitit's handlers would requeue at once, in mid-step; ours only set a flag, from here to the end.
         with on_screen(), stop_on(signal.SIGTERM, signal.SIGUSR2):
-            if (here := versions()) != self.versions:
-                wanted, found = " ".join(self.versions), " ".join(here)
-                raise WmddError(f"submitted by Python and wmdd {wanted}, started by {found} ({sys.executable})")
-            os.environ.update(self.environment)
-            task, place = _join_ranks()
+            os.environ.update({key: os.path.expandvars(value) for key, value in self.environment.items()})
+            name, place = _join_ranks()
+            attempt = Attempt.of(Path(self.folder), name)
             main = place.rank == 0
-            attempt = Attempt.begin(Path(self.folder), task) if main else None
             outcome = "failed"
+            if main:
+                attempt.begin()
             try:
-                # Of several ranks one decides, in the run: they may see the folder at different times.
-                outcome = "done" if place.size == 1 and self.is_whole() else self._outcome(main)
+                outcome = self._outcome(place, attempt)
+            except DeviceFault as error:
+                attempt.blame_node()
+                _leave(error)
+            except InputError as error:
+                outcome = "refused"
+                _leave(error)
+            except WmddError as error:
+                _leave(error)
             finally:
-                if attempt:
+                if main:
                     attempt.end(outcome)
-            if outcome != "done" and main:
+            if main and outcome == "stuck":
+                _leave(WmddError(_STUCK.format(self.stage)))
+            if main and outcome != "done":
                 sys.exit(EXIT_RESUMABLE)
 
-    def _outcome(self, main: bool) -> str:
+    def _outcome(self, place: Placement, attempt: Attempt) -> str:
+        if (here := versions()) != self.versions:
+            wanted, found = " ".join(self.versions), " ".join(here)
+            raise InputError(f"submitted by Python and wmdd {wanted}, started by {found} ({sys.executable})")
         try:
-            self._work()
+            # Of several ranks one decides, in the run: they may see the folder at different times.
+            if place.size > 1 or not self.is_whole():
+                self._work()
             return "done"
         except Interrupted as reason:
-            # Only one rank may requeue, and it takes the others with it.
-            return self._come_back(reason) if main else "stopped"
+            logger.info(f"stop requested: {reason}")
+            state = digest([str(reason), [(Path(self.folder) / file).exists() for file in self.files]])[:8]
+            return "stuck" if place.rank == 0 and attempt.is_stuck(state) else f"stopped-{state}"
 
     def is_whole(self) -> bool:
         """Return whether every block of this task is there, for the run and for its baselines, without torch."""
@@ -121,27 +108,35 @@ class SlurmTask:
         return all(run.sidecar(block) and not run.damaged(block) for run in runs for block in self.items)
 
     def _work(self) -> None:
+        # A rank that was given a GPU and sees none must fail: on the CPU it would hold the GPU until its time limit.
+        wanted = self.config["compute"]["device"]
+        device = "cuda" if self.gpu and wanted == "auto" else None
+        if self.stage != "report":
+            check_device(device or wanted)
         from wmdd import pipeline
         from wmdd.config.schema import Config
 
         blocks = self.items if self.stage == "distill" else None
         students = self.items if self.stage == "students" else None
-        # A rank that was given a GPU and sees none must fail: on the CPU it would hold the GPU until its time limit.
-        device = "cuda" if self.gpu and self.config["compute"]["device"] == "auto" else None
         share = pipeline.Share((self.stage,), blocks, students, device)
         pipeline.run(Config.model_validate(self.config), self.folder, share=share)
 
-    def _come_back(self, reason: Interrupted) -> str:
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        logger.info(f"stop requested: {reason}")
-        if not self.requeue:
-            raise WmddError("checkpointed; the profile says requeue = false: wmdd slurm submit goes on") from reason
-        if restarts >= self.max_restarts:
-            raise WmddError(f"came back {restarts} times; wmdd slurm submit goes on from its checkpoint") from reason
-        if scheduler.requeue_myself():
-            logger.info(f"back into the queue, restart {restarts + 1}")
-            return "requeued"
-        return "stopped"  # cancelled, or SLURM requeues it by itself
+
+_STUCK = (
+    "the {} task was stopped "
+    + str(STARTS_WITHOUT_PROGRESS)
+    + " times at the same point: its start takes longer than its time limit; raise minutes in the profile"
+)
+
+
+def _leave(error: WmddError) -> None:
+    """Say what is wrong and end this process.
+
+    Raises:
+        SystemExit: always, with the exit code of the error.
+    """
+    tell(error)
+    sys.exit(error.exit_code)
 
 
 @dataclass(frozen=True)
@@ -175,12 +170,11 @@ def versions() -> tuple[str, str]:
 
 
 def _join_ranks() -> tuple[str, Placement]:
-    """Tell torch.distributed who this process is; return the task's name and where the process stands."""
+    """Return SLURM's name of the task, and where this process stands among the ranks that srun has started."""
     import submitit
-    from submitit.helpers import TorchDistributedEnvironment
 
-    # submitit would point CUDA_VISIBLE_DEVICES at the local rank, and two tasks of one node at the same GPU.
-    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    for key in _RANKS:
+        os.environ.pop(key, None)
     job = submitit.JobEnvironment()
     # A process killed while submitit wrote its result leaves a file that would fail every later one.
     result = job.paths.result_pickle

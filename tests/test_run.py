@@ -384,7 +384,8 @@ def test_a_submission_and_a_run_ask_for_the_same_room(
     import shutil
     from types import SimpleNamespace
 
-    from slurm.plan import Array, ClusterSpeed, estimate
+    from slurm.estimate import ClusterSpeed, estimate
+    from slurm.plan import Array
     from slurm.profile import Resources
 
     labels = tiny.labels.model_copy(update={"regimes": ("stored",)})

@@ -173,6 +173,11 @@ def _run(
         _check_room(config, len(dataset.classes), made, trained, folder, job.size)
     if job.main and dataset.skipped:
         logger.warning(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
+    if share.stages == ("report",):  # on what there is: a teacher that failed is not trained for it
+        _expect_others(runs, todo, share, stop)
+        if job.main:
+            _report(folder)
+        return
     bound = job.broadcast_from_main(folder.bound_teacher() if job.main else None)
     open_log()
     session = open_session(config, dataset, job, stop, bound)
@@ -190,12 +195,17 @@ def _run(
                 evaluate.evaluate(replace(session, config=one), place, own)
     job.barrier()
     if "report" in share.stages and job.main:
-        from wmdd.report import collect, html, text
+        _report(folder)
 
-        collected = collect.collect([folder.path])
-        html.write_html(collected, folder.path / "report.html")
-        text.terminal(collected, log.console)
-        logger.info(f"report: {folder.path / 'report.html'}")
+
+def _report(folder: RunFolder) -> None:
+    """Write and print the report of a run."""
+    from wmdd.report import collect, html, text
+
+    collected = collect.collect([folder.path])
+    html.write_html(collected, folder.path / "report.html")
+    text.terminal(collected, log.console)
+    logger.info(f"report: {folder.path / 'report.html'}")
 
 
 def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: Share, stop: StopRequest) -> None:
@@ -205,7 +215,9 @@ def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: 
         blocks = [(place, block) for place, one in runs.items() for block in range(one.blocks)]
         files += [file for place, block in blocks for file in (place.sidecar_file(block), place.block_file(block))]
     elif "report" in share.stages:
-        files += [evaluate.record_file(place, task) for place, task in students]
+        # A set that lacks a block has no students.
+        whole = [place for place, one in runs.items() if all(map(place.sidecar, range(one.blocks)))]
+        files += [evaluate.record_file(place, task) for place, task in students if place in whole]
     expect(files, stop)
 
 

@@ -12,8 +12,9 @@ from conftest import TINY
 
 from slurm import status as reporter
 from slurm import submit as submission
+from slurm.estimate import ClusterSpeed
 from slurm.local_cluster import LocalCluster, missing_programs
-from slurm.plan import ClusterSpeed
+from slurm.plan import Selection
 from slurm.profile import STAGES, Profile, Resources, Stage
 from slurm.status import Row
 from slurm.submissions import Submitted
@@ -77,7 +78,7 @@ def wait(condition: Callable[[], object], seconds: float, what: str) -> None:
 def profile(**changes: object) -> Profile:
     """Return a profile whose stages all ask for little, with changes; students share one task."""
     resources = NARROW.model_copy(update=changes)
-    return Profile(name="test", stages=dict.fromkeys(STAGES, resources), student_minutes=1)
+    return Profile(name="test", stages=dict.fromkeys(STAGES, resources), update_seconds=0.001)
 
 
 def submit(
@@ -89,7 +90,7 @@ def submit(
     speed: ClusterSpeed | None = None,
 ) -> dict[Stage, Submitted]:
     """Submit a run; return what was launched, by stage."""
-    request = submission.prepare(config, out, using or profile(), blocks, stages=stages, speed=speed)
+    request = submission.prepare(config, out, using or profile(), blocks, speed=speed, selection=Selection(stages))
     return {one.stage: one for one in submission.submit(request)}
 
 
@@ -104,5 +105,11 @@ def finish(run: Path, seconds: float = 400) -> None:
 
 
 def log(run: Path, job: str) -> str:
-    """Return all that the ranks of a job said."""
-    return "\n".join(file.read_text() for file in sorted((run / "slurm" / "jobs").glob(f"{job}*_log.out")))
+    """Return all that the ranks of a job said; of all jobs, of an array's, or of one of its tasks (``4711_3_``)."""
+    return "\n".join(file.read_text() for file in sorted((run / "slurm" / "jobs").glob(f"*/*/{job}*_log.out")))
+
+
+def step_of(task: str) -> str:
+    """Return the step in which a running task works."""
+    steps = ask("squeue", "-h", "-s", "-j", task, "-o", "%i").splitlines()
+    return next(step for step in steps if step.endswith(".0"))

@@ -12,7 +12,7 @@ from slurm.status import status
 from wmdd.config.schema import Config
 from wmdd.errors import InputError
 
-from .conftest import ask, finish, log, require, rows, submit, wait
+from .conftest import ask, finish, log, profile, require, rows, submit, wait
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def test_accounting_knows_what_the_controller_has_forgotten(
     digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    job = submit(digits, run, ("teacher", "distill"), blocks=2)["distill"].job
+    using = profile(retries=0)
+    job = submit(digits, run, ("teacher", "distill"), blocks=2, using=using)["distill"].job
     wait(lambda: "images ..." in log(run, f"{job}_1_"), 200, "block 1 is at work")
     ask("scancel", "--signal=KILL", f"{job}_1.0")
     finish(run, 200)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from slurm import scheduler
 from slurm.local_cluster import LocalCluster
+from slurm.plan import Selection
 from slurm.status import status
 from slurm.submit import prepare, submit
 from wmdd import pipeline
@@ -82,7 +83,7 @@ def test_many_tiny_tasks_cost_little_and_status_opens_no_file_of_theirs(
     aside.mkdir()
     for sidecar in (run / "blocks").glob("*.json"):
         shutil.move(sidecar, aside)
-    request = prepare(many, run, profile(parallel=8), TASKS, stages=("teacher", "distill"))
+    request = prepare(many, run, profile(parallel=8), TASKS, selection=Selection(("teacher", "distill")))
     assert [len(array.tasks) for array in request.arrays] == [TASKS]
 
     def release(jobs: list[str]) -> None:
@@ -104,8 +105,10 @@ def test_many_tiny_tasks_cost_little_and_status_opens_no_file_of_theirs(
     wait(lambda: not ask("squeue", "-h"), 60 + 2 * TASKS, "every task has ended")
     lasting = time.perf_counter() - begun
     assert {row.state for row in rows(run)} == {"done"}
-    marks = sorted((run / "slurm" / "attempts").iterdir())
+    marks = sorted((run / "slurm" / "attempts" / launched.job).glob("*/*"))
     assert len(marks) == TASKS and all(".0.done." in mark.name for mark in marks)
+    folders = [folder for folder in (run / "slurm").rglob("*") if folder.is_dir()]
+    assert max(len(list(folder.iterdir())) for folder in folders) <= TASKS + 1, "a folder has a file a task and more"
     layout = ("squeue", "-h", "-t", "all", "-r", "-j", launched.job, "-o", "%S %e")
     times = [line.split() for line in ask(*layout).splitlines()]
     print(

@@ -1,5 +1,6 @@
 """Whole graphs on a real cluster: what they write, in which order they run, and how they end."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,19 +9,36 @@ import safetensors
 from conftest import TINY, blocks_of
 from typer.testing import CliRunner
 
+from slurm import submissions
 from slurm.cli import app
+from slurm.estimate import measured
 from slurm.local_cluster import LocalCluster
-from slurm.plan import measured
 from slurm.status import log_files, status
 from slurm.submit import prepare
 from wmdd import pipeline
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 
-from .conftest import ask, finish, log, profile, rows, submit, wait
+from .conftest import ask, finish, log, profile, rows, step_of, submit, wait
 
 LONG = ["data.classes=2", "ipc=1", "synthesis.iterations=1000000", "compute.checkpoint_seconds=0.3"]
 """A single group whose synthesis outlasts every test; a test that needs its end sets the iterations."""
+
+THREE_BLOCKS = [*TINY, "data.classes=6", "student.seeds=1", "labels.regimes=['hard']", "synthesis.iterations=150"]
+"""A run whose three blocks take some seconds each, so that there is time to kill them."""
+
+
+def contained(place: Path, *lines: str) -> tuple[str, ...]:
+    """Return the words of a container: in it there are no SLURM clients, and these lines run before the interpreter."""
+    script = place / "container"
+    script.write_text("\n".join(["#!/bin/bash", "export PATH=/nowhere", *lines, 'exec "$@"', ""]))
+    script.chmod(0o755)
+    return (str(script),)
+
+
+def local_blocks(config: Config, place: Path) -> dict[str, bytes]:
+    """Return the images of a run that this process does."""
+    return blocks_of(pipeline.run(config, place / "local", share=pipeline.Share(("teacher", "distill"))))
 
 
 def iteration(run: Path) -> int:
@@ -60,24 +78,23 @@ def test_an_array_writes_what_a_local_run_writes_and_reports_last(cluster: Local
     # The same command finds everything done, and knows how fast it went.
     assert prepare(config, run, profile()).arrays == []
     speed = measured(run)
-    assert speed.rate and speed.student_minutes
+    assert speed.rate and speed.update_seconds
     told = CliRunner().invoke(app, ["logs", str(run), "3"]).output
     assert "block 3" in told and log_files(run, "distill", 3)[0].name in told
     shown = CliRunner().invoke(app, ["status", str(run), "--all"])
     assert shown.exit_code == 0 and shown.output.count("100%") == 12 and "no accounting" in shown.output
 
 
-def test_killed_tasks_end_the_graph_and_the_next_submission_does_only_what_is_missing(
-    cluster: LocalCluster, digits: Config, tmp_path: Path
+def test_what_is_lost_for_good_is_reported_and_the_command_that_status_prints_sends_only_that(
+    cluster: LocalCluster, tmp_path: Path
 ) -> None:
-    config = digits.model_copy(update={"data": digits.data.model_copy(update={"classes": 6})})
-    # One task at a time on a node; SLURM must not help by requeueing the one whose node dies.
+    config = load_config("digits", THREE_BLOCKS)
+    # One task at a time on a node; SLURM must not help by requeueing the one whose node dies, nor wmdd the other.
     launched = submit(config, tmp_path / "run", blocks=3, using=profile(cpus_per_rank=8, requeue=False))
     run, job = tmp_path / "run", launched["distill"].job
     wait(lambda: [row.state for row in rows(run)] == ["running"] * 3, 120, "three blocks run")
     wait(lambda: "images ..." in log(run, f"{job}_0_"), 120, "block 0 is at work")
-    steps = ask("squeue", "-h", "-s", "-j", f"{job}_0", "-o", "%i").splitlines()
-    ask("scancel", "--signal=KILL", *[step for step in steps if step.endswith(".0")])
+    ask("scancel", "--signal=KILL", step_of(f"{job}_0"))
     node = next(row.node for row in rows(run) if row.items == (1,))
     ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     try:
@@ -85,14 +102,21 @@ def test_killed_tasks_end_the_graph_and_the_next_submission_does_only_what_is_mi
         assert [row.state for row in rows(run)][:2] == ["killed", "node failed"]
         finish(run, 120)
         assert [(row.state, row.why) for row in rows(run, "students")] == [("cancelled", "what it waited for failed")]
-        assert rows(run, "report")[0].state == "cancelled"
+        assert rows(run, "report")[0].state == "done"
+        said = log(run, launched["report"].job)
+        assert re.search(r"missing\s+block 0.1\b", said), f"the report does not say what is missing: {said}"
         assert ask("squeue", "-h") == "", "a job waits for ever"
+        (tmp_path / "other.toml").write_text(OTHER)
         result = CliRunner().invoke(app, ["status", str(run)])
-        assert result.exit_code == 1 and "submit again" in result.output
+        told = result.output.splitlines()
+        assert result.exit_code == 1 and "killed by signal 9" in result.output
+        assert told[-1] == f"wmdd slurm submit {run} --profile test"
         whole = run / "blocks" / "block-00002.safetensors"
         before = whole.stat().st_mtime_ns
-        again = submit(config, run, ("teacher", "distill"))
-        assert [item.index for task in again["distill"].tasks for item in task] == [0, 1]
+        command = ["submit", str(run), "--profile", str(tmp_path / "other.toml"), "--stages", "teacher,distill"]
+        CliRunner().invoke(app, command, catch_exceptions=False)
+        again = submissions.read(run)[-1]
+        assert [item.index for task in again.tasks for item in task] == [0, 1]
         finish(run, 200)
     finally:
         scontrol = shutil.which("scontrol") or ""
@@ -102,6 +126,41 @@ def test_killed_tasks_end_the_graph_and_the_next_submission_does_only_what_is_mi
     assert whole.stat().st_mtime_ns == before
     pipeline.run(config, tmp_path / "local", share=pipeline.Share(("teacher", "distill")))
     assert blocks_of(run) == blocks_of(tmp_path / "local")
+
+
+OTHER = "gpus_per_rank = 0\ncpus_per_rank = 2\nmemory_gb = 1\nminutes = 10\n"
+
+
+def test_a_killed_task_one_that_fails_twice_and_a_bad_node_cost_starts_and_no_block(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    """One submission, and what the guide says of each of these."""
+    config = load_config("digits", THREE_BLOCKS)
+    run, bad = tmp_path / "run", cluster.node_names[1]
+    broken = tmp_path / "broken" / "torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
+    container = contained(
+        tmp_path,
+        f'[ "$SLURMD_NODENAME" != {bad} ] || export PYTHONPATH={broken.parent}',
+        '[ "$SLURM_ARRAY_TASK_ID" != 2 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge 2 ] || exit 3',
+    )
+    launched = submit(config, run, blocks=3, using=profile(cpus_per_rank=8, container=container))
+    job = launched["distill"].job
+    wait(lambda: "images ..." in log(run, f"{job}_0_"), 200, "block 0 is at work")
+    ask("scancel", "--signal=KILL", step_of(f"{job}_0"))
+    finish(run)
+    assert {row.state for row in status(run).rows} == {"done"}, log(run, "")
+    assert [row.restarts for row in rows(run)] == [1, 1, 2]
+    said = log(run, job)
+    assert f"killed by signal 9 on {cluster.node_names[0]}" in said and "retry 2 of 2" in said
+    assert f"device check failed on {bad}: libcuda.so.1" in said
+    assert f"excluded from the rest of this array: {bad}" in said
+    assert rows(run)[1].bad_nodes == (bad,)
+    assert blocks_of(run) == local_blocks(config, tmp_path)
+    ends = [ask("squeue", "-h", "-t", "all", "-j", one.job, "-o", "%e") for one in list(launched.values())[:-1]]
+    begun = ask("squeue", "-h", "-t", "all", "-j", launched["report"].job, "-o", "%S")
+    assert max("\n".join(ends).splitlines()) <= begun, "the report did not run last"
 
 
 def test_a_requeued_and_then_warned_task_goes_on_from_its_checkpoint(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -127,11 +186,12 @@ def test_a_requeued_and_then_warned_task_goes_on_from_its_checkpoint(cluster: Lo
     assert blocks_of(run) == blocks_of(tmp_path / "local")
 
 
-def test_a_time_limit_requeues_a_task_and_cancel_leaves_nothing_in_the_queue(
+def test_a_time_limit_requeues_a_task_in_a_container_and_a_cancelled_one_does_not_come_back(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    launched = submit(load_config("digits", [*TINY, *LONG]), run)
+    using = profile(container=contained(tmp_path))
+    launched = submit(load_config("digits", [*TINY, *LONG]), run, using=using)
     job = launched["distill"].job
     wait(lambda: iteration(run) > 0, 200, "synthesis begins")
     ask("scontrol", "update", f"jobid={job}", "timelimit=1")

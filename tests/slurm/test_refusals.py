@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from slurm import submissions
+from slurm import submit as submission
 from slurm.local_cluster import LocalCluster
 from slurm.profile import STAGES, Profile
-from slurm.status import status
+from slurm.status import mending, status
 from slurm.submit import prepare
 from slurm.submit import submit as hand_in
 from wmdd.config.schema import Config
@@ -122,7 +123,7 @@ def test_the_folder_of_pickles_is_private_and_refused_if_others_can_write_there(
         ask("scontrol", "update", "partitionname=main", "state=down")
         launched = submit(digits, tmp_path / "run", blocks=2)
         jobs = tmp_path / "run" / "slurm" / "jobs"
-        assert jobs.stat().st_mode & 0o7777 == 0o700 and list(jobs.glob("*.pkl"))
+        assert jobs.stat().st_mode & 0o7777 == 0o700 and list(jobs.rglob("*.pkl"))
         ask("scancel", *[one.job for one in launched.values()])
         wait(lambda: not ask("squeue", "-h"), 30, "the queue is empty")
         jobs.chmod(0o770)
@@ -134,13 +135,34 @@ def test_the_folder_of_pickles_is_private_and_refused_if_others_can_write_there(
         ask("scontrol", "update", "partitionname=main", "state=up")
 
 
-def test_a_task_that_fails_ends_the_graph_and_says_why(cluster: LocalCluster, digits: Config, tmp_path: Path) -> None:
+def test_wrong_input_is_not_tried_again_and_status_says_what_is_wrong(
+    cluster: LocalCluster, digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
-    wrong = digits.model_copy(update={"compute": digits.compute.model_copy(update={"device": "cuda:7"})})
-    launched = submit(wrong, run, blocks=1)
+    monkeypatch.setattr(submission, "versions", lambda: ("3.9", "0.0"))  # as another installation submits it
+    submit(digits, run, blocks=2)
     finish(run, 200)
-    first = status(run).rows[0]
-    assert (first.state, first.why) == ("failed", "its log says why")
-    assert "torch sees no GPU" in log(run, next(iter(launched.values())).job)
-    assert {(row.state, row.why) for row in status(run).rows[1:]} == {("cancelled", "what it waited for failed")}
+    found = status(run)
+    first = found.rows[0]
+    assert (first.state, first.restarts) == ("wrong input", 0)
+    assert first.why.startswith("submitted by Python and wmdd 3.9 0.0, started by 3.")
+    assert {(row.state, row.why) for row in found.rows[1:-1]} == {("cancelled", "what it waited for failed")}
+    assert "wrong input: mend what the message says" in mending(run, found)
     assert ask("squeue", "-h") == "", "a job waits for ever"
+
+
+def test_where_every_node_seems_bad_the_task_gives_up_and_nothing_waits_for_ever(
+    cluster: LocalCluster, digits: Config, tmp_path: Path
+) -> None:
+    """The cluster's GPUs are stand-ins: SLURM grants them, and torch sees none on any node."""
+    run = tmp_path / "run"
+    job = submit(digits, run, ("distill",), blocks=2, using=profile(gpus_per_rank=1))["distill"].job
+    finish(run, 300)
+    found = status(run)
+    assert {(row.state, row.restarts) for row in found.rows} == {("bad node", 2)}
+    assert "torch sees no GPU" in found.rows[0].why
+    lines = mending(run, found)
+    assert any(line.startswith("bad node: set exclude in the profile") and "127.0.0." in line for line in lines)
+    assert ask("squeue", "-h") == "", "a job waits for ever"
+    assert "excluded from the rest of this array: 127.0.0." in log(run, job)
+    assert not list(run.rglob("*.safetensors"))

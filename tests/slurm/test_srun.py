@@ -10,11 +10,7 @@ from pathlib import Path
 from conftest import TINY, blocks_of
 
 from slurm.local_cluster import LocalCluster
-from slurm.status import status
 from wmdd import pipeline
-from wmdd.config.schema import Config
-
-from .conftest import finish, log, profile, submit
 
 SETTINGS = [*TINY, "synthesis.classes_per_group=1", "student.baselines=[]", "student.seeds=1"]
 
@@ -62,16 +58,3 @@ def test_a_single_task_and_a_shell_on_a_terminal_stand_alone(cluster: LocalClust
     finally:
         os.close(ours)
         os.close(theirs)
-
-
-def test_a_task_that_was_given_gpus_and_sees_none_fails_in_one_line(
-    cluster: LocalCluster, digits: Config, tmp_path: Path
-) -> None:
-    """The cluster's GPUs are stand-ins: SLURM grants them, and torch sees none."""
-    run = tmp_path / "run"
-    launched = submit(digits, run, stages=("distill",), blocks=1, using=profile(gpus_per_rank=1))
-    finish(run, 200)
-    assert [row.state for row in status(run).rows] == ["failed"]
-    said = log(run, next(iter(launched.values())).job)
-    assert "compute.device = 'cuda': torch sees no GPU on" in said
-    assert not list(run.rglob("*.safetensors"))

@@ -3,22 +3,23 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from slurm import scheduler
 from slurm import task as task_module
-from slurm.submissions import Attempts, marks
-from slurm.task import Attempt, SlurmTask, versions
+from slurm.attempts import Attempt, History, histories
+from slurm.task import SlurmTask, versions
 from wmdd import pipeline
 from wmdd.config.schema import Config
-from wmdd.errors import Interrupted, WmddError
+from wmdd.errors import EXIT_BAD_INPUT, Interrupted
+from wmdd.runtime.device_check import DeviceFault, check_device
 from wmdd.runtime.placement import choose_device
 
 
 def task(config: Config, folder: Path, **changes: object) -> SlurmTask:
-    settings = {"max_restarts": 3, "requeue": True, "versions": versions()} | changes
+    settings = {"versions": versions()} | changes
     return SlurmTask(config.model_dump(mode="json"), str(folder), "distill", (0,), {}, **settings)  # type: ignore[arg-type]
 
 
@@ -31,12 +32,14 @@ def inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatc
         "SLURM_PROCID": "1",
         "SLURM_LOCALID": "1",
         "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_ID": "0",
     }
     for key, value in (places | {"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path)}).items():
         monkeypatch.setenv(key, value)
     for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(key, "inherited from the shell that submitted")
-    monkeypatch.delenv("MASTER_PORT")
     return monkeypatch
 
 
@@ -53,7 +56,7 @@ def test_each_rank_takes_its_own_gpu_of_those_that_slurm_made_visible(
     name, here = task_module._join_ranks()
     assert (name, here.rank, here.size) == ("9", 1, 2)
     assert {key: os.environ[key] for key in visible} == visible
-    assert [os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["1", "2", "1"]
+    assert (here.local, "RANK" in os.environ) == (1, False), "a rank of the shell that submitted"
     seen = len(visible.get("CUDA_VISIBLE_DEVICES", "0,1").split(","))
     assert choose_device("auto", here, seen) == device
 
@@ -80,7 +83,8 @@ def test_of_several_ranks_one_decides_whether_a_block_is_whole(digits: Config, t
     """On a network file system one node may see a block that another does not see yet."""
     pipeline.run(digits, tmp_path / "0", share=pipeline.Share(("teacher", "distill")))
     (tmp_path / "1").mkdir()
-    common = {"SLURM_JOB_ID": "9", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SUBMITIT_EXECUTOR": "slurm"}
+    common = {"SLURM_JOB_ID": "9", "SLURM_STEP_NUM_TASKS": "2", "SUBMITIT_EXECUTOR": "slurm"}
+    common |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_ID": "0"}
     common |= {"SUBMITIT_FOLDER": str(tmp_path), "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1"}
     ranks = []
     try:
@@ -97,43 +101,94 @@ def test_of_several_ranks_one_decides_whether_a_block_is_whole(digits: Config, t
     assert not list((tmp_path / "1").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("gpu, device, wanted", [(True, "auto", "cuda"), (False, "auto", None), (True, "cpu", None)])
+@pytest.mark.parametrize("gpu, device", [(True, "auto"), (False, "auto"), (True, "cpu")])
 def test_a_task_that_was_given_a_gpu_never_works_on_the_cpu(
-    digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, device: str, wanted: str | None
+    digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, device: str
 ) -> None:
+    """This machine has no GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     config = digits.model_copy(update={"compute": digits.compute.model_copy(update={"device": device})})
-    asked = task(config, tmp_path, gpu=gpu)
+    asked = task(config, tmp_path / "run", gpu=gpu)
     shares: list[pipeline.Share | None] = []
     monkeypatch.setattr(pipeline, "run", lambda config, folder, share: shares.append(share))
-    asked._work()
-    assert shares == [pipeline.Share(("distill",), (0,), None, wanted)]
+    with pytest.raises(DeviceFault, match="torch sees no GPU") if gpu and device == "auto" else nullcontext():
+        asked._work()
+    assert shares == ([] if gpu and device == "auto" else [pipeline.Share(("distill",), (0,), None, None)])
 
 
-def test_another_interpreter_or_version_is_refused(digits: Config, tmp_path: Path) -> None:
-    with pytest.raises(WmddError, match=r"submitted by Python and wmdd 3\.9 0\.0, started by 3\."):
-        task(digits, tmp_path, versions=("3.9", "0.0"))()
+def test_each_start_of_a_job_meets_at_another_port(inside: pytest.MonkeyPatch) -> None:
+    """Another program may hold the port of the start before."""
+    meetings = set()
+    for start in range(3):
+        inside.setenv("SLURM_RESTART_COUNT", str(start))
+        meetings.add(task_module._join_ranks()[1].meeting)
+    assert len(meetings) == 3
 
 
-def test_who_comes_back_and_how_often(digits: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped = Interrupted("checkpointed")
-    answers = {"squeue": "RUNNING\n", "scontrol": ""}
-    monkeypatch.setattr(scheduler, "call", lambda program, *rest: answers[program])
-    monkeypatch.setenv("SLURM_JOB_ID", "9")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert task(digits, tmp_path)._come_back(stopped) == "requeued"
-    answers["squeue"] = "COMPLETING\n"  # SLURM is cancelling or requeueing it
-    assert task(digits, tmp_path)._come_back(stopped) == "stopped"
-    with pytest.raises(WmddError, match="came back 2 times"):
-        task(digits, tmp_path, max_restarts=2)._come_back(stopped)
-    with pytest.raises(WmddError, match="requeue = false"):
-        task(digits, tmp_path, requeue=False)._come_back(stopped)
+def test_another_interpreter_or_version_is_wrong_input(
+    digits: Config, tmp_path: Path, inside: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    inside.setenv("SLURM_PROCID", "0")
+    with pytest.raises(SystemExit) as left:
+        task(digits, tmp_path / "run", versions=("3.9", "0.0"))()
+    assert left.value.code == EXIT_BAD_INPUT
+    assert "wmdd: submitted by Python and wmdd 3.9 0.0, started by 3." in capfd.readouterr().err
+    assert histories(tmp_path / "run", ["9"])["9_0"].last == "refused"
+
+
+def test_three_stops_at_the_same_point_end_a_task_and_a_hundred_with_progress_do_not(
+    digits: Config, tmp_path: Path, inside: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    inside.setenv("SLURM_PROCID", "0")
+    point = ""
+
+    def stopped(self: SlurmTask) -> None:
+        raise Interrupted(point)
+
+    inside.setattr(SlurmTask, "_work", stopped)
+    for start in range(104):
+        inside.setenv("SLURM_RESTART_COUNT", str(start))
+        point = f"checkpointed at iteration {min(start, 101)}"
+        with pytest.raises(SystemExit) as left:
+            task(digits, tmp_path / "run")()
+        assert left.value.code == (1 if start == 103 else 75), start
+    assert "was stopped 3 times at the same point" in capfd.readouterr().err
+    assert histories(tmp_path / "run", ["9"])["9_0"].last == "stuck"
 
 
 def test_the_names_of_attempts_are_their_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Attempt.begin(tmp_path, "4711_3").end("requeued")
+    monkeypatch.setenv("SLURMD_NODENAME", "10.0.0.7")
+    first = Attempt.of(tmp_path, "4711_103")
+    first.begin()
+    first.end("stopped-1234abcd")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    second = Attempt.begin(tmp_path, "4711_3")
-    assert marks(tmp_path)["4711_3"] == Attempts(starts=2, last=None, seconds=0, restarts=1)
+    second = Attempt.of(tmp_path, "4711_103")
+    second.begin()
+    assert histories(tmp_path, ["4711"]) == {"4711_103": History(starts=2, last=None, restarts=1)}
     second.begun -= 70
-    second.end("done")
-    assert marks(tmp_path) == {"4711_3": Attempts(starts=2, last="done", seconds=70, restarts=1)}
+    second.end("failed")
+    assert histories(tmp_path, ["4711"])["4711_103"] == History(2, "failed", "10.0.0.7", 70, 1)
+    monkeypatch.setenv("SLURMD_NODENAME", "10.0.0.8")
+    Attempt.of(tmp_path, "4711_103").blame_node()  # another rank, which took rank 0 with it
+    assert histories(tmp_path, ["4711"])["4711_103"] == History(2, "device", "10.0.0.8", 70, 1, ("10.0.0.8",))
+
+
+def test_a_device_that_computes_wrong_values_or_is_missing_fails_its_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    check_device("cpu", {})
+    with pytest.raises(DeviceFault, match=r"device check failed on node7: .*torch sees no GPU"):
+        check_device("cuda", {"SLURMD_NODENAME": "node7"})
+    product = torch.Tensor.__matmul__
+
+    def off_by_one(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        found = product(left, right)
+        if found.dim() == 2:
+            found[17, 3] += 1
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", off_by_one)
+    with pytest.raises(DeviceFault, match="on node7: 1 rows of a product are wrong on cpu"):
+        check_device("cpu", {"SLURMD_NODENAME": "node7"})

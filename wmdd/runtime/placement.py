@@ -55,11 +55,14 @@ _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def _meeting(environment: Mapping[str, str]) -> str:
-    """Return the address of rank 0, which srun puts on the first node of its step, and a port that the step decides."""
+    """Return the address of rank 0, which srun puts on the first node of its step, and a port.
+
+    The port depends on the step and on the job's restarts: a port that another program holds is not tried again.
+    """
     one_node = environment.get("SLURM_STEP_NUM_NODES") == "1"
     host = "127.0.0.1" if one_node else _first_host(environment["SLURM_STEP_NODELIST"])
     step = 31 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
-    port = str(_FIRST_PORT + step % _PORTS)
+    port = str(_FIRST_PORT + (step + 7919 * int(environment.get("SLURM_RESTART_COUNT", "0"))) % _PORTS)
     return f"tcp://{environment.get('MASTER_ADDR', host)}:{environment.get('MASTER_PORT', port)}"
 
 

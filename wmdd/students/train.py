@@ -150,6 +150,7 @@ def train(
                 weight.data.copy_(mean)
         team.share_buffers(network)
         network.eval()
+        trained = meter.read()["seconds"]
         judged = session.validation(network, team)
     except Interrupted:
         save()
@@ -157,7 +158,9 @@ def train(
         raise Interrupted(f"student {how} after {done} of {wanted_updates} updates") from None
     labelled = done // steps * len(distilled) + done % steps * settings.batch_size
     cost = {"image_bytes": float(distilled.bytes), "label_bytes": 0.0, **(soft.cost(labelled, team) if soft else {})}
-    return Result(judged, done, meter.read() | {"updates": float(done)} | cost)
+    spent = meter.read()
+    spent["validation_seconds"] = round(spent["seconds"] - trained, 3)
+    return Result(judged, done, spent | {"updates": float(done)} | cost)
 
 
 def _smoothed_cosine(epoch: int, settings: StudentConfig) -> float:
