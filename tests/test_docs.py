@@ -196,6 +196,19 @@ def test_every_page_of_the_docs_is_in_the_menu() -> None:
     assert [str(page) for page in pages if f": {page}\n" not in menu] == []
 
 
+def test_the_map_of_the_packages_is_that_of_the_contract() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    floors = [[name.strip().removeprefix("wmdd.") for name in layer.split("|")] for layer in layers]
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    sentence = guide.partition("Top first: ")[2].partition(".\n")[0]
+    assert [re.findall(r"`(\w+)`", part) for part in sentence.split(";")] == floors
+    packages = [path.parent.name for path in (ROOT / "wmdd").glob("*/__init__.py")]
+    assert [name for name in packages if f"| `wmdd/{name}/` |" not in guide] == []
+    picture = blocks(ROOT / "docs" / "concepts" / "architecture.md", "text")[-1]
+    assert [name for name in packages if not re.search(rf"\b{name}\b", picture)] == []
+
+
 @pytest.mark.slow
 def test_the_docs_build_without_a_warning_and_ask_for_nothing_from_elsewhere(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
