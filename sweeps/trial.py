@@ -67,6 +67,7 @@ class SweepSetup:
             "student.seeds": self.budget.student_seeds,
             "student.baselines": (),
             "student.first_seed": 0,
+            "student.validate_every": 0,
             "student.views": ("epochs",),
         }
         if self.classes is not None:

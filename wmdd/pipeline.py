@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -181,6 +181,8 @@ def _run(
     bound = job.broadcast_from_main(folder.bound_teacher() if job.main else None)
     open_log()
     session = open_session(config, dataset, job, stop, bound)
+    if job.main and session.teacher.epochs:
+        _copy_log(session.teacher.epochs, folder.epoch_log("teacher"))
     for place, one in runs.items():
         if job.main:
             write_json(place.path / "teacher.json", session.teacher.facts)
@@ -206,6 +208,13 @@ def _report(folder: RunFolder) -> None:
     html.write_html(collected, folder.path / "report.html")
     text.terminal(collected, log.console)
     logger.info(f"report: {folder.path / 'report.html'}")
+
+
+def _copy_log(source: Path, target: Path) -> None:
+    """Copy what the cache has of a training to the logs of this run."""
+    with suppress(OSError):  # the teacher was imported, or there is no room
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: Share, stop: StopRequest) -> None:

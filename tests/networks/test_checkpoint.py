@@ -1,10 +1,13 @@
 """Training that is interrupted and goes on ends in the same weights, whatever the recipe draws or averages."""
 
+import contextlib
 import hashlib
+import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from wmdd.config.schema import ComputeConfig, Config
 from wmdd.data.dataset import load_dataset
 from wmdd.errors import Interrupted, WmddError
 from wmdd.networks import checkpoint
-from wmdd.networks.accuracy import Validation
+from wmdd.networks.accuracy import Judgement, Validation
 from wmdd.networks.checkpoint import Checkpoint
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
@@ -40,6 +43,8 @@ UPDATES = 3 * EPOCHS
 """Of the students here: 20 images in batches of 7, 7 and 6"""
 OPTIONS = ["data.channels=3", "data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]", "student.ema=0.8"]
 OPTIONS += [f"student.epochs={EPOCHS}", "student.batch_size=7", "labels.mix=cutmix"]
+JUDGED = (0.0, 0.1, 0.3, 0.2, 0.4, 0.1, 0.2)
+"""Top-1 after each epoch, the initial weights included"""
 Stop = Callable[[], bool]
 
 
@@ -88,11 +93,12 @@ class Students:
         judged: dict[str, Tensor] = {}
         self.updates = 0
 
-        def judge(network: nn.Module, team: Team) -> dict[str, float]:
+        def judge(network: nn.Module, team: Team) -> Judgement:
             if judging():
                 raise Interrupted
+            torch.rand(3)  # as decoding may
             judged.update(network.state_dict())
-            return {}
+            return Judgement({"top1": JUDGED[self.updates // 3]})
 
         def count(updates: int) -> None:
             self.updates += updates
@@ -100,7 +106,8 @@ class Students:
 
         saved = Checkpoint(where / "student.safetensors", of, seconds)
         session = Session(self.config, None, judge, self._teacher, job, stop)  # type: ignore[arg-type]
-        result = train_module.train(session, self._task, self._set, team, where / "labels", count, saved)
+        log_file = where / "logs" / "student.jsonl"
+        result = train_module.train(session, self._task, self._set, team, where / "labels", count, saved, log_file)
         return judged, result
 
 
@@ -112,6 +119,73 @@ def reached(where: Path, of: str = "this") -> tuple[int, int]:
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def epochs_of(where: Path) -> dict[int, dict[str, Any]]:
+    """Read a log of epochs as its writer says: the last value of each field holds, and what is no JSON is skipped."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in where.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            found.setdefault(entry["epoch"], {}).update(entry)
+    return found
+
+
+TIMES = {"seconds", "images_per_second"}
+
+
+def without_times(epochs: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {epoch: {key: facts[key] for key in facts.keys() - TIMES} for epoch, facts in epochs.items()}
+
+
+def test_a_training_that_is_stopped_or_killed_anywhere_leaves_the_epochs_of_one_that_is_not(
+    classifier: nn.Module, alone: Ranks, tmp_path: Path
+) -> None:
+    students = Students("hard", classifier, "student.validate_every=2")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for place in (whole, cut):
+        (place / "logs").mkdir(parents=True)
+    _, uncut = students.train(whole, alone)
+    expected = epochs_of(whole / "logs" / "student.jsonl")
+    assert list(expected) == [1, 2, 3, 4, 5, 6]
+    assert [facts["updates"] for facts in expected.values()] == [3, 6, 9, 12, 15, 18]
+    assert {epoch: facts.get("validation_top1") for epoch, facts in expected.items()} == {
+        1: None, 2: 0.3, 3: None, 4: 0.4, 5: None, 6: 0.2
+    }  # fmt: skip
+    assert all(facts["loss"] > 0 and facts["lr"] > 0 and facts.keys() > TIMES for facts in expected.values())
+    log = cut / "logs" / "student.jsonl"
+    log.write_text('{"epoch": 99}\n')  # of another recipe
+    for stop in (after(2), after(3), never):  # in the first epoch, in the second, and while the second is validated
+        with pytest.raises(Interrupted):
+            students.train(cut, alone, stop, judging=after(0))
+    assert list(epochs_of(log)) == [1, 2]
+
+    def kill(updates: int) -> None:
+        if updates == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        students.train(cut, alone, advance=kill)
+    log.write_text(log.read_text() + '{"epoch": 3, "upd')
+    with pytest.raises(Interrupted):
+        students.train(cut, alone, judging=after(2))  # after the last update
+    _, resumed = students.train(cut, alone)
+    assert without_times(epochs_of(log)) == without_times(expected)
+    assert resumed.best == uncut.best == {"epoch": 4, "top1": 0.4}
+
+
+@pytest.mark.parametrize("regime", ["hard", "soft"])
+@pytest.mark.parametrize("average", [0.0, 0.8])
+def test_validation_on_the_way_changes_no_weight(
+    regime: str, average: float, classifier: nn.Module, alone: Ranks, tmp_path: Path
+) -> None:
+    found = []
+    for every in (0, 1, 4):
+        options = [f"student.ema={average}", f"student.validate_every={every}"]
+        found.append(Students(regime, classifier, *options).train(tmp_path / str(every), alone))
+    (plain, result), (often, best), (seldom, _) = found
+    assert same(plain, often) and same(plain, seldom)
+    assert best.metrics == result.metrics and (result.best, best.best) == ({}, {"epoch": 4, "top1": 0.4})
 
 
 @pytest.mark.slow

@@ -287,6 +287,9 @@ class StudentConfig(Section, decides=Decides("students")):
     """Decay of the exponential moving average of the weights, from the initial ones on, that is validated in their
     place (EDC: 0.99; after 200 updates that still holds 13 % of the initial weights); the BatchNorm statistics are the
     student's own, as in EDC. 0: none."""
+    validate_every: Annotated[Count, Decides("nothing")] = 0
+    """Epochs between two validations on the way, for the log of the student and the best epoch in its record, which
+    is never compared. Results are those of the last epoch. 0: only after the last one."""
     baselines: Annotated[tuple[str, ...], Decides("selection")] = ("random",)
     """Methods distilled beside the run's own at the same IPC, and measured by the same students."""
     baseline_sets: Annotated[Positive, Decides("selection")] = 5

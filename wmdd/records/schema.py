@@ -62,6 +62,10 @@ class Record(Measurement):
     """Which of them it got right at the last epoch, class by class: a bit each (``bitmaps.pack``)."""
     metrics: dict[str, float]
     """``top1`` and ``top5`` as fractions, ``loss`` in nats, and whatever else was measured."""
+    best_epoch: Positive | None = None
+    """Epoch of the highest top-1 among those that ``student.validate_every`` validated, and the last one."""
+    best_top1: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Top-1 after that epoch, as a fraction. The images that measure a student chose it, so it is never compared."""
     recipe: dict[str, Any]
     """What must agree before two records are averaged or compared: epochs, updates, batch_size, checkpoint, lr,
     temperature, the teacher's SHA-256, the student's arithmetic."""

@@ -54,6 +54,10 @@ class RunFolder:
         """Return the log of a share of the run."""
         return self.path / "logs" / f"{name}.log"
 
+    def epoch_log(self, name: str) -> Path:
+        """Return the log of the epochs of a teacher or a student."""
+        return self.path / "logs" / f"{name}.jsonl"
+
     def locked(self, name: str, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
         """Hold a lock of this run (``files.locked``): one process works on a thing, others wait and find it done."""
         return locked(self.path / "locks" / name, stop)

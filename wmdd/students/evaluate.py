@@ -74,7 +74,9 @@ def evaluate(session: Session, folder: RunFolder, tasks: list[StudentTask]) -> N
                 owner = digest([protocol_of(unrounded), distilled.sha256])
                 file, seconds = folder.student_checkpoint(_name(task)), config.compute.checkpoint_seconds
                 saved = Checkpoint(file, owner, seconds, ranks.arithmetic)
-                result = train.train(session, task, distilled, team, labels, advance, saved)
+                result = train.train(
+                    session, task, distilled, team, labels, advance, saved, folder.epoch_log(_name(task))
+                )
                 if team.rank == 0:
                     record = _record(session, task, result, distilled, own)
                     with folder.locked(_RECORDS):
@@ -165,6 +167,8 @@ def _record(
         config=config.fingerprint("images"),
         artefact=distilled.sha256,
         cost=result.cost,
+        best_epoch=None if not result.best else int(result.best["epoch"]),
+        best_top1=result.best.get("top1"),
         provenance=provenance(config.compute, session.ranks.arithmetic),
     )
 

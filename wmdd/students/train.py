@@ -1,11 +1,13 @@
 """The training of a student."""
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wmdd.config.schema import StudentConfig
@@ -13,6 +15,7 @@ from wmdd.errors import Interrupted
 from wmdd.networks import create
 from wmdd.networks.accuracy import Judgement
 from wmdd.networks.checkpoint import Checkpoint, StopCheck
+from wmdd.networks.epoch_log import EpochLog
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.meter import Meter
 from wmdd.runtime.seeding import seed_of
@@ -38,6 +41,8 @@ class Result:
     """Optimiser steps"""
     cost: dict[str, float]
     """What training, labelling and validation took (``Meter.read``, ``SoftLabels.cost``), and bytes of the images"""
+    best: dict[str, float] = field(default_factory=dict)
+    """``epoch`` and ``top1`` of the best epoch that was validated; empty without ``student.validate_every``"""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -53,6 +58,7 @@ def train(
     folder: Path,
     advance: Callable[[int], None] = lambda updates: None,
     checkpoint: Checkpoint | None = None,
+    log_file: Path | None = None,
 ) -> Result:
     """Train one student and measure it.
 
@@ -70,6 +76,7 @@ def train(
         folder: folder of stored soft labels, if the config asks for them.
         advance: called with the number of updates done.
         checkpoint: written when it is due and at a stop; training resumes from it.
+        log_file: gets a line for each epoch (``EpochLog``).
 
     Raises:
         Interrupted: a stop was requested.
@@ -98,6 +105,11 @@ def train(
     meter.add_previous(found.get("spent", {}))
     if done:
         advance(done)
+    # The last epoch that was validated, seconds of all validations, and the best epoch.
+    validated, judging = int(found.get("validated", 0)), float(found.get("judging", 0.0))
+    best = dict(found.get("best", {}))
+    log = EpochLog(log_file, team, ranks.device)
+    log.restore(found.get("log", {}))
     example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
     parallel = ranks.compiled(team.wrap(network.train(), example))
     check = StopCheck(team, session.stop, checkpoint.due if checkpoint else lambda: False)
@@ -106,10 +118,40 @@ def train(
         if checkpoint:
             epoch, position = divmod(done, steps)
             checkpoint.save(
-                parts, ranks.device, team, epoch=epoch, position=position, average=average, spent=meter.read()
+                parts,
+                ranks.device,
+                team,
+                epoch=epoch,
+                position=position,
+                average=average,
+                spent=meter.read(),
+                log=log.state(),
+                validated=validated,
+                judging=judging,
+                best=best,
             )
 
+    def validate(epoch: int) -> Judgement:
+        nonlocal validated, judging, best
+        begun = meter.read()["seconds"]
+        shown = averaged_copy(network, average, team)
+        # Decoding may draw random numbers; those of the training stay as they are.
+        with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
+            judged = session.validation(shown, team)
+        log.add_validation(epoch, judged.metrics)
+        validated, judging = epoch, judging + meter.read()["seconds"] - begun
+        if settings.validate_every and judged.metrics["top1"] > best.get("top1", -1.0):
+            best = {"epoch": epoch, "top1": judged.metrics["top1"]}
+        return judged
+
+    def validate_on_the_way() -> None:
+        epoch, position = divmod(done, steps)
+        due = settings.validate_every and not position and epoch % settings.validate_every == 0
+        if due and validated < epoch < settings.epochs:
+            validate(epoch)
+
     try:
+        validate_on_the_way()  # a stop may have come while an epoch was validated
         for epoch in range(done // steps, settings.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
@@ -139,28 +181,38 @@ def train(
                         entropy = hard_loss(logits.float(), classes, batch, team, importance)
                         loss = squared_error(logits.float(), wanted, shares) + config.labels.ce_weight * entropy
                 optimizer.zero_grad(set_to_none=True)
+                log.count(loss, len(batch.images))
                 (loss * (team.size / len(batch.images))).backward()
                 optimizer.step()
                 if average:
                     follow(average, weights, None)
                 done += 1
                 advance(1)
-        if average:
-            for weight, mean in zip(weights, average, strict=True):
-                weight.data.copy_(mean)
-        team.share_buffers(network)
-        network.eval()
-        trained = meter.read()["seconds"]
-        judged = session.validation(network, team)
+            log.end_epoch(epoch + 1, done, optimizer.param_groups[0]["lr"])
+            validate_on_the_way()
+            log.write_if_due()
+        judged = validate(settings.epochs)
+        log.write()
     except Interrupted:
         save()
         how = "checkpointed" if checkpoint else "stopped"
         raise Interrupted(f"student {how} after {done} of {wanted_updates} updates") from None
     labelled = done // steps * len(distilled) + done % steps * settings.batch_size
     cost = {"image_bytes": float(distilled.bytes), "label_bytes": 0.0, **(soft.cost(labelled, team) if soft else {})}
-    spent = meter.read()
-    spent["validation_seconds"] = round(spent["seconds"] - trained, 3)
-    return Result(judged, done, spent | {"updates": float(done)} | cost)
+    spent = meter.read() | {"validation_seconds": round(judging, 3)}
+    return Result(judged, done, spent | {"updates": float(done)} | cost, best)
+
+
+def averaged_copy(network: nn.Module, average: list[Tensor], team: Team) -> nn.Module:
+    """Return what is validated: a copy of a network in evaluation mode, with its averaged weights if it has any.
+
+    All ranks of the team get the buffers of its first rank.
+    """
+    shown = copy.deepcopy(network).eval()
+    for weight, mean in zip(shown.parameters(), average or network.parameters(), strict=True):
+        weight.data.copy_(mean)
+    team.share_buffers(shown)
+    return shown
 
 
 def _smoothed_cosine(epoch: int, settings: StudentConfig) -> float:

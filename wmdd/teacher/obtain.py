@@ -36,6 +36,8 @@ class Teacher:
     """Of its weights file in the store: the teacher's name"""
     facts: dict[str, Any]
     """Network, origin, top-1 and top-5 (fractions) and what they were measured on, seconds of training, bytes"""
+    epochs: Path | None = None
+    """Log of its training in the cache (``EpochLog``); it may be missing"""
 
     def observe(self, images: Tensor, ranks: Ranks, batch_size: int) -> Observation:
         """Return what the network sees in normalised images [N, channels, H, W], batch by batch, on the CPU."""
@@ -96,7 +98,7 @@ def get_or_train_teacher(
     network = create_network(config, known["all_outputs"])
     weights.restore(network, read_tensors(file))
     frozen = FrozenNetwork(network, known["outputs"]).to(ranks.device)
-    return Teacher(frozen, known["sha256"], known)
+    return Teacher(frozen, known["sha256"], known, folder / _EPOCHS)
 
 
 def _add(
@@ -157,7 +159,7 @@ def _kept(sha: str) -> str | None:
     return None
 
 
-_FILE, _FACTS = "teacher.safetensors", "teacher.json"
+_FILE, _FACTS, _EPOCHS = "teacher.safetensors", "teacher.json", "epochs.jsonl"
 
 
 def _is_complete(folder: Path) -> bool:
@@ -196,7 +198,7 @@ def _make(
             )
         if team.index:
             return  # one team trains, the others wait
-        network = train(config, dataset, ranks, team, checkpoint, meter, stop)
+        network = train(config, dataset, ranks, team, checkpoint, meter, stop, folder / _EPOCHS)
     elif ranks.main:
         network, outputs = _import(config, dataset, origin)
     if not ranks.main:

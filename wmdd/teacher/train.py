@@ -1,6 +1,7 @@
 """The training of a teacher: crops and flips, a cosine to zero, checkpoints."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from wmdd.data.pixels import normalize
 from wmdd.errors import Interrupted
 from wmdd.networks import create
 from wmdd.networks.checkpoint import Checkpoint, StopCheck
+from wmdd.networks.epoch_log import EpochLog
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.runtime.meter import Meter
 from wmdd.runtime.progress_bars import progress
@@ -35,11 +37,12 @@ def train(
     checkpoint: Checkpoint,
     meter: Meter,
     stop: Callable[[], bool],
+    log_file: Path | None = None,
 ) -> nn.Module:
     """Train on the decoded images with crops and flips, cosine to zero.
 
     Checkpoints are written when they are due, at a stop, and after the last update: a stop while the teacher is judged
-    costs no training.
+    costs no training.  ``log_file`` gets a line for each epoch (``EpochLog``).
     """
     settings, data = config.teacher, config.data
     torch.manual_seed(seed_of(settings.seed, "teacher"))
@@ -60,16 +63,19 @@ def train(
 
     def save() -> None:
         epoch, position = divmod(done, batches)
-        checkpoint.save(parts, ranks.device, team, epoch=epoch, position=position, spent=meter.read())
+        checkpoint.save(parts, ranks.device, team, epoch=epoch, position=position, spent=meter.read(), log=log.state())
 
     images = to_gpu_if_it_fits(team.together(decoded), ranks.device)
     labels = dataset.train.labels.to(ranks.device)
     example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
     parallel = ranks.compiled(team.wrap(network.train(), example))
     check = StopCheck(team, stop, checkpoint.due)
+    log = EpochLog(log_file, team, ranks.device)
+    log.restore(found.get("log", {}))
     with progress("teacher: training", settings.epochs * batches, "updates") as advance:
         advance(done)
         for epoch in range(done // batches, settings.epochs):
+            lr = optimizer.param_groups[0]["lr"]
             source = generator(settings.seed, "teacher", epoch)
             order = torch.randperm(len(images), generator=source)
             size, scale = data.resolution, (settings.crop_scale, 1.0)
@@ -95,9 +101,12 @@ def train(
                 loss = functional.cross_entropy(logits.float(), wanted, label_smoothing=smoothing, reduction="sum")
                 optimizer.zero_grad(set_to_none=True)
                 (loss * (team.size / (end - start))).backward()
+                log.count(loss, end - start)
                 optimizer.step()
                 schedule.step()
                 advance(1)
+            log.end_epoch(epoch + 1, done, lr)
+            log.write_if_due()
     save()
     return network.cpu()
 
