@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from wmdd.errors import WmddError
+from wmdd.runtime.meter import energy_joules
 from wmdd.storage.files import write_bytes
 
 MIN_STEPS = 2
@@ -75,6 +76,8 @@ class TimedRun:
     """Seconds of each step"""
     peak: int | None
     """Bytes of the device's allocator at most; on a CPU of the whole process; None where it cannot be told"""
+    joules: float | None = None
+    """Energy of the device or CPU package, warm-up included, whoever else used it; None where no counter is readable"""
 
     @property
     def seconds(self) -> float:
@@ -86,11 +89,14 @@ def once(run: Run, steps: int, device: torch.device, warm: int) -> TimedRun:
     """Do ``steps`` steps after ``warm`` ones that do not count."""
     _forget_peak(device)
     watch = Stopwatch(device, warm)
+    before = energy_joules(device)
     run(steps + warm, watch)
     taken = watch.read()
+    after = energy_joules(device)
     if not taken:
         raise WmddError("the stopwatch was told of no step")
-    return TimedRun(steps, taken, _peak(device))
+    known = before is not None and after is not None and after >= before  # counters of CPUs wrap
+    return TimedRun(steps, taken, _peak(device), after - before if known else None)  # type: ignore[operator]
 
 
 def in_turns(
@@ -140,7 +146,9 @@ def spread(values: list[float], prefix: str) -> dict[str, float]:
 
 
 def figures(samples: list[TimedRun], work: Callable[[int], float]) -> dict[str, float]:
-    """Return ``rate`` with its spread, ``seconds``, ``repeats``, ``steps``, ``p50``, ``p90`` and ``peak_bytes``.
+    """Return ``rate`` with its spread, ``seconds``, ``repeats``, ``steps``, ``p50``, ``p90``, ``peak_bytes``, and energy.
+
+    ``joules`` are those of a repeat, the median; they are missing where no counter is readable.
 
     Args:
         samples: the repeats of one contestant.
@@ -152,7 +160,9 @@ def figures(samples: list[TimedRun], work: Callable[[int], float]) -> dict[str, 
     found |= {"seconds": statistics.median(sample.seconds for sample in samples)}
     p50, p90 = torch.tensor(steps).quantile(torch.tensor([0.5, 0.9])).tolist()
     peaks = [sample.peak for sample in samples if sample.peak is not None]
-    return found | {"p50": p50, "p90": p90} | ({"peak_bytes": float(max(peaks))} if peaks else {})
+    joules = [sample.joules for sample in samples if sample.joules is not None]
+    found |= {"p50": p50, "p90": p90} | ({"peak_bytes": float(max(peaks))} if peaks else {})
+    return found | ({"joules": statistics.median(joules)} if joules else {})
 
 
 def ratio(samples: list[TimedRun], baseline: list[TimedRun]) -> dict[str, float]:

@@ -238,3 +238,18 @@ def test_the_command_names_generated_images(tmp_path: Path) -> None:
     assert "synthetic" in done.stdout
     records, _ = read_records(out, SpeedRecord)
     assert [record.dataset for record in records] == ["synthetic", "synthetic"]
+
+
+def test_a_speed_has_the_energy_of_a_repeat_where_a_counter_is_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = iter([10.0, 13.0, 20.0, 27.0, 30.0, 34.0])
+    monkeypatch.setattr(timing, "energy_joules", lambda device: next(counter))
+
+    def run(steps: int, watch: timing.Stopwatch) -> None:
+        for _ in range(steps):
+            watch()
+
+    samples = [timing.once(run, 2, torch.device("cpu"), 0) for _ in range(3)]
+
+    assert timing.figures(samples, float)["joules"] == 4.0
+    monkeypatch.setattr(timing, "energy_joules", lambda device: None)
+    assert "joules" not in timing.figures([timing.once(run, 2, torch.device("cpu"), 0)], float)

@@ -1,6 +1,8 @@
+import hashlib
 import json
 import math
 import os
+import platform
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from wmdd.records.files import append, read_records, write_records
 from wmdd.records.likeness import refuse_unlike
 from wmdd.records.provenance import provenance
 from wmdd.records.schema import Record
+from wmdd.records.system import driver_version
 from wmdd.storage.files import digest
 
 RECIPE = {"epochs": 150, "updates": 300, "batch_size": 50, "checkpoint": "last"}
@@ -163,6 +166,26 @@ def test_provenance_tells_versions_hardware_and_job(monkeypatch: pytest.MonkeyPa
     assert found["cpu"]
     assert {"wmdd", "torch", "python", "revision", "dirty"} <= found.keys()
     json.dumps(found)
+
+
+def test_provenance_describes_the_system_and_leaves_out_its_name() -> None:
+    found = provenance(ComputeConfig(device="cpu"))["system"]
+
+    assert found["kernel"] == f"{platform.system()} {platform.release()}"
+    assert found["cores"] >= found["usable_cores"] >= 1
+    assert found["ram_bytes"] > 1e8
+    lock = Path(__file__).parents[2] / "uv.lock"
+    assert found["lock_sha256"] == hashlib.sha256(lock.read_bytes()).hexdigest()
+    assert platform.node() not in json.dumps(found)
+
+
+def test_the_driver_is_read_from_the_kernel_module() -> None:
+    text = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (someone)\nGCC version: 12"
+    )
+
+    assert driver_version(text) == "580.65.06"
+    assert driver_version("nothing of the kind") is None
 
 
 def test_the_revision_is_that_of_a_checkout_of_this_package_only(

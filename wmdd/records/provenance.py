@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wmdd.config.schema import ComputeConfig
+from wmdd.records.system import system
 from wmdd.runtime.arithmetic import Arithmetic
 from wmdd.runtime.placement import placement_of
 
@@ -44,6 +45,7 @@ def provenance(compute: ComputeConfig, arithmetic: Arithmetic | None = None) -> 
         "threads": compute.threads,
         "precision": arithmetic.precision if arithmetic else compute.precision,
         "slurm": {key: value for key, value in job.items() if value is not None} or None,
+        "system": system(cuda),
     }
 
 

@@ -23,7 +23,7 @@ class Meter:
         self._device, self._devices = device, devices
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self._energy = _joules(device)
+        self._energy = energy_joules(device)
         self._begun = time.perf_counter()
         self._before: dict[str, float] = {}
 
@@ -44,7 +44,7 @@ class Meter:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         seconds = time.perf_counter() - self._begun
         found = {"seconds": seconds, "device_seconds": seconds * self._devices}
-        now = _joules(self._device)
+        now = energy_joules(self._device)
         if self._energy is not None and now is not None and now >= self._energy:  # counters of CPUs wrap
             found["joules"] = (now - self._energy) * self._devices
         if self._before and "joules" not in self._before:
@@ -53,7 +53,7 @@ class Meter:
         return found | {"peak_bytes": max(float(peak), self._before.get("peak_bytes", 0.0))}
 
 
-def _joules(device: torch.device) -> float | None:
+def energy_joules(device: torch.device) -> float | None:
     """Return the energy counter of the device, or None where it cannot be read (no pynvml, no rights)."""
     try:
         if device.type == "cuda":
