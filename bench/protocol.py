@@ -13,10 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from wmdd import pipeline
 from wmdd.config.loading import load_config
-from wmdd.config.schema import Config, DataConfig, Positive
+from wmdd.config.schema import Config, Count, DataConfig, Positive
 from wmdd.data.dataset import Dataset, load_dataset
 from wmdd.distill.methods import registry
 from wmdd.errors import InputError, WmddError, complaint, nearest
+from wmdd.records.convergence import with_twice
 from wmdd.records.files import read_records
 from wmdd.runs.folder import RunFolder
 from wmdd.storage.files import read_json, read_toml, write_json
@@ -69,6 +70,9 @@ class Protocol(_Part):
     """``epochs`` (as many passes), ``updates`` (as many optimiser steps), ``plain`` (no augmentation)."""
     distillation_seeds: Positive = 5
     """Independent distillations of each method; seeds 0 to N−1."""
+    convergence_sets: Count = 0
+    """Sets of each method, from the first on, whose students also train twice as long: from three students on, the
+    report says whether they have converged."""
     student_seeds: Positive = 1
     """Students of each distilled set, architecture, regime and view.  No two of a method share a seed: a method that
     always selects the same images has as many students as the others, and not one of them several times."""
@@ -143,6 +147,9 @@ def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[
     for ipc, entry, seed in product(protocol.ipc, protocol.methods, range(protocol.distillation_seeds)):
         students = f"student.seeds={protocol.student_seeds}", f"student.first_seed={seed * protocol.student_seeds}"
         varied = [f"ipc={ipc}", f"seed={seed}", *students]
+        if seed < protocol.convergence_sets:
+            own_views = load_config(protocol.config, common).student.views
+            varied += [f"student.views={list(with_twice(own_views))}"]
         source = f"{protocol.config}+{entry.variant}" if entry.variant else protocol.config
         own = [*entry.overrides, f"method={entry.method}", f"name={entry.name}"]
         config = load_config(source, [*common, *own, *varied])

@@ -146,7 +146,7 @@ def spread(values: list[float], prefix: str) -> dict[str, float]:
 
 
 def figures(samples: list[TimedRun], work: Callable[[int], float]) -> dict[str, float]:
-    """Return ``rate`` with its spread, ``seconds``, ``repeats``, ``steps``, ``p50``, ``p90``, ``peak_bytes``, and energy.
+    """Return ``rate`` with its spread, ``seconds``, ``repeats``, ``steps``, ``p50``, ``p90``, ``peak_bytes``, energy.
 
     ``joules`` are those of a repeat, the median; they are missing where no counter is readable.
 

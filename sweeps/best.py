@@ -31,11 +31,14 @@ def best(folder: Path, measure: bool = True) -> str:
     if chosen is None:
         raise WmddError(f"{folder}: no trial ran to its end; go on with `wmdd sweep run`")
     name = f"{sweep.config.name}-best"
-    config = sweep.config.replace({**chosen.values, "name": name, "data.holdout_per_class": 0}, "the best trial")
+    trials = sum(trial.finished for trial in log.trials)
+    chosen_on = {"tuning.on": "holdout", "tuning.trials": trials}
+    values = {**chosen.values, "name": name, "data.holdout_per_class": 0, **chosen_on}
+    config = apply(sweep.config, values, "the best trial")
     provenance = log.identity["provenance"]
     seeds = seeds_of(chosen)
     lines = [
-        f"Best of {sum(trial.finished for trial in log.trials)} trials of a sweep: trial {chosen.number}"
+        f"Best of {trials} trials of a sweep: trial {chosen.number}"
         + (", the config as it stood." if chosen.number == 0 else "."),
         f"SweepObjective {sweep.objective.name}: {sweep.objective.text(sweep.objective.value(chosen, log.trials))};"
         f" {sweep.objective.meaning}.",

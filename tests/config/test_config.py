@@ -134,6 +134,7 @@ OTHER: dict[str, Any] = {
     "external.folder": "theirs",
     "external.layout": "numbered",
     "external.sha256": "ab",
+    "tuning.on": "holdout",
 }
 """Another value of each key that is no number and no flag."""
 WITH = {"data.stage": {"data.packed": "shards"}, "data.channels": {"data.mean": [0.5], "data.std": [0.5]}}

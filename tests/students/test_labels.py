@@ -1,14 +1,14 @@
 """Batches replay, labels can be stored, and what is stored is what would have been computed."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 from wmdd.config.loading import load_config
-from wmdd.config.schema import ComputeConfig, Config, LabelsConfig
+from wmdd.config.schema import ComputeConfig, Config, LabelsConfig, View
 from wmdd.errors import InputError
 from wmdd.networks.accuracy import Judgement
 from wmdd.networks.frozen import FrozenNetwork
@@ -258,3 +258,14 @@ def test_views_fix_the_updates_or_leave_out_the_augmentation(
         for batch in batches_module.batches(0, epoch, 10, 16, 4, plain.labels):
             shown = batches_module.augmented_batch(distilled.images, batch, plain)
             torch.testing.assert_close(shown, (distilled.images[batch.images] / 255 - 0.5) / 0.5)
+
+
+def test_a_view_that_trains_twice_as_long_does_twice_the_updates(
+    config: Config, distilled: DistilledSet, teacher: Teacher, alone: Ranks, tmp_path: Path
+) -> None:
+    parts = {"distilled": distilled, "teacher": teacher, "ranks": alone, "folder": tmp_path}
+    config = config.model_copy(update={"student": config.student.model_copy(update={"updates": 5})})
+    done = {view: spent(config, "hard", view, **parts).updates for view in get_args(View)}
+
+    assert done["epochs-twice"] == 2 * done["epochs"]
+    assert (done["updates"], done["updates-twice"]) == (5, 10)

@@ -25,6 +25,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 CropScale = Annotated[float, Field(gt=0, le=1)]
 
 
+View = Literal["epochs", "updates", "plain", "epochs-twice", "updates-twice"]
+
+
 class ComputeConfig(Section, decides=Decides("arithmetic")):
     """Where and how the arithmetic runs."""
 
@@ -264,11 +267,10 @@ class StudentConfig(Section, decides=Decides("students")):
     """Students of each architecture, label regime and view."""
     first_seed: Annotated[Count, Decides("selection")] = 0
     """Seed of the first of them; the others follow."""
-    views: Annotated[tuple[Literal["epochs", "updates", "plain"], ...], Decides("selection")] = Field(
-        ("epochs",), min_length=1
-    )
+    views: Annotated[tuple[View, ...], Decides("selection")] = Field(("epochs",), min_length=1)
     """``epochs``: as many passes as ``epochs`` says. ``updates``: as many optimiser steps as ``updates`` says, however
-    small the set. ``plain``: ``epochs`` passes over whole images, without crops, flips and mixing."""
+    small the set. ``plain``: ``epochs`` passes over whole images, without crops, flips and mixing. ``epochs-twice`` and
+    ``updates-twice``: twice as long, which shows whether students have converged."""
     updates: Positive = 3000
     """Optimiser steps of the view ``updates``."""
     ranks: Positive = 1
@@ -295,6 +297,16 @@ class StudentConfig(Section, decides=Decides("students")):
     baseline_sets: Annotated[Positive, Decides("selection")] = 5
     """Sets of the baseline ``random``, drawn with the seeds from ``seed`` on. Each of several has one student of each
     kind; a single one has as many as the run. Other baselines have one set, like the run."""
+
+
+class TuningConfig(Section, decides=Decides("nothing")):
+    """How the recipe of the images was chosen; a report states it, and ``wmdd bench check`` refuses the test set."""
+
+    on: Literal["unknown", "published", "holdout", "test"] = "unknown"
+    """``published``: constants of the method's authors. ``holdout``: images held out of the training set
+    (``wmdd sweep best`` writes it). ``test``: the test set; such a result is no evidence."""
+    trials: Count = 0
+    """Number of recipes that were tried."""
 
 
 class ExternalConfig(Section, decides=Decides("images")):
@@ -331,6 +343,7 @@ class Config(Section):
     labels: LabelsConfig = LabelsConfig()
     student: StudentConfig = StudentConfig()
     external: ExternalConfig = ExternalConfig()
+    tuning: TuningConfig = TuningConfig()
 
     @model_validator(mode="after")
     def _classes_split_evenly(self) -> "Config":

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from wmdd.config.schema import Count, Positive
+from wmdd.config.schema import Count, Positive, View
 from wmdd.records.bitmaps import unpack
 
 Sha = Annotated[str, Field(min_length=1)]
@@ -46,7 +46,7 @@ class Record(Measurement):
     """The network that was measured; for a distillation, the teacher's."""
     regime: Literal["hard", "soft", "stored", "budget"] | None = None
     """Labels that the student learned from (``labels.regimes``)."""
-    view: Literal["epochs", "updates", "plain"] = "epochs"
+    view: View = "epochs"
     """How long the student trained and on what (``student.views``)."""
     distillation_seed: Count | None = None
     """Seed of the distilled images."""
@@ -60,6 +60,12 @@ class Record(Measurement):
     """Number of images of each class that it was measured on."""
     correct: str | None = None
     """Which of them it got right at the last epoch, class by class: a bit each (``bitmaps.pack``)."""
+    convergence: Literal["converged", "improving", "not checked"] | None = None
+    """Whether students of this row improve when they train twice as long (``wmdd bench check --mark``)."""
+    tuned_on: Literal["unknown", "published", "holdout", "test"] | None = None
+    """What the recipe of the images was chosen on (``tuning.on``)."""
+    trials: Count | None = None
+    """Trials that the choice took (``tuning.trials``)."""
     metrics: dict[str, float]
     """``top1`` and ``top5`` as fractions, ``loss`` in nats, and whatever else was measured."""
     best_epoch: Positive | None = None
@@ -120,8 +126,8 @@ class SpeedRecord(Measurement):
     """Of ``rate``: ``img·iter/s``, ``img/s``, ``students/h``, ``classes/s``."""
     metrics: dict[str, float]
     """``rate`` (median over repeats), ``rate_low``, ``rate_high``, ``repeats``, ``seconds``, ``p50``, ``p90`` (of a
-    step, in seconds), ``peak_bytes``, ``joules`` (of a repeat, where a counter is readable), ``mfu`` (against a measured
-    peak); ``ratio``, ``ratio_low``, ``ratio_high`` to the engine that the same command timed as its baseline;
+    step, in seconds), ``peak_bytes``, ``joules`` (of a repeat, where a counter is readable), ``mfu`` (against a
+    measured peak); ``ratio``, ``ratio_low``, ``ratio_high`` to the engine that the same command timed as its baseline;
     ``efficiency`` of a scaling study."""
     setup: dict[str, Any]
     """What two speeds must share to be compared: batch, precision, threads, compile, iterations, classes, ipc."""

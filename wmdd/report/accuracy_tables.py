@@ -31,6 +31,11 @@ def single(row: Row) -> bool:
     return bool(row["sets"] == 1 and not row["fixed"])
 
 
+def improving(row: Row) -> bool:
+    """Return whether students of a row are known to change when they train twice as long."""
+    return not pd.isna(row["convergence"]) and row["convergence"].state == "improving"
+
+
 def headlines(report: "Report") -> list[tuple[str, str, str]]:
     """Return (setting, method, result) of every method that is no baseline, as words."""
     lines = []
@@ -48,6 +53,7 @@ def headlines(report: "Report") -> list[tuple[str, str, str]]:
             result += ", the interval holds 0" if row["low"] <= 0 <= row["high"] else ""
         held = "" if row["recipe"]["evaluated_on"] == "test" else f", on the {row['recipe']['evaluated_on']} images"
         alone = f"; {ONE_SET}" if single(row) else ""
+        alone += f"; students are still {row['convergence'].text} when trained twice as long" if improving(row) else ""
         lines.append((where(setting), row["method"], f"{result}, n = {count(row)}{held}{alone}"))
     return lines
 
@@ -65,10 +71,11 @@ def overview(report: "Report") -> Table:
         lines = {}
     return Table(
         title="Overview",
-        caption="Top-1 % of every method, as in the accuracy table, which adds differences, counts and bytes.",
+        caption="Top-1 % of every method, as in the accuracy table, which adds differences, counts and bytes."
+        + (" *: students still change when they train twice as long." if any(map(improving, rows)) else ""),
         columns=["Data set", "Network", "View", "Method", *(f"IPC {ipc} {regime}" for ipc, regime in across)],
         rows=[
-            [*key, *(percent(found[place], "top1") if place in found else NONE for place in across)]
+            [*key, *(_marked(found[place]) if place in found else NONE for place in across)]
             for key, found in lines.items()
         ],
         words=4,
@@ -84,6 +91,9 @@ def accuracy(report: "Report") -> Table:
         row["recipe"] = {"classes": row["classes"], "resolution": row["resolution"], **row["recipe"]}
     learned = [row["recipe"] for row in rows if not pd.isna(row["ipc"])]
     keys = list(dict.fromkeys(key for recipe in learned or [row["recipe"] for row in rows] for key in recipe))
+    if "updates" in keys:  # which epochs alone do not tell
+        keys.remove("updates")
+        keys.insert(keys.index("epochs") + 1 if "epochs" in keys else len(keys), "updates")
     values = {key: {term(key, recipe.get(key)) for recipe in learned} for key in keys}
     values |= {"evaluated_on": {term("evaluated_on", row["recipe"]["evaluated_on"]) for row in rows}}
     unlike = [key for key in keys if len(values[key]) > 1]
@@ -100,6 +110,9 @@ def accuracy(report: "Report") -> Table:
         "Labelling, FLOP",
     ]
     columns += [key.replace("_", " ") for key in unlike]
+    checked = any(not pd.isna(row["convergence"]) and row["convergence"].state != "not checked" for row in rows)
+    tuned = any(_tuned(row) != NONE for row in rows)
+    tail = ["Converged"] * checked + ["Recipe chosen on"] * tuned
     return Table(
         title="Accuracy",
         caption=(
@@ -116,19 +129,24 @@ def accuracy(report: "Report") -> Table:
                if any(row["scope"] == "sets" for row in rows) else "")
             + (" This set only: over the students of the one set and the other's sets."
                if any(row["scope"] == "this set" for row in rows) else "")
+            + (" Converged: the mean of three students moves by less than one point when they train twice as long."
+               if checked else " Whether students have converged was not checked." if learned else "")
             + (" Labels made online take no bytes but need the teacher, whose bytes stand in a column of their own."
                if report.accuracy["label_bytes"].notna().any() else "")
         ),
-        columns=columns,
+        columns=[*columns, *tail],
         rows=[
             [*_setting(row)[:-1], _named(row), percent(row, "top1"), percent(row, "top5"), count(row)]
             + [difference(row), p_value(row["p_adjusted"]), points(row["detects"])]
             + [difference(row, "coreset_"), p_value(row["coreset_p_adjusted"])]
             + [size(row[key], "FLOP" if key == "labelling_flops" else "B") for key in BYTES]
             + [term(key, row["recipe"].get(key)) for key in unlike]
+            + [_converged(row)] * checked
+            + [_tuned(row)] * tuned
             for row in rows
         ],
         words=6,
+        tail=len(tail),
         setting=5,
         terms={key.replace("_", " "): next(iter(values[key])) for key in keys if key not in unlike and values[key]},
         origins=[row["origins"] for row in rows],
@@ -285,6 +303,22 @@ def _setting(row: Row) -> list[str]:
     ipc = "all" if pd.isna(row["ipc"]) else str(row["ipc"])
     regime = NONE if pd.isna(row["regime"]) else row["regime"]
     return [row["dataset"], ipc, row["network"], regime, _view(row), row["method"]]
+
+
+def _marked(row: Row) -> str:
+    return percent(row, "top1") + "*" * improving(row)
+
+
+def _converged(row: Row) -> str:
+    return NONE if pd.isna(row["convergence"]) else row["convergence"].text
+
+
+def _tuned(row: Row) -> str:
+    """Return what the recipe of the images was chosen on, and in how many trials."""
+    if pd.isna(row["tuned_on"]) or row["tuned_on"] == "unknown":
+        return NONE
+    names = {"published": "published constants", "holdout": "hold-out", "test": "test set: no evidence"}
+    return names[row["tuned_on"]] + (f", {row['trials']} trials" if row["trials"] else "")
 
 
 def _named(row: Row) -> str:

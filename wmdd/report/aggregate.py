@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from wmdd.config.schema import DECIDES, DEFAULTS, decides
+from wmdd.records.convergence import base_view, convergence
 from wmdd.records.likeness import complete, refuse_unlike
 from wmdd.records.schema import Record, SpeedRecord
 from wmdd.report.comparison import REFERENCE, SETTING, compare
@@ -90,6 +91,8 @@ def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
     ``device_seconds`` that the teacher, the statistics and one distilled set took, λ as ``bn_weight`` and
     ``otherwise``, a name for all else that decided the images.
     """
+    twice = chosen["view"].map(base_view) != chosen["view"]
+    chosen, longer = chosen[~twice], chosen[twice]
     frame = compare(chosen)
     several = frame.groupby("method")["name"].nunique() > 1
     names = zip(frame["method"], frame["name"], strict=True)
@@ -98,11 +101,20 @@ def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
     key = [*SETTING, "method", "name"]
     cells = {cell: _about(group, spent) for cell, group in chosen.groupby(key)}
     added = pd.DataFrame([cells[cell] for cell in frame[key].itertuples(index=False, name=None)])
+    doubled = {cell: _values(group) for cell, group in longer.assign(view=longer["view"].map(base_view)).groupby(key)}
+    checked = zip(frame[key].itertuples(index=False, name=None), frame["values"], strict=True)
+    frame["convergence"] = [convergence(values, doubled.get(cell, {})) for cell, values in checked]
     teachers = pd.DataFrame(list(_teachers(runs)), dtype=object)
     columns = [*frame.columns, "recipe", "teacher", "origins", *BYTES, "device_seconds", "bn_weight", "otherwise"]
+    columns += ["tuned_on", "trials"]
     frame = frame.assign(method=labels).join(added).astype(object)
     whole = pd.concat([part for part in (frame, teachers) if len(part)] or [frame]).reindex(columns=columns)
     return whole.sort_values("dataset", kind="stable", ignore_index=True)
+
+
+def _values(group: pd.DataFrame) -> dict[tuple[str, int], float]:
+    found = zip(group["images"], group["student_seed"], group["metrics"], strict=True)
+    return {(images, int(seed)): metrics["top1"] for images, seed, metrics in found}
 
 
 def _about(group: pd.DataFrame, spent: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -116,6 +128,8 @@ def _about(group: pd.DataFrame, spent: dict[str, dict[str, Any]]) -> dict[str, A
         "device_seconds": sum(known) / len(known) if known else None,
         "recipe": {"evaluated_on": records[0].evaluated_on, **_test_images(records), **flatten(records[0].recipe)},
         "teacher": records[0].recipe.get("teacher"),
+        "tuned_on": records[0].tuned_on,
+        "trials": records[0].trials,
         **_bn_weight(group["run"].iloc[0]),
         "origins": origins(zip(group["run"], records, strict=True)),
     }
@@ -320,5 +334,6 @@ def origin(found: dict[str, Any]) -> tuple[str, str, str, str]:
 def where(setting: Sequence[Any]) -> str:
     """Return a setting in words."""
     dataset, classes, resolution, ipc, network, regime, view = setting
-    longer = {"epochs": "", "updates": ", fixed updates", "plain": ", no augmentation"}[view]
+    longer = {"epochs": "", "updates": ", fixed updates", "plain": ", no augmentation"}[base_view(view)]
+    longer += ", twice as long" if view != base_view(view) else ""
     return f"{dataset} ({classes} classes, {resolution} px), IPC {ipc}, {network}, {regime} labels{longer}"

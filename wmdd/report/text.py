@@ -146,5 +146,6 @@ def csv(report: "Report") -> str:
         rows = [{"run": run.label, **speed.model_dump(mode="json")} for run, speed in report.speeds]
         return str(pd.json_normalize(rows).to_csv(index=False))
     frame = report.accuracy.drop(columns=["recipe", "origins", "otherwise", "values"])
+    frame["convergence"] = [None if pd.isna(one) else one.text for one in frame["convergence"]]
     recipes = pd.DataFrame(list(report.accuracy["recipe"]), index=frame.index)
     return str(frame.join(recipes.add_prefix("recipe.")).to_csv(index=False))

@@ -11,6 +11,7 @@ from wmdd.data.synthetic import name_of
 from wmdd.errors import InputError
 from wmdd.networks.checkpoint import Checkpoint
 from wmdd.records.bitmaps import pack
+from wmdd.records.convergence import base_view
 from wmdd.records.files import read_records, write_records
 from wmdd.records.likeness import complete, protocol_of
 from wmdd.records.provenance import provenance
@@ -161,6 +162,9 @@ def _record(
         evaluated_on=session.validation.on,
         test_images=result.judged.images,
         correct=pack(result.judged.correct),
+        convergence="not checked",
+        tuned_on=config.tuning.on,
+        trials=config.tuning.trials,
         metrics=result.metrics,
         recipe=recipe,
         protocol=protocol_of(recipe),
@@ -177,7 +181,7 @@ def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict
     """Return the part of a student's recipe that the config decides, for a distilled set of so many images."""
     seen = config_for_view(config, view, images)
     # How long it trains follows from the view: the epochs of a fixed number of updates depend on the set.
-    unused = {"epochs" if view == "updates" else "updates"}
+    unused = {"epochs" if base_view(view) == "updates" else "updates"}
     storage = {"encoding", "top_k", "budget"}
     unused |= storage - {"stored": {"encoding", "top_k"}, "budget": storage}.get(regime, set())
     unused |= {"ce_weight"} if seen.labels.loss == "kl" else set()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wmdd.config.schema import Config, StudentConfig
 from wmdd.errors import InputError
 from wmdd.networks import create
+from wmdd.records.convergence import base_view
 from wmdd.runtime.team import Team
 from wmdd.students import soft_labels
 
@@ -37,7 +38,11 @@ def student_tasks(settings: StudentConfig, regimes: tuple[str, ...]) -> list[Stu
 def config_for_view(config: Config, view: str, images: int) -> Config:
     """Return the config under which a student of a view trains: its number of epochs and its augmentation."""
     if view == "updates":
-        return config.replace({"student.epochs": -(-config.student.updates // updates_per_epoch(config, images))})
+    if base_view(view) == "updates":
+        updates = update_count(config, view, images)
+        student = student.model_copy(update={"epochs": -(-updates // updates_per_epoch(config, images))})
+    elif view != base_view(view):
+        student = student.model_copy(update={"epochs": 2 * student.epochs})
     if view == "plain":
         return config.replace({"labels.crop_scale": 1.0, "labels.flip": False, "labels.mix": "none"})
     return config
@@ -45,7 +50,9 @@ def config_for_view(config: Config, view: str, images: int) -> Config:
 
 def update_count(config: Config, view: str, images: int) -> int:
     """Return the optimiser steps of one student on a set of so many images."""
-    return config.student.updates if view == "updates" else config.student.epochs * updates_per_epoch(config, images)
+    whole = config.student.epochs * updates_per_epoch(config, images)
+    once = config.student.updates if base_view(view) == "updates" else whole
+    return once if view == base_view(view) else 2 * once
 
 
 def checkpoint_bytes(config: Config, classes: int) -> int:
