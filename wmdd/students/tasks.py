@@ -37,12 +37,12 @@ def student_tasks(settings: StudentConfig, regimes: tuple[str, ...]) -> list[Stu
 
 def config_for_view(config: Config, view: str, images: int) -> Config:
     """Return the config under which a student of a view trains: its number of epochs and its augmentation."""
-    if view == "updates":
     if base_view(view) == "updates":
-        updates = update_count(config, view, images)
-        student = student.model_copy(update={"epochs": -(-updates // updates_per_epoch(config, images))})
-    elif view != base_view(view):
-        student = student.model_copy(update={"epochs": 2 * student.epochs})
+        return config.replace(
+            {"student.epochs": -(-update_count(config, view, images) // updates_per_epoch(config, images))}
+        )
+    if view != base_view(view):
+        return config.replace({"student.epochs": 2 * config.student.epochs})
     if view == "plain":
         return config.replace({"labels.crop_scale": 1.0, "labels.flip": False, "labels.mix": "none"})
     return config
