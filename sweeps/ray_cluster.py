@@ -106,7 +106,7 @@ def ray_session(out: Path, resources: TrialResources, address: str | None) -> It
         folder = None if address else _make_folder(out)
         try:
             _connect(ray, address, folder)
-            nodes = [node["TrialResources"] for node in ray.nodes() if node["Alive"]]
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
             _check(largest, resources, "the largest node of the cluster has")
             yield _room(nodes, resources)
