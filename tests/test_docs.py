@@ -240,11 +240,13 @@ def test_the_python_of_the_docs_runs(page: str, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_the_run_folder_holds_what_the_quickstart_shows(tmp_path: Path) -> None:
+def test_the_run_folder_holds_what_the_quickstart_shows_and_the_picture_is_drawn_from_it(tmp_path: Path) -> None:
     run = wmdd.run("digits", tmp_path / "run", TINY)
     (tree,) = [block for block in blocks(ROOT / "docs" / "quickstart.md", "text") if block.startswith("runs/digits/")]
     names = [line.split()[0] for line in tree.splitlines()[1:]]
     assert len(names) >= 5 and [name for name in names if not (run / name).exists()] == []
+    runpy.run_path(str(ROOT / "docs" / "picture.py"))["draw"](run, tmp_path / "digits.png")
+    assert (tmp_path / "digits.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
