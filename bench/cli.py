@@ -238,3 +238,25 @@ def compare(
     wanted = None if margin is None else margin / 100
     found, differing = recipes.effects(first, second, wanted)
     recipes.print_effects(found, differing, wanted, results())
+
+
+@app.command(epilog="Example:  wmdd bench check bench/results/*.jsonl")
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of records.")],
+    mark: Annotated[
+        bool, typer.Option("--mark", help="First write into each record whether its row has converged.")
+    ] = False,
+) -> None:
+    """Check files of records: seeds, last epoch, hold-out, one revision, versions, convergence; exit code 1 if not."""
+    from bench import check as checks
+
+    found = []
+    for file in files:
+        if mark and (changed := checks.mark(file)):
+            typer.echo(f"{file}: {changed} records marked")
+        found += [f"{file}: {problem}" for problem in checks.check(file)]
+    for problem in found:
+        typer.echo(problem)
+    if found:
+        raise typer.Exit(1)
+    typer.echo(f"{len(files)} files keep all rules")
