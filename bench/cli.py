@@ -168,14 +168,19 @@ def scaling(
     config: ConfigArgument,
     override: SetOption = None,
     ranks: Annotated[str, typer.Option(metavar="N,N", help="Numbers of ranks.")] = "1,2",
-    mode: Annotated[str, typer.Option(help="strong: the same groups for all; weak: as many for each rank.")] = "strong",
+    mode: Annotated[
+        str, typer.Option(help="strong: the same groups for all; weak: as many for each rank; both.")
+    ] = "strong",
     repeats: Annotated[int, typer.Option(min=1, help="Of each number of ranks, in turns.")] = 3,
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
     slurm: Annotated[
-        str | None, typer.Option(metavar="PROFILE", help="Run each size as a job of a cluster, one after the other.")
+        str | None, typer.Option(metavar="PROFILE", help="Run all sizes in one job of a cluster, on the same nodes.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="With --slurm: of its jobs, on a shared disk; runs/scaling by default.")
+        Path | None,
+        typer.Option(
+            help="Folder on a shared disk, whose finished steps are kept; with --slurm runs/scaling by default."
+        ),
     ] = None,
 ) -> None:
     """Time synthesis over more and more ranks: efficiency, and where the time goes."""
@@ -185,7 +190,7 @@ def scaling(
     from wmdd.runtime.log import results
 
     numbers = study.numbers_of(ranks)
-    chosen = study.mode_of(mode)
+    chosen = study.modes_of(mode)
     launcher = launchers.find("slurm", slurm) if slurm else None
     place = folder or (Path("runs") / "scaling" if slurm else None)
     settings = load_config(config, override or [])

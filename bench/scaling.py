@@ -1,8 +1,7 @@
 """``wmdd bench scaling``: synthesis over more and more ranks, and where their time goes."""
 
-import os
+import itertools
 import statistics
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,10 +22,9 @@ from wmdd.data.dataset import load_dataset
 from wmdd.data.synthetic import name_of
 from wmdd.distill import blocks
 from wmdd.errors import InputError
-from wmdd.launchers import Launcher, Local
-from wmdd.records import files, provenance
+from wmdd.launchers import Launcher, Local, Step
+from wmdd.records import files
 from wmdd.records.schema import SpeedRecord
-from wmdd.runtime.progress_bars import progress
 from wmdd.storage.files import read_json, write_bytes
 
 Mode = Literal["strong", "weak"]
@@ -60,6 +58,8 @@ class Point:
     """SHA-256 of each group's images"""
     precision: str
     device: str
+    provenance: dict[str, Any]
+    """Circumstances of rank 0, on its own node"""
 
     @property
     def rate(self) -> float:
@@ -79,15 +79,16 @@ def numbers_of(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def mode_of(text: str) -> Mode:
-    """Return the mode of that name.
+def modes_of(text: str) -> tuple[Mode, ...]:
+    """Return the modes that ``strong``, ``weak`` or ``both`` names.
 
     Raises:
-        InputError: there is none.
+        InputError: it names none.
     """
-    if text not in ("strong", "weak"):
-        raise InputError(f"--mode {text}: expected strong or weak")
-    return "strong" if text == "strong" else "weak"
+    known: dict[str, tuple[Mode, ...]] = {"strong": ("strong",), "weak": ("weak",), "both": ("strong", "weak")}
+    if text not in known:
+        raise InputError(f"--mode {text}: expected strong, weak or both")
+    return known[text]
 
 
 def sizes(ranks: Sequence[int], groups: int, mode: Mode, team: int = 1) -> list[Size]:
@@ -117,55 +118,73 @@ def sizes(ranks: Sequence[int], groups: int, mode: Mode, team: int = 1) -> list[
 def run(
     config: Config,
     ranks: Sequence[int],
-    mode: Mode,
+    modes: Sequence[Mode],
     repeats: int = 3,
     launcher: Launcher | None = None,
     folder: Path | None = None,
 ) -> list[SpeedRecord]:
-    """Measure synthesis on each number of ranks, in turns.
+    """Measure synthesis on each number of ranks, in turns, the largest first.
 
-    Every repeat is a job of its own, with all it takes to start.  Threads per rank are the config's for every size.
+    Every repeat is a step of its own, with all it takes to start.  Threads per rank are the config's for every size.
 
     Args:
-        config: what is synthesised; ``synthesis.iterations`` decides how long it takes.
+        config: config of what is synthesized; ``synthesis.iterations`` decides how long it takes.
         ranks: numbers of ranks.
-        mode: strong or weak.
-        repeats: of each size.
-        launcher: starts the jobs; on this machine by default.
-        folder: where jobs find their config and leave what they measured, on a disk that the launcher's nodes share; a
-            temporary one by default.
+        modes: strong, weak or both.
+        repeats: number of repeats of each size.
+        launcher: starts the steps; on this machine by default.
+        folder: where steps find their config and leave what they measured, on a disk that the launcher's nodes share; a
+            temporary one by default.  Steps that are finished there are not run again.
 
     Returns:
-        one record of each size, in order.
+        one record of each size, in order, for each mode.
 
     Raises:
-        InputError: config, data or ranks are wrong; nothing was started.
-        WmddError: a job failed; the message has its last words.
+        InputError: config, data or ranks are wrong, or the folder holds a study of another config; nothing was started.
+        WmddError: a step failed; the message has its last words.
     """
     dataset = load_dataset(config.data, config.compute.workers)
     method = blocks.check(config, dataset)
     if method.objective() is None:
-        raise InputError(f"method = {config.method!r} optimises no images: there is no synthesis to time")
+        raise InputError(f"method = {config.method!r} optimizes no images: there is no synthesis to time")
     groups = groups_of(config, len(dataset.classes))
-    study = sizes(ranks, len(groups), mode, config.synthesis.split_class)
-    points: dict[Size, list[Point]] = {size: [] for size in study}
-    iterations = method.synthesis().iterations
+    studies = {mode: sizes(ranks, len(groups), mode, config.synthesis.split_class) for mode in modes}
     work = nullcontext(folder) if folder else TemporaryDirectory(prefix="wmdd-scaling-")
-    with work as place, progress("scaling", repeats * len(study), "jobs") as tell:
-        config_file = Path(place).absolute() / "config.toml"
-        write_bytes(config_file, to_toml(config).encode())
-        for repeat in range(repeats):
+    with work as name:
+        place = Path(name).absolute()
+        config_file = _config_file(config, place)
+        steps: dict[tuple[Mode, Size, int], Step] = {}
+        for repeat, mode in itertools.product(range(repeats), modes):
+            for size in reversed(studies[mode]):
+                own = place / f"{mode}-{size.ranks}-{repeat}"
+                own.mkdir(exist_ok=True)
+                arguments = (str(config_file), str(own), "--groups", str(size.groups))
+                steps[mode, size, repeat] = Step(size.ranks, "bench.scaling_worker", arguments, own)
+        (launcher or Local()).run_steps(list(steps.values()), place)
+        found: list[SpeedRecord] = []
+        for mode, study in studies.items():
+            points: dict[Size, list[Point]] = {}
             for size in study:
-                told = config_file.with_name(f"{size.ranks}-{repeat}")
-                told.mkdir(exist_ok=True)
-                arguments = [str(config_file), str(told), "--groups", str(size.groups)]
-                if launcher is None:  # elsewhere a job waits for its turn, which is no time of its own
-                    arguments += ["--launched", str(time.time())]
-                (launcher or Local()).job(size.ranks, "bench.scaling_worker", arguments, told)
                 classes = sum(len(group.classes) for group in groups[: size.groups])
-                points[size].append(collect(told, size, classes * config.ipc * iterations))
-                tell(1)
-    return [_record(config, mode, size, points, groups_of_one=len(groups[0].classes)) for size in study]
+                done = classes * config.ipc * method.synthesis().iterations
+                places = [steps[mode, size, repeat].folder for repeat in range(repeats)]
+                points[size] = [collect(own, size, done) for own in places]
+            found += [_record(config, mode, size, points, groups_of_one=len(groups[0].classes)) for size in study]
+    return found
+
+
+def _config_file(config: Config, folder: Path) -> Path:
+    """Return the file of the config that all steps of a study in a folder share.
+
+    Raises:
+        InputError: the folder holds a study of another config.
+    """
+    file, content = folder / "config.toml", to_toml(config).encode()
+    if file.exists() and file.read_bytes() != content:
+        raise InputError(f"{folder}: holds a scaling study of another config; use another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(file, content)
+    return file
 
 
 def collect(folder: Path, size: Size, work: int) -> Point:
@@ -177,8 +196,10 @@ def collect(folder: Path, size: Size, work: int) -> Point:
     told = [read_json(folder / f"rank-{rank:05d}.json") for rank in range(size.ranks)]
     phases = {phase: max(rank[phase] for rank in told) for phase in PHASES}
     phases["waiting"] = statistics.mean(rank["synthesis"] - rank["own"] for rank in told)
+    phases["decoded"] = max(rank["decoded"] for rank in told)
     images = {group: sha for rank in told for group, sha in rank["images"].items()}
-    return Point(work, phases, images, told[0]["precision"], told[0]["device"].partition(":")[0])
+    device, circumstances = told[0]["device"].partition(":")[0], told[0]["provenance"]
+    return Point(work, phases, images, told[0]["precision"], device, circumstances)
 
 
 def efficiency(points: Sequence[Point], ranks: int, base: Sequence[Point], base_ranks: int) -> dict[str, float]:
@@ -192,10 +213,15 @@ def _record(config: Config, mode: Mode, size: Size, points: dict[Size, list[Poin
     own, base = points[size], next(iter(points))
     phases = {name: statistics.median(point.phases[name] for point in own) for name in own[0].phases}
     everything = [sum(point.phases[name] for name in PHASES) for point in own]
+    without = [
+        total - point.phases["statistics"] + point.phases["decoded"]
+        for total, point in zip(everything, own, strict=True)
+    ]
     team = config.synthesis.split_class
     metrics = spread([point.rate for point in own], "rate")
     metrics |= efficiency(own, size.ranks, points[base], base.ranks)
     metrics |= {"repeats": float(len(own)), "seconds": phases["synthesis"], "total": statistics.median(everything)}
+    metrics["total_decoded"] = statistics.median(without)
     metrics |= phases | {"balance": Size(size.ranks // team, size.groups).balance}
     metrics["same_images"] = float(same_images([point.images for some in points.values() for point in some]))
     return SpeedRecord(
@@ -221,7 +247,7 @@ def _record(config: Config, mode: Mode, size: Size, points: dict[Size, list[Poin
             "iterations": config.synthesis.iterations,
             "split_class": team,
         },
-        provenance=provenance.provenance(config.compute) | {"world_size": size.ranks, "cpus": os.cpu_count()},
+        provenance=own[0].provenance,
     )
 
 
@@ -232,10 +258,15 @@ def same_images(jobs: Sequence[dict[str, str]]) -> bool:
 
 
 def tell(found: Sequence[SpeedRecord], out: Path | None, console: Console) -> None:
-    """Add the records to a file, if one is named, and print them."""
+    """Add the records to a file, if one is named, and print them, one mode after the other."""
     if out:
         for record in found:
             files.append(out, record)
+    for mode in dict.fromkeys(record.mode for record in found):
+        _print([record for record in found if record.mode == mode], console)
+
+
+def _print(found: Sequence[SpeedRecord], console: Console) -> None:
     title = f"{str(found[0].mode).capitalize()} scaling of synthesis"
     columns = ("Ranks", "Groups", "img·iter/s", "Efficiency", "Bound")
     rows = [
@@ -250,10 +281,11 @@ def tell(found: Sequence[SpeedRecord], out: Path | None, console: Console) -> No
     ]
     console.print(_table(title, columns, rows))
     times = [
-        (str(record.ranks), *(f"{record.metrics[phase]:.1f}" for phase in (*PHASES, "waiting", "total")))
+        (str(record.ranks), *(f"{record.metrics[name]:.1f}" for name in (*PHASES, "waiting", "total", "total_decoded")))
         for record in found
     ]
-    console.print(_table("Where the time goes, seconds", ("Ranks", *PHASES, "(waiting)", "total"), times))
+    parts = ("Ranks", *PHASES, "(waiting)", "total", "decoded")
+    console.print(_table("Where the time goes, seconds", parts, times))
     for line in footnotes(found):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -277,10 +309,13 @@ def footnotes(found: Sequence[SpeedRecord]) -> list[str]:
         f" {first.resolution} px, {setup['iterations']} iterations; median [least, largest] of"
         f" {first.metrics['repeats']:.0f} repeats in turns",
         "Efficiency: rate per rank relative to the fewest ranks; Bound: what dealing whole groups allows",
-        "waiting: the part of the synthesis that a rank spends on the others, on average",
+        "startup: from the start of the process, imports included; waiting: the part of the synthesis that a rank"
+        " spends on the others, on average; decoded: the total where all images are decoded before",
     ]
     cpus = first.provenance["cpus"]
-    if setup["device"] == "cpu" and last.ranks * setup["threads"] > cpus:
+    if nodes := last.provenance.get("nodes"):
+        lines.append(f"Nodes of the largest size: {nodes}; smaller sizes ran on the first of them")
+    if setup["device"] == "cpu" and not nodes and last.ranks * setup["threads"] > cpus:
         lines.append(
             f"{last.ranks} ranks × {setup['threads']} thread(s) share {cpus} CPUs: they cannot all run at once"
         )

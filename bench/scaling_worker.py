@@ -1,15 +1,20 @@
 """One rank of a scaling study: ``torchrun -m bench.scaling_worker``; does its groups as a run would, and says when.
 
-Writes ``FOLDER/rank-00000.json``: seconds of start-up, statistics, preparation and warm-up; ``own``, the seconds of
-this rank's synthesis, and ``synthesis``, those until the last rank was done; the SHA-256 of each group's images.
+Writes ``FOLDER/rank-00000.json``: seconds of start-up (from the start of the process, imports included), statistics,
+preparation and warm-up; ``own``, the seconds of this rank's synthesis, and ``synthesis``, those until the last rank was
+done; ``decoded``, the seconds of the statistics where the images are decoded before; the SHA-256 of each group's
+images; the circumstances of the process.
 """
 
 import hashlib
+import os
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import torch.distributed as dist
 import typer
 
@@ -18,43 +23,89 @@ from bench.workloads import bench_session, groups_of
 from wmdd import cli_options
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
-from wmdd.data.dataset import load_dataset
+from wmdd.data.dataset import ImageSet, load_dataset
 from wmdd.data.pixels import quantize
 from wmdd.distill import blocks, statistics
 from wmdd.distill.groups import Prepared, prepare
 from wmdd.distill.synthesis.engine import State, synthesize
 from wmdd.errors import InputError
+from wmdd.records.provenance import provenance
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import Team
+from wmdd.session import Session
 from wmdd.storage.files import write_json
 
 
 def main(
     config: Annotated[str, typer.Argument(help="TOML file.")],
     folder: Annotated[Path, typer.Argument(help="Where the rank writes what it measured.")],
-    groups: Annotated[int, typer.Option(help="The first so many groups are synthesised.")],
-    launched: Annotated[float | None, typer.Option(help="When the job was started, in seconds since 1970.")] = None,
+    groups: Annotated[int, typer.Option(help="Number of groups to synthesize, from the first.")],
 ) -> None:
     """Time this rank's share of the groups."""
-    begun = time.time() if launched is None else launched
     settings = load_config(config)
     with ranks(settings.compute) as job:
-        write_json(folder / f"rank-{job.rank:05d}.json", _measure(settings, job, groups, begun))
+        write_json(folder / f"rank-{job.rank:05d}.json", _measure(settings, job, groups))
 
 
-def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str, Any]:
+def age() -> float:
+    """Return the seconds since this process was started, its imports included."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+def circumstances(config: Config, job: Ranks) -> dict[str, Any]:
+    """Return the provenance of a measurement on the nodes of this job, with their names where SLURM gives them."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    found = {"world_size": job.size, "cpus": os.cpu_count(), "nodes": nodes}
+    return provenance(config.compute, job.arithmetic) | {key: value for key, value in found.items() if value}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Decoded(ImageSet):
+    """Training images of which one class is held decoded."""
+
+    pixels: torch.Tensor | None = None
+    """Images of the class: uint8 [n, channels, H, W]"""
+    offset: int = 0
+    """Position of the first of them"""
+
+    def batches(self, batches: Sequence[Sequence[int]], workers: int) -> Iterator[torch.Tensor]:
+        if self.pixels is None:
+            raise ValueError("no image is held")
+        for batch in batches:
+            yield self.pixels[torch.tensor(batch) - self.offset]
+
+
+def _seconds_decoded(session: Session, classes: Sequence[int]) -> float:
+    """Return the seconds of the statistics of some classes where images are decoded before, one class at a time."""
+    train, size = session.dataset.train, session.config.statistics.batch_size
+    seconds = 0.0
+    with fresh_store():
+        for index in classes:
+            positions = train.of_class(index)
+            plan = [list(positions[start : start + size]) for start in range(0, len(positions), size)]
+            pixels = torch.cat(list(train.batches(plan, session.config.compute.workers)))
+            held = _Decoded(**vars(train), pixels=pixels, offset=positions.start)
+            clock = time.perf_counter()
+            dict(statistics.measure(replace(session, dataset=replace(session.dataset, train=held)), [index]))
+            seconds += time.perf_counter() - clock
+    return seconds
+
+
+def _measure(config: Config, job: Ranks, groups: int) -> dict[str, Any]:
     dataset = load_dataset(config.data, config.compute.workers, job)
     method = blocks.check(config, dataset)
     session = bench_session(config, dataset, job)
     team = job.team(config.synthesis.split_class, "synthesis.split_class")
     own = team.deal(groups_of(config, len(dataset.classes))[:groups])
-    marks = {"startup": time.time() - begun}
+    marks = {"startup": age()}
 
     clock = time.perf_counter()
     classes = [index for group in own for index in group.classes]
     with fresh_store():
         found = dict(statistics.measure(session, classes)) if method.uses_statistics else {}
     marks["statistics"] = time.perf_counter() - clock
+    marks["decoded"] = _seconds_decoded(session, classes) if method.uses_statistics else 0.0
 
     clock = time.perf_counter()
     prepared = [prepare(session, method, group, found) for group in own]
@@ -79,7 +130,8 @@ def _measure(config: Config, job: Ranks, groups: int, begun: float) -> dict[str,
     _line_up(job)
     marks["synthesis"] = time.perf_counter() - clock
     images = {group.index: _sha256(state, config) for group, state in zip(own, finished, strict=True)}
-    return {**marks, "images": images if _speaks(team) else {}, "device": str(job.device), "precision": job.precision}
+    told = {"device": str(job.device), "precision": job.precision, "provenance": circumstances(config, job)}
+    return {**marks, **told, "images": images if _speaks(team) else {}}
 
 
 def _line_up(job: Ranks) -> None:

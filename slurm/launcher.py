@@ -1,20 +1,23 @@
 """The launcher ``slurm`` (entry point of ``wmdd.launchers``): whole runs as graphs of arrays, jobs of many ranks."""
 
 import logging
+import re
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import scheduler, submit
 from slurm.plan import Selection
-from slurm.profile import STAGES, load_profile
-from slurm.task import Program
+from slurm.profile import STAGES, Profile, load_profile
+from slurm.task import RANK_VARIABLES
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.launchers import Launcher, last_words
+from wmdd.launchers import Launcher, Step, last_words
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.signals import requested
 from wmdd.storage import cache
+from wmdd.storage.files import read_json, write_json
 
 logger = logging.getLogger(f"wmdd.{__name__}")
 
@@ -51,35 +54,105 @@ class Slurm(Launcher):
             f"{title}: {submitted} of {len(runs)} runs submitted, {jobs} jobs; the others are done or in the queue"
         )
 
-    def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
-        """Submit one job with what the profile asks for blocks, on as many nodes as the ranks fill, and wait."""
-        import submitit
-        from submitit.core.utils import FailedJobError, JobPaths
+    def run_steps(self, steps: Sequence[Step], folder: Path) -> None:
+        """Run the steps in one job, on the nodes that the largest one fills; a job that is in the queue is waited for.
 
-        wanted = self._profile.stages["distill"]
-        per_node = min(ranks, wanted.ranks_per_node)
-        if ranks % per_node:
-            raise InputError(
-                f"{ranks} ranks do not fill nodes of {per_node}; take a multiple, or change ranks_per_node"
+        Every step begins at the first node, so all of them measure the same nodes.
+        """
+        missing = [step for step in steps if not step.is_done()]
+        if not missing:
+            return
+        mark = folder / "job.json"
+        known = str(read_json(mark)["job"]) if mark.exists() else ""
+        if not known or not _active(known):
+            submit.private(folder / "job")
+            script = study_script(self._profile, missing, folder)
+            with submit.clean_environment():
+                told = scheduler.call("sbatch", "--parsable", given=script)
+            known = told.strip().partition(";")[0]
+            write_json(mark, {"job": known})
+        logger.info(f"job {known}: {len(missing)} steps, the largest of {max(step.ranks for step in missing)} ranks")
+        pause = 1.0
+        while _active(known):
+            if requested():
+                raise Interrupted(f"job {known} goes on without this command; the same command waits for it again")
+            time.sleep(pause)
+            pause = min(2 * pause, scheduler.POLL_SECONDS)
+        if lost := [step for step in missing if not step.is_done()]:
+            logs = [lost[0].folder / "log.txt", folder / "job" / f"{known}_0_log.out"]
+            said = next((log.read_text(errors="replace") for log in logs if log.exists()), "")
+            raise WmddError(
+                f"job {known}: {len(lost)} of {len(missing)} steps are not done: {last_words(said)}; the same command"
+                " runs only these"
             )
-        wanted = wanted.model_copy(update={"nodes": ranks // per_node, "ranks_per_node": per_node})
-        submit.private(folder / "job")
-        executor = submitit.SlurmExecutor(folder / "job", max_num_timeout=1, python=submit.python(wanted))
-        executor.update_parameters(**submit.parameters(f"wmdd-{ranks}-ranks", wanted, {"no-requeue": True}))
-        environment = {"WMDD_CACHE": str(cache.cache_root().absolute())}
-        with submit.clean_environment():
-            job = executor.submit(Program(module, tuple(arguments), environment))
-        logger.info(f"job {job.job_id}: {ranks} ranks on {wanted.nodes} nodes")
-        while any(task.active for task in scheduler.queue([str(job.job_id)]).values()):
-            time.sleep(scheduler.POLL_SECONDS)
-        # Without accounting a job's end has no state, and submitit would wait for ever for a rank that left no result.
-        for rank in range(ranks):
-            paths = JobPaths(folder / "job", job.job_id, rank)
-            if not paths.result_pickle.exists():
-                said = paths.stdout.read_text() if paths.stdout.exists() else ""
-                raise WmddError(f"job {job.job_id}: rank {rank} did not finish: {last_words(said)}")
-        try:
-            job.results()
-        except FailedJobError as error:
-            trace = str(error).partition("You can check")[0].strip("-\n ")
-            raise WmddError(f"job {job.job_id} failed: {last_words(trace)}") from None
+
+
+def _active(job: str) -> bool:
+    return any(task.active for task in scheduler.queue([job]).values())
+
+
+def nodes_of(profile: Profile, ranks: int) -> tuple[int, int]:
+    """Return the number of nodes that some ranks fill, and the ranks on each.
+
+    Raises:
+        InputError: they do not fill whole nodes.
+    """
+    whole = profile.node_ranks or profile.stages["distill"].ranks_per_node
+    each = min(ranks, whole)
+    if ranks % each:
+        raise InputError(f"{ranks} ranks do not fill nodes of {each}; take a multiple, or change node_ranks")
+    return ranks // each, each
+
+
+def study_script(profile: Profile, steps: Sequence[Step], folder: Path) -> str:
+    """Return the script of a job that runs steps one after the other; steps that are done are left out when it starts.
+
+    Raises:
+        InputError: the ranks of a step do not fill whole nodes.
+    """
+    from submitit.slurm import slurm
+
+    nodes, each = max(nodes_of(profile, step.ranks) for step in steps)
+    one = profile.stages["distill"]
+    wanted = one.model_copy(
+        update={
+            "nodes": nodes,
+            "ranks_per_node": each,
+            "memory_gb": one.memory_gb * each / one.ranks_per_node,
+        }
+    )
+    exports = [f"export WMDD_CACHE={shlex.quote(str(cache.cache_root().absolute()))}"]
+    exports += [f"export {key}={_expanded(value)}" for key, value in one.env.items()]
+    lines = [f"unset {' '.join(RANK_VARIABLES)}", *exports, *(_step_line(profile, step) for step in steps)]
+    job = submit.parameters("wmdd-scaling", wanted, {"requeue": True})
+    text: str = slurm._make_sbatch_string(command="\n".join(lines), folder=folder / "job", use_srun=False, **job)
+    return text
+
+
+def _expanded(value: str) -> str:
+    """Return a word of a shell script in which ``$NAME`` alone is replaced."""
+    quoted = re.sub(r'[\\"`]|\$(?![A-Za-z_{])', lambda found: "\\" + found[0], value)
+    return f'"{quoted}"'
+
+
+def _step_line(profile: Profile, step: Step) -> str:
+    """Return the line of a job's script that runs a step, unless all of its ranks have written their files."""
+    wanted, (nodes, each) = profile.stages["distill"], nodes_of(profile, step.ranks)
+    gpus = [f"--gpus-per-node={each * wanted.gpus_per_rank}"] if wanted.gpus_per_rank else []
+    command = [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={step.ranks}",
+        f"--ntasks-per-node={each}",
+        "--relative=0",
+        "--exact",
+        "--mem=0",
+        "--kill-on-bad-exit=1",
+        f"--cpus-per-task={wanted.cpus_per_rank}",
+        f"--output={step.folder / 'log.txt'}",
+        *gpus,
+        *wanted.srun_args,
+    ]
+    words = shlex.join([*command, *shlex.split(submit.python(wanted)), "-u", "-m", step.module, *step.arguments])
+    files = shlex.quote(str(step.folder)) + "/rank-*.json"
+    return f'[ "$(ls {files} 2> /dev/null | wc -l)" -eq {step.ranks} ] || {words} || exit'

@@ -91,6 +91,8 @@ class Profile(Strict):
     """Name of the profile or path of its file."""
     stages: dict[Stage, Resources]
     """What each stage asks for."""
+    node_ranks: Positive | None = None
+    """Ranks that fill a node, one a GPU: a scaling study takes whole nodes; None: ``ranks_per_node``."""
     rate: Rate | None = None
     """Image-iterations per second of one rank in synthesis, measured; decides the default number of blocks."""
     update_seconds: Rate | None = None
@@ -103,7 +105,7 @@ def profile_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-_KEYS = [*Resources.model_fields, "rate", "update_seconds", *STAGES]
+_KEYS = [*Resources.model_fields, "node_ranks", "rate", "update_seconds", *STAGES]
 """What a profile may say at its top"""
 
 
@@ -119,7 +121,7 @@ def load_profile(source: str) -> Profile:
     """
     values = _read(source)
     tables = {stage: values.pop(stage, {}) for stage in STAGES}
-    own = {key: values.pop(key) for key in ("rate", "update_seconds") if key in values}
+    own = {key: values.pop(key) for key in ("node_ranks", "rate", "update_seconds") if key in values}
     alone = {"nodes": 1, "ranks_per_node": 1}
     stages = {}
     for stage, table in tables.items():

@@ -5,7 +5,6 @@ A task imports torch only when it has work: one whose blocks are whole already e
 
 import logging
 import os
-import runpy
 import signal
 import sys
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from slurm.profile import Stage
 
 logger = logging.getLogger(f"wmdd.{__name__}")
-_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells a rank: of a shell that submits under torchrun, none of it holds for a task."""
 
 
@@ -139,31 +138,6 @@ def _leave(error: WmddError) -> None:
     sys.exit(error.exit_code)
 
 
-@dataclass(frozen=True)
-class Program:
-    """``python -m module arguments`` on every rank of a job."""
-
-    module: str
-    arguments: tuple[str, ...]
-    environment: dict[str, str]
-    """What the submitting process had, and SLURM may not pass on"""
-
-    def __call__(self) -> None:
-        """Run it.
-
-        Raises:
-            SystemExit: it ended with an exit code other than 0.
-        """
-        os.environ.update(self.environment)
-        _join_ranks()
-        sys.argv = [self.module, *self.arguments]
-        try:
-            runpy.run_module(self.module, run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            if end.code:
-                raise
-
-
 def versions() -> tuple[str, str]:
     """Return the versions of Python and of the package that a task and its submitter must share."""
     return f"{sys.version_info.major}.{sys.version_info.minor}", version("wmdd")
@@ -173,7 +147,7 @@ def _join_ranks() -> tuple[str, Placement]:
     """Return SLURM's name of the task, and where this process stands among the ranks that srun has started."""
     import submitit
 
-    for key in _RANKS:
+    for key in RANK_VARIABLES:
         os.environ.pop(key, None)
     job = submitit.JobEnvironment()
     # A process killed while submitit wrote its result leaves a file that would fail every later one.

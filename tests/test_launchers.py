@@ -247,9 +247,8 @@ def test_each_process_sees_its_own_gpu_unless_the_config_names_one(
 @pytest.mark.slow
 def test_a_stop_ends_a_job_and_its_ranks() -> None:
     code = """
-from pathlib import Path
 from wmdd.launchers import Local
-Local().job(2, "http.server", ["0"], Path())
+Local().job(2, "http.server", ["0"])
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
 

@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
@@ -34,6 +35,23 @@ _TORCHRUN_GRACE_SECONDS = 45.0
 """Seconds that torchrun has to end; it kills ranks that take more than 30."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """A program on some ranks, which find each other as those of torchrun do."""
+
+    ranks: int
+    module: str
+    """Name of the module; each rank runs ``python -m MODULE ARGUMENTS``"""
+    arguments: tuple[str, ...]
+    """The same for all ranks"""
+    folder: Path
+    """Folder of the step, on a disk that all nodes share.  At its end each rank writes ``rank-00000.json`` there."""
+
+    def is_done(self) -> bool:
+        """Return whether every rank has written its file."""
+        return all((self.folder / f"rank-{rank:05d}.json").exists() for rank in range(self.ranks))
+
+
 class Launcher(ABC):
     """Does work, or sees to it that it is done."""
 
@@ -47,18 +65,16 @@ class Launcher(ABC):
         """
 
     @abstractmethod
-    def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
-        """Run ``python -m module arguments`` on so many ranks of one job, and wait for its end.
+    def run_steps(self, steps: Sequence[Step], folder: Path) -> None:
+        """Run steps one after the other, each with all that it takes to start, and wait for the end of the last.
 
         Args:
-            ranks: processes, which find each other as those of torchrun do.
-            module: what they run.
-            arguments: the same for all.
-            folder: for the logs of the job; on a disk that its nodes share.
+            steps: steps; those that are done are left out.
+            folder: folder of the job, on a disk that all nodes share.
 
         Raises:
-            WmddError: it failed; the message has its last words.
-            Interrupted: a stop was requested; every rank has ended.
+            WmddError: a step failed; the message has its last words.
+            Interrupted: a stop was requested; the same command runs the steps that are not done.
         """
 
 
@@ -97,8 +113,21 @@ class Local(Launcher):
                     f"stopped with {left} of {len(runs)} runs to do; the same command goes on"
                 ) from reason
 
-    def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
-        """Start the ranks under torchrun."""
+    def run_steps(self, steps: Sequence[Step], folder: Path) -> None:
+        """Run each step under torchrun."""
+        with progress_bars.progress("measuring", len(steps), "steps") as advance:
+            for step in steps:
+                if not step.is_done():
+                    self.job(step.ranks, step.module, step.arguments)
+                advance(1)
+
+    def job(self, ranks: int, module: str, arguments: Sequence[str]) -> None:
+        """Run ``python -m module arguments`` on some ranks under torchrun.
+
+        Raises:
+            WmddError: it failed; the message has its last words.
+            Interrupted: a stop was requested; every rank has ended.
+        """
         # The ranks of this very process, if it is one of several, would confuse torchrun.
         clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

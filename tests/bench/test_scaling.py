@@ -23,12 +23,17 @@ ONE_CLASS = [*TINY, "synthesis.classes_per_group=1"]
 class Here(Local):
     """Does a job of one rank in this process, which saves the start of another."""
 
-    def job(self, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[int] = []
+
+    def job(self, ranks: int, module: str, arguments: Sequence[str]) -> None:
+        self.begun.append(ranks)
         config, place, _, groups = arguments
         if ranks == 1:
             scaling_worker.main(config, Path(place), int(groups))
         else:
-            super().job(ranks, module, arguments, folder)
+            super().job(ranks, module, arguments)
 
 
 @pytest.mark.slow
@@ -36,7 +41,9 @@ class Here(Local):
 def test_a_study_over_real_ranks(tmp_path: Path) -> None:
     config, out = load_config("digits", ONE_CLASS), tmp_path / "scaling.jsonl"
     told = Console(record=True, width=120)
-    scaling.tell(scaling.run(config, [2, 1], "strong", repeats=1, launcher=Here()), out, told)
+    launcher = Here()
+    scaling.tell(scaling.run(config, [2, 1], ["strong"], 1, launcher, tmp_path / "study"), out, told)
+    assert launcher.begun == [2, 1], "the largest size is not the first"
     found, problems = read_records(out, SpeedRecord)
     assert not problems
     assert [(record.kind, record.mode, record.ranks) for record in found] == [("scaling", "strong", n) for n in (1, 2)]
@@ -47,11 +54,21 @@ def test_a_study_over_real_ranks(tmp_path: Path) -> None:
         assert metrics["total"] >= metrics["startup"] + metrics["statistics"] + metrics["synthesis"]
         assert 0 <= metrics["waiting"] <= metrics["synthesis"]
         assert record.setup["threads"] == 1
+        assert metrics["startup"] > 0.5, "imports do not count"
+        assert metrics["total_decoded"] == pytest.approx(metrics["total"] - metrics["statistics"] + metrics["decoded"])
+        assert record.provenance["precision"] == "fp32"
         assert metrics["same_images"] == 1
     assert found[0].metrics["efficiency"] == 1
     expected = found[1].metrics["rate"] / 2 / found[0].metrics["rate"]
     assert found[1].metrics["efficiency"] == pytest.approx(expected)
+    assert found[1].provenance["world_size"] == 2, "not the circumstances of the ranks"
     assert "Images: the same" in told.export_text()
+    again = Here()
+    (tmp_path / "study" / "strong-1-0" / "rank-00000.json").unlink()
+    scaling.run(config, [2, 1], ["strong"], 1, again, tmp_path / "study")
+    assert again.begun == [1], "a finished step ran again, or an unfinished one did not"
+    with pytest.raises(InputError, match="holds a scaling study of another config"):
+        scaling.run(config.replace({"ipc": 1}), [1], ["strong"], 1, again, tmp_path / "study")
 
 
 def test_strong_studies_share_all_groups_and_weak_ones_give_each_rank_as_many() -> None:
@@ -67,7 +84,7 @@ def test_the_bound_is_that_of_the_rank_with_most_groups() -> None:
 
 def point(seconds: float, images: dict[str, str] | None = None) -> Point:
     phases = {name: 0.0 for name in scaling.PHASES} | {"synthesis": seconds, "waiting": 0.0}
-    return Point(100, phases, images or {}, "fp32", "cpu")
+    return Point(100, phases, images or {}, "fp32", "cpu", {})
 
 
 def test_efficiency_is_of_pairs_of_repeats() -> None:
@@ -85,6 +102,7 @@ def test_images_that_differ_are_noticed() -> None:
 
 def test_the_slowest_rank_counts_and_every_rank_must_have_written(tmp_path: Path) -> None:
     rank = {name: 1.0 for name in scaling.PHASES} | {"own": 1.0, "precision": "fp32", "device": "cpu"}
+    rank |= {"decoded": 1.0, "provenance": {}}
     write_json(tmp_path / "rank-00000.json", {**rank, "images": {"0": "a"}})
     with pytest.raises(WmddError, match="rank-00001"):
         scaling.collect(tmp_path, Size(2, 2), 10)
@@ -102,13 +120,14 @@ def test_the_last_words_of_a_job_are_those_of_the_rank_that_failed() -> None:
 def test_refusals() -> None:
     config = load_config("digits", ONE_CLASS)
     with pytest.raises(InputError, match="4 groups, so 4 ranks would have none"):
-        scaling.run(config, [8], "strong")
-    with pytest.raises(InputError, match="optimises no images"):
-        scaling.run(load_config("digits", [*TINY, "method=random"]), [1], "strong")
+        scaling.run(config, [8], ["strong"])
+    with pytest.raises(InputError, match="optimizes no images"):
+        scaling.run(load_config("digits", [*TINY, "method=random"]), [1], ["strong"])
     with pytest.raises(InputError, match=r"no multiple of synthesis\.split_class"):
         scaling.sizes([3], 4, "strong", team=2)
     for text in ("", "0", "1,x"):
         with pytest.raises(InputError, match="expected numbers from 1"):
             scaling.numbers_of(text)
-    with pytest.raises(InputError, match="strong or weak"):
-        scaling.mode_of("both")
+    assert scaling.modes_of("both") == ("strong", "weak")
+    with pytest.raises(InputError, match="expected strong, weak or both"):
+        scaling.modes_of("all")
