@@ -12,31 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, members, wait_until
+from rank_processes import fork
 
 from wmdd import launchers
+from wmdd import worker as runtime_worker
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.errors import Interrupted, WmddError
 from wmdd.launchers import Local, Worker, gpu_of
 from wmdd.runtime import signals
+from wmdd.runtime.log import on_screen
 from wmdd.runtime.signals import STOPS, stop_on
 from wmdd.storage.files import read_json
 
-LAUNCH = """
-import sys
-from pathlib import Path
-from wmdd import launchers, worker
-from wmdd.config.loading import load_config
-from wmdd.errors import WmddError
-worker.GRACE_SECONDS = float(sys.argv[1])
-config = load_config("digits", sys.argv[3:])
-try:
-    launchers.Local(2).launch([(config, Path(sys.argv[2]) / str(number)) for number in range(2)], "tiny")
-except WmddError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
-"""
-LONG = [*TINY, "student.epochs=100000", "student.baselines=[]", "compute.checkpoint_seconds=0"]
+LONG = [*TINY, "method=random", "student.epochs=100000", "student.baselines=[]", "compute.checkpoint_seconds=0"]
 
 
 def last_words(out: Path) -> list[str]:
@@ -47,14 +36,48 @@ def children(parent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
+class Parent:
+    """A process that does two long runs in two others, in a session of its own.
+
+    Args:
+        out: folder of the runs and of what the parent says.
+        grace: ``worker.GRACE_SECONDS`` of the parent.
+    """
+
+    def __init__(self, out: Path, grace: float) -> None:
+        self._said = out / "said"
+        self._process = fork.Process(target=self._launch, args=(out, grace))
+        self._process.start()
+        self.pid = self._process.pid or 0
+
+    def _launch(self, out: Path, grace: float) -> None:
+        os.setsid()
+        sys.stderr = self._said.open("w", buffering=1)
+        runtime_worker.GRACE_SECONDS = grace
+        runs = [(load_config("digits", LONG), out / str(number)) for number in range(2)]
+        try:
+            with on_screen():
+                Local(2).launch(runs, "tiny")
+        except WmddError as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.exit_code)
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def end(self, seconds: float = 60) -> tuple[int | None, str]:
+        """Wait for its end; return its exit code, None if it lives on, and what it said."""
+        self._process.join(seconds)
+        return self._process.exitcode, self._said.read_text()
+
+
 @contextmanager
-def launched(out: Path, grace: float = 20) -> Iterator[tuple["subprocess.Popen[str]", list[int]]]:
+def launched(out: Path, grace: float = 20) -> Iterator[tuple[Parent, list[int]]]:
     """Start two long runs in two processes; yields the parent, and their process numbers, once both train students."""
-    command = [sys.executable, "-c", LAUNCH, str(grace), str(out), *LONG]
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = Parent(out, grace)
 
     def at_work() -> bool:
-        assert parent.poll() is None, parent.stderr and parent.stderr.read()
+        assert parent.alive(), parent.end()
         return len(list(out.glob("*/students/*.checkpoint.safetensors"))) == 2
 
     try:
@@ -63,26 +86,26 @@ def launched(out: Path, grace: float = 20) -> Iterator[tuple["subprocess.Popen[s
     finally:
         for pid in members(parent.pid):
             os.kill(pid, signal.SIGKILL)
-        parent.communicate()
+        parent.end()
 
 
 @pytest.mark.slow
 def test_a_stop_to_the_parent_alone_checkpoints_every_run(tmp_path: Path) -> None:
     with launched(tmp_path) as (parent, _):
-        parent.terminate()
-        _, said = parent.communicate(timeout=60)
-        assert parent.returncode == 75 and "stopped with 2 of 2 runs to do" in said
+        os.kill(parent.pid, signal.SIGTERM)
+        code, said = parent.end()
+        assert code == 75 and "stopped with 2 of 2 runs to do" in said
         wait_until(lambda: not members(parent.pid), seconds=30)
     assert sum("student checkpointed" in said for said in last_words(tmp_path)) == 2
 
 
 @pytest.mark.slow
-def test_a_process_that_does_not_stop_is_killed_and_the_parent_says_so(tmp_path: Path) -> None:
+def test_a_process_that_does_not_stop_at_ctrl_c_is_killed_and_the_parent_says_so(tmp_path: Path) -> None:
     with launched(tmp_path, grace=3) as (parent, workers):
         os.kill(workers[0], signal.SIGSTOP)
-        parent.terminate()
-        _, said = parent.communicate(timeout=60)
-        assert parent.returncode == 75 and "of 2 processes did not stop within 3 s and were killed" in said
+        os.killpg(parent.pid, signal.SIGINT)  # to all processes, as terminals do
+        code, said = parent.end()
+        assert code == 75 and "1 of 2 processes did not stop within 3 s and were killed" in said
         wait_until(lambda: not members(parent.pid), seconds=30)
 
 
@@ -90,15 +113,15 @@ def test_a_process_that_does_not_stop_is_killed_and_the_parent_says_so(tmp_path:
 def test_a_killed_process_is_reported_and_the_other_is_stopped(tmp_path: Path) -> None:
     with launched(tmp_path) as (parent, workers):
         os.kill(workers[1], signal.SIGKILL)
-        _, said = parent.communicate(timeout=60)
-        assert parent.returncode == 1 and "memory may be short: try fewer --jobs" in said
+        code, said = parent.end()
+        assert code == 1 and "memory may be short: try fewer --jobs" in said
         wait_until(lambda: not members(parent.pid), seconds=30)
 
 
 @pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     with launched(tmp_path) as (parent, _):
-        parent.kill()
+        os.kill(parent.pid, signal.SIGKILL)
         wait_until(lambda: not members(parent.pid), seconds=60)
     assert sum("student checkpointed" in said for said in last_words(tmp_path)) == 2
 
@@ -126,22 +149,18 @@ def test_a_signal_to_a_process_that_still_starts_is_a_stop(
 
 
 @pytest.mark.slow
-def test_no_signal_kills_a_process_that_has_done_its_runs(worker: Worker, tmp_path: Path) -> None:
+def test_an_error_of_a_run_is_the_parents_error_and_no_signal_kills_a_process_that_has_sent_it(
+    worker: Worker, tmp_path: Path
+) -> None:
     worker.give((load_config("digits", [*TINY, "ipc=1000"]), tmp_path / "run"))
-    assert worker.pipe.recv()
+    with pytest.raises(WmddError, match="ipc = 1000: class") as caught:
+        worker.take()
+    assert caught.value.exit_code == 2
     while worker.process.poll() is None:
         for number in STOPS:
             worker.process.send_signal(number)
         time.sleep(0.001)
     assert worker.process.returncode == 0
-
-
-@pytest.mark.slow
-def test_an_error_of_a_run_is_the_parents_error(worker: Worker, tmp_path: Path) -> None:
-    worker.give((load_config("digits", [*TINY, "ipc=1000"]), tmp_path / "run"))
-    with pytest.raises(WmddError, match="ipc = 1000: class") as caught:
-        worker.take()
-    assert caught.value.exit_code == 2
 
 
 COMMANDS = {
@@ -226,21 +245,31 @@ def test_processes_take_gpus_in_turn(visible: str | None, count: int, given: lis
 def test_each_process_sees_its_own_gpu_unless_the_config_names_one(
     device: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    found: list[str] = []
+    begun: list[Worker] = []
 
     class Seen(Worker):
         def __init__(self, gpu: str | None = None) -> None:
             super().__init__(gpu)
+            begun.append(self)
             place = Path(f"/proc/{self.process.pid}/environ")
             said = wait_until(place.read_text)  # nothing, until the process has its own program
             found.append(dict(one.split("=", 1) for one in said.split("\0") if one)["CUDA_VISIBLE_DEVICES"])
+            if len(found) == 2:
+                raise WmddError("both have begun")  # what they would do is not looked at
 
     monkeypatch.setattr(launchers, "Worker", Seen)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    configs = [load_config("digits", [*TINY, "ipc=1000", f"compute.device={device}"]) for _ in range(2)]
-    with pytest.raises(WmddError):  # none can be done, which saves time
-        Local(2).launch([(config, tmp_path / str(number)) for number, config in enumerate(configs)], "tiny")
+    configs = [load_config("digits", [*TINY, f"compute.device={device}"]) for _ in range(2)]
+    try:
+        with pytest.raises(WmddError, match="both have begun"):
+            Local(2).launch([(config, tmp_path / str(number)) for number, config in enumerate(configs)], "tiny")
+    finally:
+        for one in begun:
+            one.process.kill()
+            one.process.wait()
+            one.pipe.close()
     assert found == given
 
 

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from conftest import TINY, members, wait_until
+from rank_processes import fork
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -37,20 +37,6 @@ BASE = {
 }
 
 SHIPPED = sorted(path.name.removesuffix(".toml") for path in (resources.files("bench") / "protocols").iterdir())
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from bench import protocol
-from wmdd.errors import WmddError
-from wmdd.launchers import Local
-if __name__ == "__main__":
-    cells = protocol.cells(protocol.Protocol.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]))
-    try:
-        Local(2).launch([(cell.config, cell.folder) for cell in cells], "tiny")
-    except WmddError as error:
-        sys.exit(error.exit_code)
-"""
 
 
 def table(out: Path, **changes: object) -> list[ProtocolRun]:
@@ -198,27 +184,30 @@ def test_the_plan_lists_every_cell(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stop_reaches_every_process_and_the_same_protocol_goes_on(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (tmp_path / "go.py").write_text(SCRIPT)
     longer = ["student.epochs=100000", "compute.checkpoint_seconds=0"]
-    command = [sys.executable, str(tmp_path / "go.py"), json.dumps(BASE | {"overrides": [*TINY, *longer]}), str(out)]
 
-    def checkpoints() -> set[tuple[Path, int]]:
-        return {(path, path.stat().st_mtime_ns) for path in out.rglob("student-*.checkpoint.safetensors")}
-
-    # To all processes, as schedulers and terminals do; and more than once, as several of them do.
-    for number, times in ((signal.SIGTERM, 3), (signal.SIGINT, 1)):
-        before = checkpoints()
-        process = subprocess.Popen(command, start_new_session=True)
+    def measure() -> None:
+        os.setsid()
         try:
-            wait_until(lambda known=before: len(checkpoints() - known) == 2)
-            for _ in range(times):
-                os.killpg(process.pid, number)
-            assert process.wait(timeout=60) == 75
-            wait_until(lambda group=process.pid: not members(group))
-        finally:
-            for pid in members(process.pid):
-                os.kill(pid, signal.SIGKILL)
-            process.wait()
+            do(table(out, overrides=[*TINY, *longer]), jobs=2)
+        except Interrupted as reason:
+            sys.exit(reason.exit_code)
+
+    process = fork.Process(target=measure)
+    process.start()
+    assert process.pid is not None
+    try:
+        wait_until(lambda: len(list(out.rglob("student-*.checkpoint.safetensors"))) == 2)
+        # To all processes, and more than once, as schedulers do.
+        for _ in range(3):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode == 75
+        wait_until(lambda: not members(process.pid or 0))
+    finally:
+        for pid in members(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.join()
     do(table(out))
     assert measured(out) == measured(finished)
 

@@ -72,7 +72,7 @@ def wait(condition: Callable[[], object], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}\n{ask('squeue', '--states=all')}"
-        time.sleep(0.25)
+        time.sleep(0.5)  # each look starts programs of SLURM
 
 
 def profile(**changes: object) -> Profile:

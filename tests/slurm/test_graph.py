@@ -51,11 +51,12 @@ def iteration(run: Path) -> int:
 
 
 def test_an_array_writes_what_a_local_run_writes_and_reports_last(cluster: LocalCluster, tmp_path: Path) -> None:
-    config = load_config("digits", [*TINY, "data.classes=10", "student.seeds=1", "labels.regimes=['hard']"])
+    settings = ["data.classes=6", "teacher.seed=1", "student.seeds=1", "labels.regimes=['hard']"]
+    config = load_config("digits", [*TINY, *settings])
     local, run = tmp_path / "local", tmp_path / "run"
-    # A task takes all CPUs of a node, so that three tasks at a time are three nodes.
-    launched = submit(config, run, blocks=5, using=profile(cpus_per_rank=8))
-    assert [len(one.tasks) for one in launched.values()] == [1, 5, 1, 1]
+    # A task takes all CPUs of a node, so that two tasks at a time are two nodes.
+    launched = submit(config, run, blocks=3, using=profile(cpus_per_rank=8, parallel=2))
+    assert [len(one.tasks) for one in launched.values()] == [1, 3, 1, 1]
     busiest = 0
 
     def watch() -> bool:
@@ -68,7 +69,7 @@ def test_an_array_writes_what_a_local_run_writes_and_reports_last(cluster: Local
     assert blocks_of(run) == blocks_of(local), "the distilled set depends on where it was made"
     assert blocks_of(run / "baselines" / "random") == blocks_of(local / "baselines" / "random")
     assert {row.state for row in status(run).rows} == {"done"}
-    assert busiest == 3
+    assert busiest == 2
     assert len({row.node for row in rows(run)}) > 1
     assert (run / "report.html").exists() and (run / "records").exists()
     ends = [ask("squeue", "-h", "-t", "all", "-j", one.job, "-o", "%e") for one in list(launched.values())[:-1]]
@@ -79,10 +80,10 @@ def test_an_array_writes_what_a_local_run_writes_and_reports_last(cluster: Local
     assert prepare(config, run, profile()).arrays == []
     speed = measured(run)
     assert speed.rate and speed.update_seconds
-    told = CliRunner().invoke(app, ["logs", str(run), "3"]).output
-    assert "block 3" in told and log_files(run, "distill", 3)[0].name in told
+    told = CliRunner().invoke(app, ["logs", str(run), "2"]).output
+    assert "block 2" in told and log_files(run, "distill", 2)[0].name in told
     shown = CliRunner().invoke(app, ["status", str(run), "--all"])
-    assert shown.exit_code == 0 and shown.output.count("100%") == 12 and "no accounting" in shown.output
+    assert shown.exit_code == 0 and shown.output.count("100%") == 10 and "no accounting" in shown.output
 
 
 def test_what_is_lost_for_good_is_reported_and_the_command_that_status_prints_sends_only_that(
@@ -212,15 +213,12 @@ def test_a_time_limit_requeues_a_task_in_a_container_and_a_cancelled_one_does_no
 def test_a_block_under_torch_distributed_is_that_of_one_rank(
     cluster: LocalCluster, digits: Config, tmp_path: Path
 ) -> None:
-    shapes = {(nodes, ranks): tmp_path / f"{nodes}x{ranks}" for nodes, ranks in [(2, 1), (1, 2)]}
+    """Two nodes of one rank; the scaling study of ``test_launcher.py`` has two ranks on one node."""
+    run = tmp_path / "run"
     pipeline.run(digits, tmp_path / "local", share=pipeline.Share(("teacher", "distill")))
-    for (nodes, ranks), run in shapes.items():
-        using = profile(nodes=nodes, ranks_per_node=ranks)
-        job = submit(digits, run, ("teacher", "distill"), 1, using)["distill"].job
-        wanted = ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%D %C")
-        assert wanted == f"{nodes} 2"
-    for run in shapes.values():
-        finish(run)
-        assert [row.state for row in rows(run)] == ["done"], log(run, "")
-        assert len(log_files(run, "distill", 0)) == 2
-        assert blocks_of(run) == blocks_of(tmp_path / "local")
+    job = submit(digits, run, ("teacher", "distill"), 1, profile(nodes=2, ranks_per_node=1))["distill"].job
+    assert ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%D %C") == "2 2"
+    finish(run)
+    assert [row.state for row in rows(run)] == ["done"], log(run, "")
+    assert len(log_files(run, "distill", 0)) == 2
+    assert blocks_of(run) == blocks_of(tmp_path / "local")

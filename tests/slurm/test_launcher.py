@@ -24,7 +24,7 @@ PROTOCOL = f"""
 name = "tiny"
 config = "digits"
 overrides = {[*TINY, "student.seeds=1"]}
-methods = ["random", "wmdd"]
+methods = ["random", "herding"]
 ipc = [1]
 regimes = ["hard"]
 distillation_seeds = 1
@@ -45,12 +45,12 @@ def test_a_protocol_is_submitted_and_reported_by_the_same_command(cluster: Local
 
     first = CliRunner().invoke(app, command, catch_exceptions=False)
     assert "no student has finished yet" in first.output
-    runs = [tmp_path / "out" / "ipc-001" / name / "seed-000" for name in ("random", "wmdd")]
+    runs = [tmp_path / "out" / "ipc-001" / name / "seed-000" for name in ("random", "herding")]
     wait(lambda: not any(status(run).active for run in runs), 300, "the graphs end")
     assert not ask("squeue", "-h")
 
     second = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert "Accuracy" in second.output and "wmdd" in second.output
+    assert "Accuracy" in second.output and "herding" in second.output
     assert not ask("squeue", "-h"), "what is done was submitted again"
     assert (tmp_path / "out" / "report.html").exists()
 

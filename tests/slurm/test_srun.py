@@ -29,11 +29,11 @@ def run(out: str, *settings: str) -> list[str]:
 
 def test_the_tasks_of_one_srun_do_one_run_together(cluster: LocalCluster, tmp_path: Path) -> None:
     pipeline.run("digits", tmp_path / "one", SETTINGS)
-    done = srun(*run(str(tmp_path / "four")), tasks=4, nodes=2)
+    done = srun(*run(str(tmp_path / "three")), tasks=3, nodes=2)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("one run on the 4 tasks that srun started") == 1
+    assert done.stderr.count("one run on the 3 tasks that srun started") == 1
     assert done.stderr.count("report: ") == 1, "several copies ran"
-    assert blocks_of(tmp_path / "four") == blocks_of(tmp_path / "one")
+    assert blocks_of(tmp_path / "three") == blocks_of(tmp_path / "one")
 
 
 def test_tasks_of_one_srun_with_runs_of_their_own_are_refused(cluster: LocalCluster, tmp_path: Path) -> None:

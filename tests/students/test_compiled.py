@@ -114,9 +114,9 @@ def test_every_shape_is_compiled_also_the_ninth(jobs: dict[str, Ranks]) -> None:
         return 2 * values
 
     step = jobs["compiled"].compiled(double)
-    for size in range(1, 11):
+    for size in range(1, 10):
         assert torch.equal(step(torch.ones(size)), torch.full((size,), 2.0))
-    assert graphs() == 10
+    assert graphs() == 9
 
 
 def test_a_process_that_makes_more_graphs_than_allowed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

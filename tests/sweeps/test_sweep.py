@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sweeps import best, page, run, trial_log
+from sweeps import best, page, ray_cluster, run, search, trial, trial_log
 from sweeps.ray_cluster import TrialResources
 from sweeps.trial_log import Log, savings
 from wmdd.config.loading import load_config
@@ -73,8 +73,8 @@ def nothing_is_left(home: Path) -> bool:
 def outcome(out: Path) -> list[tuple[object, ...]]:
     """Return what the trials of a sweep were and reached, without the times."""
     return [
-        (trial.number, trial.values, trial.state, [report["top1"] for report in trial.reports])
-        for trial in Log.load(out).trials
+        (known.number, known.values, known.state, [report["top1"] for report in known.reports])
+        for known in Log.load(out).trials
     ]
 
 
@@ -105,8 +105,8 @@ def test_a_sweep_runs_grows_and_gives_its_best_recipe(make, tmp_path):
     sweep = make(SPACE, scheduler="asha", kind="optuna")
     out = tmp_path / "sweep"
     log = run.run(sweep, out, 3, ONE)
-    assert [trial.state for trial in log.trials if trial.number == 0] == ["done"]
-    assert all(trial.state in ("done", "stopped") for trial in log.trials)
+    assert [known.state for known in log.trials if known.number == 0] == ["done"]
+    assert all(known.state in ("done", "stopped") for known in log.trials)
     first = outcome(out)
     # The statistics were there before the first trial, and no trial wrote any.
     began = (out / "trials" / "trial-00000.json").stat().st_mtime_ns
@@ -140,56 +140,52 @@ def test_a_sweep_runs_grows_and_gives_its_best_recipe(make, tmp_path):
         run.run(make(SPACE, ("synthesis.lr=0.1",), scheduler="asha", kind="optuna", seed=1), out, 4, ONE)
 
 
-def test_a_killed_sweep_goes_on_and_equals_one_that_was_not(make, start, home, tmp_path):
-    space = written(tmp_path / "killed.toml", SPACE)
+def without_ray(sweep: run.Sweep, count: int) -> list[tuple[object, ...]]:
+    """Return what the first trials of a random search reach in this process, as ``outcome`` does."""
+    plan = trial.prepare(trial.SweepSetup(sweep.config, sweep.space.budget, sweep.objective), lambda: False)
+    found = []
+    for number in range(count):
+        suggested = search.suggest(sweep.space, "random", sweep.seed, sweep.objective, number, []) if number else None
+        values = suggested or sweep.space.values_in(sweep.config)
+        reports = []
+        trial.run(plan, values, reports.append)
+        found.append((number, values, "done", [report["top1"] for report in reports]))
+    return found
+
+
+def test_a_sweep_that_was_interrupted_and_killed_ends_with_the_trials_of_one_process(make, start, home, tmp_path):
+    space, out = written(tmp_path / "space.toml", SPACE), tmp_path / "sweep"
     options = ["--trials", "5", "--concurrent", "1", "--scheduler", "none", "--search", "random"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    said = finish(start(space, whole, *options))
-    assert "trial 4: top1" in said and nothing_is_left(home)
-    process = start(space, killed, *options)
-    wait_for(killed / "trials" / "trial-00002.json")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    finished = [trial.number for trial in Log.load(killed).trials if trial.finished]
-    assert finished[:2] == [0, 1] and len(finished) < 5
-    files = {number: (killed / "trials" / f"trial-{number:05d}.json").read_bytes() for number in finished}
-    said = finish(start(space, killed, *options))
-    assert f"{len(finished)} are done" in said
-    for number, content in files.items():  # no finished trial ran again
-        assert (killed / "trials" / f"trial-{number:05d}.json").read_bytes() == content
-    assert outcome(killed) == outcome(whole)
-    assert nothing_is_left(home)  # not even what the kill left
 
-
-def test_ctrl_c_stops_a_sweep_that_listens_on_loopback_only_and_leaves_nothing(start, home, tmp_path):
-    out = tmp_path / "sweep"
-    process = start("regularization", out, "--trials", "9", "--set", "synthesis.iterations=2000")
+    process = start(space, out, *options)
     wait_for(out / "trials" / "trial-00000.json")
     addresses = listening(processes(home))
     loopback = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}
     assert addresses and addresses <= loopback
     os.killpg(process.pid, signal.SIGINT)
     said = finish(process, 75)
-    assert "the same command goes on" in said.splitlines()[-1]
+    assert "stopped with 5 of 5 trials to do" in said.splitlines()[-1]
     assert nothing_is_left(home)
 
+    process = start(space, out, *options)
+    wait_for(out / "trials" / "trial-00002.json")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = [known.number for known in Log.load(out).trials if known.finished]
+    assert finished[:2] == [0, 1] and len(finished) < 5
+    files = {number: (out / "trials" / f"trial-{number:05d}.json").read_bytes() for number in finished}
 
-def test_a_failed_trial_is_recorded_and_does_not_stop_the_sweep(start, home, tmp_path):
-    space = written(tmp_path / "failing.toml", "[parameters]\nipc = { grid = [1, 99999] }")
-    said = finish(start(space, tmp_path / "sweep", "--search", "grid", "--trials", "3", "--scheduler", "none"))
-    log = Log.load(tmp_path / "sweep")
-    states = {trial.values["ipc"]: trial for trial in log.trials}
-    assert states[1].state == states[2].state == "done"
-    assert states[99999].state == "failed"
-    assert states[99999].error.startswith("InputError: ipc = 99999: class '0' has")
-    assert "1 failed; trial" in said
-    assert len(page.rows(run.Sweep.from_identity(log.identity), log)) == 3
-    assert nothing_is_left(home)
+    said = finish(start(space, out, *options))
+    assert f"{len(finished)} are done" in said and "trial 4: top1" in said
+    for number, content in files.items():  # no finished trial ran again
+        assert (out / "trials" / f"trial-{number:05d}.json").read_bytes() == content
+    assert outcome(out) == without_ray(make(SPACE, ("compute.device=cpu",)), 5)
+    assert nothing_is_left(home)  # not even what the kill left
 
 
 @contextmanager
 def cluster(home, monkeypatch, *options):
-    """Start a Ray cluster of one CPU, as another user's; yields its address and a function that asks for its status."""
+    """Start a Ray cluster of one CPU, as another user's; yields its address."""
     token = home / "token"
     token.write_text(secrets.token_hex(32))
     for key, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}.items():
@@ -202,40 +198,40 @@ def cluster(home, monkeypatch, *options):
             [*ray, *head, *options, "--disable-usage-stats"], env=environment, capture_output=True, text=True
         )
         assert began.returncode == 0, began.stdout + began.stderr
-        address = (home / "r" / "ray_current_cluster").read_text().strip()
-
-        def status():
-            command = [*ray, "status", "--address", address]
-            return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-        yield address, status
+        yield (home / "r" / "ray_current_cluster").read_text().strip()
     finally:
         for pid in processes(home):
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_sweep_joins_a_running_cluster_and_leaves_it_running(start, home, tmp_path, monkeypatch):
-    with cluster(home, monkeypatch) as (address, status):
-        out = tmp_path / "sweep"
-        options = ["--trials", "2", "--search", "grid", "--address", address]
-        said = finish(start(written(tmp_path / "two.toml", SPACE), out, *options))
-        assert "trial 1:" in said and len(Log.load(out).trials) == 2
-        alive = status()
-        assert alive.returncode == 0, alive.stderr
-        said = finish(start("regularization", tmp_path / "other", *options, "--gpus", "1"), 2)
-        assert "the largest node of the cluster has none: leave --gpus out" in said
-
-
-def test_a_trial_that_was_given_a_gpu_never_works_on_the_cpu(start, home, tmp_path, monkeypatch):
+def test_sweeps_join_a_running_cluster_and_leave_it_running_whatever_becomes_of_their_trials(
+    start, home, tmp_path, monkeypatch
+):
     # Ray believes that the node has a GPU, as SLURM does of one that has fallen off; torch sees none.  The step's
     # variables are those of a Ray that srun started on three nodes: a trial is no rank of it.
     step = "JOB_ID=7 STEP_ID=1 STEP_NUM_TASKS=3 STEP_NUM_NODES=1 STEP_NODELIST=n1 PROCID=1 LOCALID=0"
     for setting in step.split():
         monkeypatch.setenv(*f"SLURM_{setting}".split("="))
-    with cluster(home, monkeypatch, "--num-gpus=1") as (address, _):
-        options = ["--trials", "1", "--address", address, "--gpus", "1"]
-        said = finish(start(written(tmp_path / "two.toml", SPACE), tmp_path / "sweep", *options), 1)
-    assert "every trial failed; the first: InputError: compute.device = 'cuda': torch sees no GPU on" in said
+    with cluster(home, monkeypatch, "--num-gpus=1") as address:
+        out = tmp_path / "sweep"
+        failing = written(tmp_path / "failing.toml", "[parameters]\nipc = { grid = [1, 99999] }")
+        options = ["--search", "grid", "--scheduler", "none", "--address", address]
+        said = finish(start(failing, out, *options, "--trials", "3"))
+        log = Log.load(out)
+        states = {known.values["ipc"]: known for known in log.trials}
+        assert states[1].state == states[2].state == "done"
+        # A failed trial is recorded and does not stop the sweep.
+        assert states[99999].state == "failed"
+        assert states[99999].error.startswith("InputError: ipc = 99999: class '0' has")
+        assert "1 failed; trial" in said
+        assert len(page.rows(run.Sweep.from_identity(log.identity), log)) == 3
+
+        said = finish(start("regularization", tmp_path / "two", *options, "--gpus", "2"), 2)
+        assert "--gpus 2: a trial asks for 2 GPUs, the largest node of the cluster has 1: use --gpus 1 or less" in said
+
+        # A trial that was given a GPU never works on the CPU.
+        said = finish(start("regularization", tmp_path / "one", *options, "--trials", "1", "--gpus", "1"), 1)
+        assert "every trial failed; the first: InputError: compute.device = 'cuda': torch sees no GPU on" in said
 
 
 def test_the_wrong_folder_and_too_many_gpus_get_one_clear_line(make, tmp_path):
@@ -248,6 +244,8 @@ def test_the_wrong_folder_and_too_many_gpus_get_one_clear_line(make, tmp_path):
         run.run(sweep, tmp_path / "new", 2, TrialResources(cpus=1, gpus=64))
     with pytest.raises(InputError, match="--cpus 9999"):
         run.run(sweep, tmp_path / "new", 2, TrialResources(cpus=9999, gpus=0))
+    with pytest.raises(InputError, match="the largest node of the cluster has none: leave --gpus out"):
+        ray_cluster._check({"CPU": 1.0}, TrialResources(cpus=1, gpus=1), "the largest node of the cluster has")
     with pytest.raises(InputError, match="nobody answers"):
         run.run(sweep, tmp_path / "new", 2, ONE, "127.0.0.1:1")
     with pytest.raises(InputError, match="expected HOST:PORT"):
