@@ -110,7 +110,7 @@ def test_every_command_of_the_docs_is_accepted(page: Path) -> None:
         if "space" in values and not values["space"].endswith(".toml"):
             load_space(values["space"], load_config("digits"))
         for name in values.get("files") or []:
-            if not name.endswith(".toml"):
+            if isinstance(name, str) and not name.endswith(".toml"):
                 load_protocol(name)
 
 
