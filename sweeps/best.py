@@ -40,7 +40,7 @@ def best(folder: Path, measure: bool = True) -> str:
     lines = [
         f"Best of {trials} trials of a sweep: trial {chosen.number}"
         + (", the config as it stood." if chosen.number == 0 else "."),
-        f"SweepObjective {sweep.objective.name}: {sweep.objective.text(sweep.objective.value(chosen, log.trials))};"
+        f"Objective {sweep.objective.name}: {sweep.objective.text(sweep.objective.value(chosen, log.trials))};"
         f" {sweep.objective.meaning}.",
         f"Top-1 of the proxy on the hold-out: {_text(seeds)}." if seeds else "",
         f"Space {sweep.space.name}, search {sweep.search}, scheduler {sweep.scheduler}, seed {sweep.seed};"

@@ -142,7 +142,7 @@ def test_a_signal_to_a_process_that_still_starts_is_a_stop(
 ) -> None:
     worker.process.send_signal(number)
     worker.give((tiny, tmp_path / "run"))
-    with pytest.raises(Interrupted, match="stopped before it began"):
+    with pytest.raises(Interrupted, match="stopped before the run began"):
         worker.take()
     assert worker.process.wait(60) == 0
     assert not (tmp_path / "run").exists()

@@ -132,7 +132,7 @@ def test_blocks_change_no_byte_in_any_order(tiny: Config, tmp_path: Path) -> Non
 def test_a_missing_block_is_named(tiny: Config, tmp_path: Path) -> None:
     tiny = tiny.model_copy(update={"blocks": 2})
     pipeline.run(tiny, tmp_path / "run", share=pipeline.Share(("distill",), (1,)))
-    with pytest.raises(WmddError, match="of 2 blocks these are missing: 0"):
+    with pytest.raises(WmddError, match="of 2 blocks, these are missing: 0"):
         DistilledSet.load(tmp_path / "run")
 
 
@@ -206,7 +206,7 @@ def test_a_flipped_byte_is_found_named_and_redone(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert verify(RunFolder(tmp_path / "run")) == [f"{file}: its SHA-256 is not the one in its sidecar"]
+    assert verify(RunFolder(tmp_path / "run")) == [f"{file}: its SHA-256 differs from the one in its sidecar"]
     with pytest.raises(WmddError, match=re.escape(f"{file}: its SHA-256")):
         DistilledSet.load(tmp_path / "run")
     assert images_only(tiny, tmp_path / "run") == before

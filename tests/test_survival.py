@@ -127,7 +127,7 @@ def test_a_truncated_sidecar_or_manifest_is_named_and_rebuilt(
     with pytest.raises(WmddError, match="these are missing: 2"):
         DistilledSet.load(tmp_path / "run")
     pipeline.run(blocked, tmp_path / "run", share=DISTIL)
-    assert f"{folder.sidecar_file(2)}: is not a whole sidecar" in capfd.readouterr().err
+    assert f"{folder.sidecar_file(2)}: is damaged" in capfd.readouterr().err
     assert blocks_of(tmp_path / "run") == before
 
 

@@ -1,4 +1,4 @@
-"""The stages of a run, in order; each reads and writes through the run folder, and each goes on where it stopped."""
+"""The stages of a run, in order. Each reads and writes through the run folder, and resumes where it stopped."""
 
 import logging
 import os
@@ -36,27 +36,27 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Students = list[tuple[RunFolder, tasks.StudentTask]]
-"""Students with the run, or the baseline, whose images they learn from"""
+"""Students, each with the folder of the run or baseline whose images it trains on"""
 
 STAGES = ("teacher", "distill", "students", "report")
 
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a run that one process does: all of it, or one task of an array."""
+    """The part of a run that one process does: the whole run, or one task of an array."""
 
     stages: tuple[str, ...] = STAGES
-    """What to do; the teacher is always obtained, from the store if it is there"""
+    """Stages to do. The teacher is always loaded from the cache, or trained if it is missing"""
     blocks: tuple[int, ...] | None = None
-    """Blocks to distil; None for all"""
+    """Blocks to distill; None for all"""
     students: tuple[int, ...] | None = None
-    """Positions in ``students_of``; None for all"""
+    """Students to train, as positions in ``students_of``; None for all"""
     device: str | None = None
-    """Device that this process must have, as ``compute.device`` names it; None for what the config says"""
+    """Device of this process, as ``compute.device`` names it; None for the config's"""
 
     @property
     def name(self) -> str:
-        """A name for this part, such as ``run``, ``blocks-3`` or ``students-0-7``."""
+        """Name of this part, such as ``run``, ``blocks-3`` or ``students-0-7``."""
         parts = [
             f"{kind}-{'-'.join(map(str, sorted({min(chosen), max(chosen)})))}"
             for kind, chosen in (("blocks", self.blocks), ("students", self.students))
@@ -72,23 +72,24 @@ def run(
     share: Share | None = None,
     refresh: bool = False,
 ) -> Path:
-    """Distil a data set, train students on it and on the baselines, and write the report.
+    """Distill a dataset, train students on it and on the baselines, and write the report.
 
-    Doing it again with the same arguments goes on where it stopped, or finds everything done.
+    A second call with the same arguments resumes where the first stopped. It does nothing if the run is complete.
 
     Args:
-        config: a resolved config, or what ``load_config`` takes (``"digits"``, ``"digits+paper"``, ``"mine.toml"``).
-        out: the run folder; ``runs/NAME`` by default.
-        overrides: as in ``load_config``; only for a config given by name.
-        share: the part to do; all by default.
-        refresh: list the data set again, whatever is known of it.
+        config: resolved config, or its name as ``load_config`` takes it (``"digits"``, ``"digits+paper"``,
+            ``"mine.toml"``).
+        out: run folder; ``runs/NAME`` by default.
+        overrides: ``key=value`` strings, as in ``load_config``; only for a config given by name.
+        share: part of the run to do; all of it by default.
+        refresh: whether to list the dataset again, even if the cache holds its listing.
 
     Returns:
-        the run folder.
+        Path of the run folder.
 
     Raises:
-        InputError: the config, the data or the folder is wrong; nothing was started.
-        Interrupted: a signal asked to stop; the run has checkpointed.
+        InputError: the config, the dataset or the folder is wrong. No work was started.
+        Interrupted: a signal requested a stop. The run wrote its checkpoints.
 
     Example:
         >>> import wmdd
@@ -111,8 +112,8 @@ def run(
         stop_on(*STOPS) as stop,
         ranks(config.compute.replace({"device": device}), stop, here) as job,
     ):
-        if stop():  # while torch was imported, or between two runs
-            raise Interrupted("stopped before it began")
+        if stop():  # the signal came while torch was imported, or between two runs
+            raise Interrupted("stopped before the run began")
         _check_same(config, folder, share, job)
         with progress.reported(folder, share.name) if job.main else nullcontext():
             _run(config, folder, job, stop, share, open_log, refresh)
@@ -121,7 +122,7 @@ def run(
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Give the environment back as it was: libraries leave their settings there when they are imported."""
+    """Restore the environment at the end: libraries change it when they are imported."""
     before = dict(os.environ)
     try:
         yield
@@ -132,16 +133,16 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _check_same(config: Config, folder: RunFolder, share: Share, job: Ranks) -> None:
-    """Refuse ranks that do not all do the same run.
+    """Check that all ranks do the same run.
 
     Raises:
-        InputError: this rank was started with something else than rank 0.
+        InputError: this rank has another config, folder or share than rank 0.
     """
     own = digest([config.model_dump(mode="json"), str(folder.path), asdict(share)])
     if job.broadcast_from_main(own) != own:
         raise InputError(
-            f"rank {job.rank} of {job.size}: started with another config, --out or share than rank 0: the tasks of one"
-            " srun or torchrun do one run together; start each run by itself, with srun --exact -n 1"
+            f"rank {job.rank} of {job.size}: started with another config, --out or share than rank 0. All tasks of one"
+            " srun or torchrun share one run; start separate runs with srun --exact -n 1"
         )
 
 
@@ -164,7 +165,7 @@ def _run(
     if job.main:
         for place, one in runs.items():
             place.bind(one, dataset.fingerprint)
-            open_log()  # not before: the folder may be somebody else's
+            open_log()  # only now: until it is bound, the folder may belong to another run
             place.sweep()
             if "distill" in share.stages and any(place.sidecar(block.index) is None for block in blocks):
                 place.check_arithmetic(job.arithmetic)
@@ -173,7 +174,7 @@ def _run(
         _check_room(config, len(dataset.classes), made, trained, folder, job.size)
     if job.main and dataset.skipped:
         logger.warning(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
-    if share.stages == ("report",):  # on what there is: a teacher that failed is not trained for it
+    if share.stages == ("report",):  # reports what exists, and needs no teacher
         _expect_others(runs, todo, share, stop)
         if job.main:
             _report(folder)
@@ -218,13 +219,13 @@ def _copy_log(source: Path, target: Path) -> None:
 
 
 def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: Share, stop: StopRequest) -> None:
-    """Wait until this machine sees what other processes have finished for it, perhaps a moment ago and elsewhere."""
+    """Wait for the files of other processes: a shared file system may show them late on this machine."""
     files: list[Path] = []
     if "students" in share.stages:
         blocks = [(place, block) for place, one in runs.items() for block in range(one.blocks)]
         files += [file for place, block in blocks for file in (place.sidecar_file(block), place.block_file(block))]
     elif "report" in share.stages:
-        # A set that lacks a block has no students.
+        # No student trains on a set that lacks a block.
         whole = [place for place, one in runs.items() if all(map(place.sidecar, range(one.blocks)))]
         files += [evaluate.record_file(place, task) for place, task in students if place in whole]
     expect(files, stop)
@@ -238,7 +239,7 @@ def runs_of(config: Config, folder: RunFolder) -> dict[RunFolder, Config]:
 
 
 def students_of(config: Config, folder: RunFolder) -> Students:
-    """Return all students of a run and of its baselines, in an order that the config alone decides."""
+    """Return all students of a run and of its baselines. Their order depends on the config alone."""
     return [
         (place, task)
         for place, one in runs_of(config, folder).items()
@@ -247,12 +248,12 @@ def students_of(config: Config, folder: RunFolder) -> Students:
 
 
 def entries_of(config: Config, dataset: Dataset) -> list[Path]:
-    """Return the entries of the store that a run reads, as far as they are known before it begins."""
+    """Return the cache entries that a run reads, as far as they are known before it begins."""
     found = []
     for arithmetic in candidates(config.compute):
         folder, teacher = obtain.name_of_stored(config, dataset, arithmetic)
         found.append(folder)
-        if teacher is not None:  # statistics are named by its weights
+        if teacher is not None:  # the key of the statistics contains its SHA-256
             found.append(cache.folder("statistics", statistics.key(config, dataset, teacher, arithmetic)))
     return found
 
@@ -266,10 +267,11 @@ def _chosen(items: list[T], positions: Sequence[int] | None, kind: str) -> list[
 
 
 def check(config: Config, dataset: Dataset) -> None:
-    """Refuse a run or a baseline of it that could only fail later.
+    """Check a run and its baselines for errors that would otherwise appear only later.
 
     Raises:
-        InputError: a network or a method does not exist, a class is smaller than the IPC, or a method refuses the data.
+        InputError: a network or method does not exist, a class has fewer images than the IPC, or a method cannot use
+            this dataset.
     """
     tasks.check(config, len(dataset.classes))
     for one in (config, *baselines_of(config).values()):
@@ -277,21 +279,21 @@ def check(config: Config, dataset: Dataset) -> None:
 
 
 def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups: int, trained: int) -> int:
-    """Return the bytes that work on a run takes on disk at its worst moment: images, labels and checkpoints.
+    """Return the most bytes on disk that a run needs at any moment: images, labels and checkpoints.
 
     Args:
-        config: of the run.
-        classes: number of its classes.
-        blocks: number of blocks that are to be made, of the run and of each baseline.
-        students: number of students that are to be trained, those of baselines included.
-        groups: number of groups in synthesis at a time.
-        trained: number of students in training at a time.
+        config: config of the run.
+        classes: number of classes.
+        blocks: number of blocks to distill, of the run and of each baseline.
+        students: number of students to train, those of baselines included.
+        groups: number of groups synthesized at the same time.
+        trained: number of students trained at the same time.
     """
     pixels = config.data.channels * config.data.resolution**2
     runs = 1 + len(baselines_of(config))
     images = classes * config.ipc * blocks // config.blocks * runs
     group = min(partition.group_size(config), classes) * config.ipc
-    # A block is held twice while it is put together, and a checkpoint has three fp32 tensors of a group.
+    # The disk holds a block twice while it is assembled. A checkpoint has three fp32 tensors of a group.
     checkpoints = max(groups * 12 * group * pixels, trained * tasks.checkpoint_bytes(config, classes))
     labelled = stored_label_files(config, classes, students) * soft_labels.epoch_bytes(
         config.labels, classes * config.ipc, classes
@@ -300,19 +302,19 @@ def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups:
 
 
 def stored_label_files(config: Config, classes: int, students: int) -> int:
-    """Return the number of files of stored labels that so many students write, one an epoch."""
+    """Return the number of label files that ``students`` students write: one per epoch."""
     regimes, images = config.labels.regimes, classes * config.ipc
     kept = [
         soft_labels.stored_epochs(config, regime, images, classes) for regime in regimes if regime in soft_labels.STORED
     ]
-    # The epochs of a budget are the first ones of the stored regime, and the same files.
+    # The regime ``budget`` reads the first files of the regime ``stored``.
     return max(kept, default=0) * students // len(regimes)
 
 
 def _check_room(
     config: Config, classes: int, blocks: Sequence[partition.Block], students: Students, folder: RunFolder, ranks: int
 ) -> None:
-    """Refuse work for which the disk has no room; what was begun has most of its files already."""
+    """Check that the disk has room. Students in training are not counted: they have most of their files already."""
     missing = sum(not folder.sidecar_file(block.index).exists() for block in blocks)
     untouched = sum(not evaluate.is_begun(place, task) for place, task in students)
     groups, trained = max(1, ranks // config.synthesis.split_class), max(1, ranks // config.student.ranks)

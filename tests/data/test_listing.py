@@ -217,7 +217,7 @@ def test_images_that_come_go_or_get_another_name_are_other_images(tree: Path, tm
         (folder / "5.png").unlink()
     else:
         (folder / "5.png").rename(folder / "9.png")
-    with pytest.raises(InputError, match=r"was made from other images than those in data\.root") as caught:
+    with pytest.raises(InputError, match=r"was made from other images than those of data\.root") as caught:
         wmdd.run("digits", tmp_path / "run", settings)
     assert "\n" not in str(caught.value)
 

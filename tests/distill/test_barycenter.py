@@ -103,7 +103,7 @@ def test_as_many_atoms_as_images_are_the_images(weights: str, kind: str) -> None
 
 @pytest.mark.parametrize("count", [0, 6])
 def test_an_impossible_count_is_the_users_error(count: int) -> None:
-    with pytest.raises(InputError, match=f"{count} atoms asked of a class of 5 images"):
+    with pytest.raises(InputError, match=f"{count} atoms requested for a class of 5 images"):
         barycenter(gaussian(5, 2), count, BarycenterConfig(), seed=0)
 
 
@@ -302,7 +302,7 @@ def test_many_classes_at_once_are_the_same_bytes_as_one_by_one_on_any_number_of_
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_class_that_cannot_be_solved_ends_many_at_once_in_its_one_line(workers: int) -> None:
     classes = [gaussian(8, 2), gaussian(4, 2), gaussian(9, 2)]
-    with pytest.raises(InputError, match="5 atoms asked of a class of 4 images"):
+    with pytest.raises(InputError, match="5 atoms requested for a class of 4 images"):
         list(barycenters(classes, 5, BarycenterConfig(starts=1), range(3), workers))
 
 
@@ -323,7 +323,7 @@ def test_what_asks_a_run_to_stop_does_not_stop_a_solver() -> None:
             assert stored(submit(gaussian(8, 2), 2, BarycenterConfig(), 0)()) == expected
 
 
-@pytest.mark.parametrize(("asked", "message"), [(False, "died; memory may be short"), (True, "stopped while")])
+@pytest.mark.parametrize(("asked", "message"), [(False, "died, perhaps for lack of memory"), (True, "stopped while")])
 def test_a_dead_solver_ends_the_others_and_is_told(asked: bool, message: str) -> None:
     # Under the handlers of a run: solvers that inherited them would not end when the pool asks.
     with (

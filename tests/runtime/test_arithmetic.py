@@ -228,7 +228,7 @@ def test_the_checkpoint_of_a_group_in_another_arithmetic_is_not_resumed(
             pipeline.run(tiny, tmp_path / "run", share=IMAGES)
     assert list((tmp_path / "run" / "groups").glob("*.checkpoint.safetensors"))
     pipeline.run(in_(tiny, "bf16"), tmp_path / "run", share=IMAGES)
-    (line,) = (line for line in said if "begins anew" in line)
+    (line,) = (line for line in said if "starts again" in line)
     assert "computed in fp32 on cpu, 1 thread, this is bf16 on cpu, 1 thread" in line
     assert not any("resumes at iteration" in line for line in said)
     pipeline.run(in_(tiny, "bf16"), tmp_path / "whole", share=IMAGES)
@@ -318,7 +318,9 @@ def older(tiny: Config, tmp_path: Path) -> Path:
 def test_an_older_run_folder_is_refused_in_one_line(older: Path, command: list[str]) -> None:
     result = CliRunner().invoke(app, [command[0], str(older), *command[1:]])
     assert isinstance(result.exception, InputError)
-    assert str(result.exception).startswith(f"{older}: was written by an earlier version of wmdd (format 1, this one")
+    assert str(result.exception).startswith(
+        f"{older}: was written by an earlier version of wmdd (format 1, this version"
+    )
 
 
 def test_an_older_run_folder_is_not_gone_on_with(tiny: Config, older: Path) -> None:

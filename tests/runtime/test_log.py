@@ -62,7 +62,7 @@ def test_ranks_other_than_0_say_nothing_until_they_have_a_warning(tiny: Config, 
         return log.console.file.getvalue()
 
     first, second = in_ranks(2, warned)
-    assert "is made anew" in first and "the wmdd, block 0 is hot" in first
+    assert "is distilled again" in first and "the wmdd, block 0 is hot" in first
     assert set(second.splitlines()) == {"the wmdd, block 0 is hot"}
     assert len(lines_of(tmp_path / "run", "teacher-distill")) > 3
     lines = lines_of(tmp_path / "run", "teacher-distill.rank1")

@@ -1,4 +1,4 @@
-"""Blocks: missing ones are found, their groups distilled, their files assembled."""
+"""Blocks: find the missing ones, distill their groups, assemble their files."""
 
 import hashlib
 import itertools
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def check(config: Config, dataset: Dataset) -> base.Method:
-    """Return the method, once nothing speaks against the run.
+    """Check method and dataset, and return the method.
 
     Raises:
-        InputError: unknown method, what the method itself refuses, or a class with fewer images than it takes.
+        InputError: the method is unknown, it cannot use this dataset, or a class has fewer images than the IPC.
     """
     method = registry.create(config)
     method.check(dataset)
@@ -43,19 +43,19 @@ def check(config: Config, dataset: Dataset) -> base.Method:
 
 
 def distill(session: Session, folder: RunFolder, blocks: list[Block]) -> None:
-    """Write every block that is missing; a block that is whole is left alone.
+    """Write every missing block. Complete blocks are not touched.
 
-    Statistics are measured one group ahead of the synthesis, and the barycenters of that group are computed beside it;
-    so the statistics of two groups are held, and no more.
+    Statistics are measured one group ahead of the synthesis. The barycenters of that next group are computed during
+    the synthesis. Memory thus holds the statistics of two groups at most.
 
     Raises:
-        Interrupted: a stop was requested; what was done is kept.
+        Interrupted: a stop was requested. Finished groups and checkpoints are kept.
     """
     method = check(session.config, session.dataset)
     for block in blocks:
         lock = folder.locked(f"block-{block.index:05d}", session.stop) if session.ranks.main else nullcontext()
         with lock:
-            # Rank 0 decides for all: ranks on different machines may see a shared folder at different times.
+            # Rank 0 decides for all: machines may see a change in a shared folder at different times.
             if session.ranks.broadcast_from_main(session.ranks.main and _must_write(session, folder, block)):
                 _distill_block(session, folder, method, block)
 
@@ -64,19 +64,19 @@ def _must_write(session: Session, folder: RunFolder, block: Block) -> bool:
     """Return whether a block is missing or damaged.
 
     Raises:
-        InputError: it is whole, and was made with another teacher.
+        InputError: the block is complete, but was made with another teacher.
     """
     sidecar = folder.sidecar(block.index)
     reason = folder.damaged(block.index)
     if reason:
-        logger.warning(f"{reason}: the block is made anew")
+        logger.warning(f"{reason}: the block is distilled again")
     if reason or sidecar is None:
         folder.check_arithmetic(session.ranks.arithmetic)
         return True
     if sidecar["teacher"] != session.teacher.sha256:
         raise InputError(
-            f"{folder.block_file(block.index)}: was made with the teacher {sidecar['teacher'][:12]}, the store now"
-            f" holds {session.teacher.sha256[:12]}; bring the first one back (WMDD_CACHE), or use another --out"
+            f"{folder.block_file(block.index)}: was made with the teacher {sidecar['teacher'][:12]}, the cache now"
+            f" holds {session.teacher.sha256[:12]}; restore the first teacher (WMDD_CACHE), or use another --out"
         )
     return False
 
@@ -96,7 +96,7 @@ def _distill_block(session: Session, folder: RunFolder, method: base.Method, blo
         progress(f"{config.method}, block {block.index}", steps, "iterations") as optimized,
         solvers(config.compute.workers, session.stop) as submit,
     ):
-        # One stream over the whole block, read group by group; the decoders work ahead while a group is synthesised.
+        # One stream over the whole block: the decoders work ahead while a group is synthesized.
         stream = statistics.measure(session, classes, measured)
 
         def measure_group(group: Group) -> tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]:
@@ -104,7 +104,7 @@ def _distill_block(session: Session, folder: RunFolder, method: base.Method, blo
                 found = team.together(lambda: dict(itertools.islice(stream, len(group.classes) if classes else 0)))
             return group, found, submitted(session, method, group, found, submit)
 
-        # ``ready`` is dropped before the group after ``following`` is measured: never are three held.
+        # ``ready`` is released before the next group is measured, so that memory never holds three.
         groups = map(measure_group, todo)
         ready = next(groups, None)
         while ready:

@@ -13,7 +13,7 @@ from wmdd.storage.files import digest, read_metadata, read_tensors, write_tensor
 
 
 def identity(session: Session) -> dict[str, str]:
-    """Return what a group and its checkpoint must belong to: config, images and teacher as ``run``; the arithmetic."""
+    """Return the marks of this run for groups and checkpoints: ``run`` (config, dataset, teacher) and arithmetic."""
     run = digest([session.config.fingerprint("images"), session.dataset.fingerprint, session.teacher.sha256])
     return {"run": run, "arithmetic": marked(session.ranks.arithmetic)}
 
@@ -21,7 +21,7 @@ def identity(session: Session) -> dict[str, str]:
 def write_checkpoint(
     session: Session, folder: RunFolder, group: Group, state: State, spent: Mapping[str, float]
 ) -> None:
-    """Write where the synthesis of a group stands, and what it took so far."""
+    """Write the state of a group in synthesis, and its cost so far."""
     tensors = {"images": state.images}
     if state.first is not None and state.second is not None:
         tensors |= {"first": state.first, "second": state.second}
@@ -31,10 +31,10 @@ def write_checkpoint(
 
 
 def read_checkpoint(session: Session, folder: RunFolder, group: Group) -> tuple[State | None, dict[str, float]]:
-    """Return where the synthesis of a group stands and what it took so far; None and nothing when it begins."""
+    """Return the state of a group in synthesis, and its cost so far; (None, {}) without a checkpoint of this run."""
     path = folder.checkpoint_file(group.index)
     meta = read_metadata(path)
-    if "run" not in meta or not is_of(session.ranks.arithmetic, meta, f"group {group.index} begins anew"):
+    if "run" not in meta or not is_of(session.ranks.arithmetic, meta, f"group {group.index} starts again"):
         return None, {}
     if meta["run"] != identity(session)["run"]:
         return None, {}
@@ -44,6 +44,6 @@ def read_checkpoint(session: Session, folder: RunFolder, group: Group) -> tuple[
 
 
 def finished_group(session: Session, folder: RunFolder, group: Group) -> dict[str, Any] | None:
-    """Return what is known of a finished group whose block is not yet whole."""
+    """Return the metadata of a finished group whose block is not complete; None if the group is not finished."""
     meta = read_metadata(folder.group_file(group.index))
     return json.loads(meta["group"]) if "group" in meta and identity(session).items() <= meta.items() else None

@@ -40,7 +40,7 @@ def barycenter_seed(config: Config, name: str) -> int:
 def submitted(
     session: Session, method: base.Method, group: Group, found: StatisticsByClass, submit: Submit
 ) -> dict[int, Pending]:
-    """Ask for the barycenters of a group's classes, if the method wants any."""
+    """Submit the barycenters of a group's classes; returns none for a method without barycenters."""
     config, settings = session.config, method.barycenter()
     if settings is None:
         return {}
@@ -50,7 +50,7 @@ def submitted(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A group before synthesis: where its images start and what they are optimized for."""
+    """A group before synthesis: its start images and what they are optimized for."""
 
     names: list[str]
     """Names of its classes"""
@@ -61,7 +61,7 @@ class Prepared:
     weights: Tensor
     """[G, K] float32, each row sums to one"""
     w2: dict[str, float]
-    """Squared Wasserstein-2 distance of each class's barycenter, where there is one"""
+    """Squared Wasserstein-2 distance of each class's barycenter; empty without barycenters"""
     problem: Problem | None
     """None for methods that optimize nothing"""
 
@@ -73,14 +73,14 @@ def prepare(
     found: StatisticsByClass,
     pending: Mapping[int, Pending] | None = None,
 ) -> Prepared:
-    """Let the method plan each class of a group, and put the plans together.
+    """Let the method plan each class of a group, and join the plans.
 
     Args:
         session: session of the run.
-        method: the method that plans.
-        group: its classes.
+        method: method of the run.
+        group: group to prepare.
         found: statistics of the classes.
-        pending: barycenters of the classes, by index; None computes here what the method asks for.
+        pending: barycenters of the classes, by class index; None computes them here.
     """
     config, dataset = session.config, session.dataset
     names = [dataset.classes[index] for index in group.classes]
@@ -109,7 +109,7 @@ def prepare(
             Target(labels, counted, mean, variance, joined),
             settings,
             pixel_range(config.data),
-            # By its classes, which no cut into blocks changes.
+            # Seeded by the group's classes, which do not depend on the blocks.
             (config.seed, "group", *names),
         )
     w2 = {name: plan.w2 for name, plan in zip(names, plans.values(), strict=True) if plan.w2 is not None}
@@ -119,7 +119,7 @@ def prepare(
 def _moments(
     session: Session, method: base.Method, classes: Sequence[int], found: StatisticsByClass, counted: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the BatchNorm means and variances to match: of each class [G, M], or the teacher's running ones [1, M]."""
+    """Return the target BatchNorm means and variances: per class [G, M], or the teacher's running moments [1, M]."""
     objective, settings = method.objective(), method.synthesis()
     if objective is None or not objective.per_class:
         mean, variance = session.teacher.network.running_moments()
@@ -139,11 +139,13 @@ def optimize(
     check: Callable[[], tuple[bool, bool]] = lambda: (False, False),
     until: int | None = None,
 ) -> State:
-    """Synthesize a prepared group from a state (``engine.synthesize``); images that are not optimized stay as they are.
+    """Synthesize a prepared group from a state (``engine.synthesize``).
+
+    A method without an objective leaves the state unchanged.
 
     Raises:
-        WmddError: the device has too little memory; the message names the key to change.
-        Interrupted: a stop was requested; the state was saved.
+        WmddError: the device has too little memory. The message names the key to change.
+        Interrupted: a stop was requested. The state was saved.
     """
     if prepared.problem is None:
         return state

@@ -1,4 +1,4 @@
-"""Class statistics: one pass over the real images gives features and per-class BatchNorm moments, exactly."""
+"""Class statistics: features and exact per-class BatchNorm moments, from one pass over the real images."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,44 +52,47 @@ class Moments:
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """What the teacher sees in the n real images of one class.
+    """Features and BatchNorm moments of the n real images of one class.
 
-    The variance of a BatchNorm input over images and positions is ``within + between``: the mean over images of their
-    own variances, and the variance of their means (both biased).
+    The variance of a BatchNorm input over images and positions is ``within + between``. ``within`` is the mean of the
+    images' variances, ``between`` the variance of their means. Both are biased.
     """
 
     features: Tensor
     """[n, D] float32"""
     mean: Tensor
-    """[M] float32, over images and positions"""
+    """[M] float32, mean over images and positions"""
     within: Tensor
     """[M] float32"""
     between: Tensor
     """[M] float32"""
     seconds: float = 0.0
-    """Wall-clock time of the pass over its images, whoever made it"""
+    """Wall-clock seconds of the pass over the images, in the process that measured them"""
 
     def variance(self, weights: Tensor, matched: bool) -> Tensor:
-        """Return the target variance [M] for K images of such weights (they sum to one).
+        """Return the target variance [M] of K images.
 
-        The total variance of the class, or with ``matched`` the one that K independent images of the class have on
-        average, ``within + (1 − Σ w²) between``: one image has no variance between images.
+        Args:
+            weights: weights [K] of the images, which sum to one.
+            matched: False for the total variance of the class. True for the mean variance of K independent images of
+                the class, ``within + (1 − Σ w²) between``: a single image has no variance between images.
         """
         share = 1 - weights.square().sum().item() if matched else 1.0
         return self.within + share * self.between
 
 
 StatisticsByClass = Mapping[int, ClassStatistics]
-"""Statistics of each class, by index; empty for methods that use none"""
+"""Statistics of each class, by class index; empty for methods that use none"""
 
 
 def summarize(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]], between: str) -> ClassStatistics:
     """Combine the batches of one class, in order.
 
     Args:
-        features: of each batch, [b, D].
-        moments: per-image means and variances of each batch, each [b, M].
-        between: ``exact`` over the class, or ``batchwise``: the mean over batches of their variance (public code).
+        features: features of each batch, [b, D].
+        moments: per-image means and variances of each batch, both [b, M].
+        between: ``exact``: variance over the class; ``batchwise``: mean of the batches' variances, as in the public
+            code.
     """
     parts = [Moments.from_rows(means) for means, _ in moments]
     inner = [Moments.from_rows(variances) for _, variances in moments]
@@ -105,7 +108,7 @@ def summarize(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor
 
 
 def key(config: Config, dataset: Dataset, teacher: str, arithmetic: Arithmetic) -> str:
-    """Return the cache's key for the statistics of a dataset under a teacher (its SHA-256), made in an arithmetic."""
+    """Return the cache key for the statistics of a dataset under a teacher (its SHA-256), in one arithmetic."""
     synthesis = config.synthesis
     parts = {
         "teacher": teacher,
@@ -120,9 +123,10 @@ def key(config: Config, dataset: Dataset, teacher: str, arithmetic: Arithmetic) 
 def measure(
     session: Session, classes: Sequence[int], advance: Callable[[int], None] = lambda images: None
 ) -> Iterator[tuple[int, ClassStatistics]]:
-    """Yield (class index, statistics) in the order of ``classes``, from the store or in one decode of their images.
+    """Yield (class index, statistics) in the order of ``classes``, from the cache or from one pass over their images.
 
-    Every batch holds images of one class and its size is the config's, so that neither ranks nor blocks change a bit.
+    Every batch holds images of one class, and its size is the config's. The result therefore does not depend on ranks
+    or blocks.
 
     Args:
         session: session of the run.
@@ -130,13 +134,13 @@ def measure(
         advance: called with the number of images done.
 
     Raises:
-        Interrupted: a stop was requested, between two batches; the statistics of finished classes stay in the cache.
+        Interrupted: a stop was requested between two batches. The statistics of finished classes stay in the cache.
     """
     sha, arithmetic = session.teacher.sha256, session.ranks.arithmetic
     folder = cache.folder("statistics", key(session.config, session.dataset, sha, arithmetic))
     paths = {index: folder / f"{index:05d}.safetensors" for index in classes}
-    # What is damaged has no metadata, and is measured anew.  The rest is read when its turn comes: all of ImageNet's
-    # would take gigabytes.
+    # A damaged file has no metadata, so its class is measured again. Tensors are read one class at a time: those of
+    # all of ImageNet take gigabytes.
     known = {index: read_metadata(path).get("seconds") for index, path in paths.items()}
     missing = [index for index, seconds in known.items() if seconds is None]
     if missing:

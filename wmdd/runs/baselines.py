@@ -1,4 +1,4 @@
-"""The baselines of a run: which there are, where they lie, and how each is configured."""
+"""The baselines of a run: their methods, folders and configs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,14 +6,15 @@ from typing import Any
 from wmdd.config.schema import Config, ExternalConfig
 
 RANDOM = "random"
-"""The baseline that is drawn several times: its sets cost nothing, and one draw says nothing about the others."""
+"""The baseline that is drawn several times: a draw costs nothing, and one draw has no interval."""
 
 
 def baseline_folders(student: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
-    """Return method and number of each baseline set by the name of its folder below ``RUN/baselines``.
+    """Return method and number of each baseline set, by the name of its folder in ``RUN/baselines``.
 
     Args:
-        student: the section ``student`` of a config, as JSON holds it; an older one draws random images once.
+        student: section ``student`` of a config, as JSON. An old config without ``baseline_sets`` draws random images
+            once.
     """
     sets = {RANDOM: student.get("baseline_sets", 1)}
     return {
@@ -24,7 +25,7 @@ def baseline_folders(student: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
 
 
 def baselines_of(config: Config) -> dict[str, Config]:
-    """Return the config of each baseline set, by the name of its folder below ``RUN/baselines``."""
+    """Return the config of each baseline set, by the name of its folder in ``RUN/baselines``."""
     return {
         name: _baseline(config, method, number)
         for name, (method, number) in baseline_folders(config.student.model_dump()).items()
@@ -32,10 +33,10 @@ def baselines_of(config: Config) -> dict[str, Config]:
 
 
 def _baseline(config: Config, method: str, number: int) -> Config:
-    """Return the same run with another method, and no baselines of its own.
+    """Return the same config with another method, and without baselines.
 
-    Of several random sets, each has a seed and one student of its own. An external set is left out unless it is the
-    baseline: it decides no image of another method.
+    Each of several random sets has its own seed and one student. The section ``external`` is dropped unless the
+    baseline is the external set: it decides no image of another method.
     """
     changes: dict[str, Any] = {"name": f"{config.name}/{method}", "method": method, "seed": config.seed + number}
     changes["student.baselines"] = ()

@@ -19,7 +19,7 @@ from wmdd.storage.files import read_tensors, write_bytes
 
 @dataclass(frozen=True)
 class DistilledSet(TorchDataset[tuple[Tensor, int]]):
-    """Images of a finished run, as they were quantised; indexing gives (normalised image, label).
+    """Quantized images of a finished run. Indexing returns (normalized image, label).
 
     Example:
         >>> distilled = DistilledSet.load("runs/digits")
@@ -37,30 +37,32 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
     classes: tuple[str, ...]
     """Names of all classes of the run"""
     data: DataConfig
-    """How the images were made: resolution, channels, normalisation"""
+    """Resolution, channels and normalization of the images"""
     sha256: str
-    """Names these images, labels and weights, however they were spread over blocks"""
+    """Digest of images, labels and weights; does not depend on the blocks"""
     bytes: int = 0
-    """Size of its files on disk; 0 for a set that was never written"""
+    """Size of the files on disk; 0 for a set that was never written"""
     seeded: bool = True
-    """Whether another distillation seed gives other images; False for a selection that no seed changes"""
+    """Whether another distillation seed gives other images; False for a selection without random choices"""
 
     @staticmethod
     def load(run: str | Path) -> "DistilledSet":
-        """Load the set of a run folder, checking every block's SHA-256.
+        """Load the set of a run folder, and check every block's SHA-256.
 
         Raises:
-            InputError: the folder holds no run.
-            WmddError: blocks are missing or damaged; the message names them.
+            InputError: the folder contains no run.
+            WmddError: blocks are missing or damaged. The message names them.
         """
         folder = RunFolder(Path(run))
         config = Config.model_validate(folder.bound()["config"])
         manifest = folder.manifest()
         if manifest["missing"]:
             missing = ", ".join(map(str, manifest["missing"]))
-            raise WmddError(f"{folder.path}: of {config.blocks} blocks these are missing: {missing}; run it again")
+            raise WmddError(
+                f"{folder.path}: of {config.blocks} blocks, these are missing: {missing}; run the same command again"
+            )
         if problems := verify(folder):
-            raise WmddError(f"{'; '.join(problems)}; run it again")
+            raise WmddError(f"{'; '.join(problems)}; run the same command again")
         files = [folder.block_file(block) for block in range(config.blocks)]
         parts = [read_tensors(file) for file in files]
         merged = {name: torch.cat([part[name] for part in parts]) for name in ("images", "labels", "weights")}
@@ -82,7 +84,7 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
 
 
 def verify(folder: RunFolder) -> list[str]:
-    """Hash every block that has a sidecar and compare their arithmetics; return what is wrong, one line each."""
+    """Check the SHA-256 of every block that has a sidecar, and compare arithmetics; return one line per problem."""
     blocks = range(folder.bound()["config"]["blocks"])
     problems = [reason for block in blocks if (reason := folder.damaged(block))]
     used: dict[str, list[int]] = {}
@@ -102,14 +104,14 @@ def export(
     """Write the set for other tools, losslessly.
 
     Args:
-        distilled: what to write.
-        format: ``imagefolder`` (OUT/CLASS/0000.png) or ``parquet`` (OUT/distilled.parquet: PNG bytes, label, class
-            name, weight; the layout that the Hugging Face image feature reads).
-        out: a new or empty folder.
+        distilled: set to write.
+        format: ``imagefolder`` (OUT/CLASS/0000.png) or ``parquet`` (OUT/distilled.parquet). The Parquet file has PNG
+            bytes, label, class name and weight, in the layout of the Hugging Face image feature.
+        out: new or empty folder.
         advance: called with the number of images done.
 
     Raises:
-        InputError: unknown format, or ``out`` is not empty.
+        InputError: the format is unknown, or ``out`` is not empty.
     """
     if format not in ("imagefolder", "parquet"):
         raise InputError(f"--format {format}: expected imagefolder or parquet")

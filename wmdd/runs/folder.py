@@ -1,15 +1,15 @@
-"""The run folder: what is done, what is missing, and where it lies.
+"""The run folder: its files, and what they say about the state of the run.
 
-RUN/config.json                  the resolved config, its fingerprint, and the data that it is bound to
-RUN/arithmetic.json              the arithmetic of its images: that of the first group that was finished
-RUN/teacher.json                 the teacher that its images are made with, and what is known of it
-RUN/blocks/block-00007.*         one file and one sidecar of each block, written whole
-RUN/groups/group-00012.*         finished groups of a block that is not yet whole, and checkpoints of the others
+RUN/config.json                  resolved config, its fingerprint, and the fingerprint of the dataset
+RUN/arithmetic.json              arithmetic of the images, bound by the first finished group
+RUN/teacher.json                 SHA-256, accuracy and cost of the teacher
+RUN/blocks/block-00007.*         one file and one sidecar for each block, written whole
+RUN/groups/group-00012.*         finished groups of incomplete blocks, and checkpoints of the others
 RUN/students/*                   checkpoints of students in training
-RUN/manifest.json                derived from the sidecars, never the truth
-RUN/records/*.jsonl              what was measured
-RUN/logs/*                       what processes said: for people, read by nothing, deleted at any time
-RUN/baselines/METHOD/            a run folder of its own
+RUN/manifest.json                derived from the sidecars; nothing reads it
+RUN/records/*.jsonl              results of the students
+RUN/logs/*                       logs for people; no program reads them, and they may be deleted at any time
+RUN/baselines/METHOD/            run folder of a baseline
 """
 
 from collections.abc import Callable
@@ -31,27 +31,27 @@ class RunFolder:
     path: Path
 
     def block_file(self, block: int) -> Path:
-        """Return the tensors of a block."""
+        """Return the path of a block's tensors."""
         return self.path / "blocks" / f"block-{block:05d}.safetensors"
 
     def sidecar_file(self, block: int) -> Path:
-        """Return the sidecar of a block."""
+        """Return the path of a block's sidecar."""
         return self.path / "blocks" / f"block-{block:05d}.json"
 
     def group_file(self, group: int) -> Path:
-        """Return the finished images of a group whose block is not yet whole."""
+        """Return the path of a finished group, which exists until its block is complete."""
         return self.path / "groups" / f"group-{group:05d}.safetensors"
 
     def checkpoint_file(self, group: int) -> Path:
-        """Return the checkpoint of a group in synthesis."""
+        """Return the path of the checkpoint of a group in synthesis."""
         return self.path / "groups" / f"group-{group:05d}.checkpoint.safetensors"
 
     def student_checkpoint(self, name: str) -> Path:
-        """Return the checkpoint of a student in training."""
+        """Return the path of the checkpoint of a student in training."""
         return self.path / "students" / f"{name}.checkpoint.safetensors"
 
     def log_file(self, name: str) -> Path:
-        """Return the log of a share of the run."""
+        """Return the path of the log of a share of the run."""
         return self.path / "logs" / f"{name}.log"
 
     def epoch_log(self, name: str) -> Path:
@@ -59,18 +59,18 @@ class RunFolder:
         return self.path / "logs" / f"{name}.jsonl"
 
     def locked(self, name: str, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
-        """Hold a lock of this run (``files.locked``): one process works on a thing, others wait and find it done."""
+        """Hold a lock of this run (``files.locked``): one process does the work, the others wait and find it done."""
         return locked(self.path / "locks" / name, stop)
 
     def sweep(self) -> None:
-        """Delete what killed writers have left (``files.sweep``)."""
+        """Delete the temporary files of killed processes (``files.sweep``)."""
         sweep(self.path, *(self.path / name for name in ("blocks", "groups", "students", "records", "progress")))
 
     def bind(self, config: Config, data: str) -> None:
-        """Bind the folder to a config and a data set, or check that it is bound to these.
+        """Bind the folder to a config and a dataset, or check that it is bound to them.
 
         Raises:
-            InputError: the folder belongs to another config, or to something else.
+            InputError: the folder belongs to another config or dataset, or contains something else.
         """
         self.check(config, data)
         path, wanted = self.path / "config.json", _binding(config, data)
@@ -78,7 +78,7 @@ class RunFolder:
             if path.exists() and read_json(path) == wanted:
                 return
         except WmddError:
-            pass  # damaged, and nothing was distilled yet
+            pass  # damaged before any image was distilled
         if not any(self.path.rglob("*.safetensors")):
             (self.path / "arithmetic.json").unlink(missing_ok=True)
         write_json(path, wanted)
@@ -95,7 +95,7 @@ class RunFolder:
         if path.exists() and any(self.path.rglob("*.safetensors")):
             found = self.bound()
             if found.get("data") != data and found.get("fingerprint") == wanted["fingerprint"]:
-                raise InputError(f"{self.path}: was made from other images than those in data.root; use another --out")
+                raise InputError(f"{self.path}: was made from other images than those of data.root; use another --out")
             if found.get("fingerprint") != wanted["fingerprint"] or found["config"]["blocks"] != config.blocks:
                 keys = ", ".join(_differences(found.get("config", {}), wanted["config"])) or "version"
                 raise InputError(f"{self.path}: belongs to another config (differs in {keys}); use another --out")
@@ -103,10 +103,10 @@ class RunFolder:
             raise InputError(f"{self.path}: is not empty and holds no run (no config.json); use another --out")
 
     def bound(self) -> dict[str, Any]:
-        """Return what the folder is bound to: ``config``, its ``fingerprint``, the fingerprint of the ``data``.
+        """Return the folder's binding: ``config``, its ``fingerprint``, and ``data``, the fingerprint of the dataset.
 
         Raises:
-            InputError: it holds no run, or one of another version of the package.
+            InputError: the folder contains no run, or a run of another version of the package.
         """
         path = self.path / "config.json"
         if not path.exists():
@@ -115,30 +115,30 @@ class RunFolder:
         if (written := found.get("format", 1)) != FORMAT:
             raise InputError(
                 f"{self.path}: was written by {'an earlier' if written < FORMAT else 'a later'} version of wmdd (format"
-                f" {written}, this one has {FORMAT}); use that version for it, or another --out. `wmdd report` reads it"
+                f" {written}, this version has {FORMAT}); use that version, or another --out. `wmdd report` can read it"
             )
         return found
 
     def bind_arithmetic(self, own: Arithmetic) -> None:
-        """Bind the folder's images to an arithmetic, unless another process was first, and check that it is this one.
+        """Bind the folder's images to an arithmetic, or check that they are bound to it.
 
         Raises:
-            InputError: they are computed in another one.
+            InputError: the images are computed in another arithmetic.
         """
         with suppress(FileExistsError):
             write_json(self.path / "arithmetic.json", own.facts, new=True)
         self.check_arithmetic(own)
 
     def check_arithmetic(self, own: Arithmetic) -> None:
-        """Refuse to add images that are computed in another arithmetic.
+        """Check that the folder's images have this arithmetic, or none yet.
 
         Raises:
-            InputError: the folder is bound to another one; the message names both.
+            InputError: the folder is bound to another arithmetic. The message names both.
         """
         path = self.path / "arithmetic.json"
         found = Arithmetic.from_facts(read_json(path)) if path.exists() else own
         if found is None:
-            raise InputError(f"{path}: names no arithmetic of this version; use another --out")
+            raise InputError(f"{path}: contains no arithmetic of this version; use another --out")
         if found != own:
             raise InputError(
                 f"{self.path}: its images are computed in {found}, and this process computes in {own}; set"
@@ -146,7 +146,7 @@ class RunFolder:
             )
 
     def bound_teacher(self) -> dict[str, Any] | None:
-        """Return what is known of the teacher that images here were made with; None if there are none yet."""
+        """Return the facts of the teacher of this folder's images; None without images."""
         path = self.path / "teacher.json"
         if not path.exists() or not (self.path / "arithmetic.json").exists():
             return None
@@ -154,7 +154,7 @@ class RunFolder:
         return found
 
     def sidecar(self, block: int) -> dict[str, Any] | None:
-        """Return the sidecar of a finished block, or None when the block is missing or its sidecar is damaged."""
+        """Return the sidecar of a finished block; None if the block is missing or its sidecar is damaged."""
         try:
             found: dict[str, Any] = read_json(self.sidecar_file(block))
         except WmddError:
@@ -162,25 +162,25 @@ class RunFolder:
         return found if isinstance(found, dict) and {"sha256", "class_sha256"} <= found.keys() else None
 
     def damaged(self, block: int) -> str | None:
-        """Return why the files of a block cannot be believed, or None: they are whole, or the block is missing."""
+        """Return the damage of a block's files; None if they are intact or the block is missing."""
         path, sidecar = self.block_file(block), self.sidecar(block)
         if sidecar is None:
-            return f"{self.sidecar_file(block)}: is not a whole sidecar" if self.sidecar_file(block).exists() else None
+            return f"{self.sidecar_file(block)}: is damaged" if self.sidecar_file(block).exists() else None
         if not path.exists():
-            return f"{path}: is gone, its sidecar is there"
+            return f"{path}: is missing, but its sidecar exists"
         if sha256(path) != sidecar["sha256"]:
-            return f"{path}: its SHA-256 is not the one in its sidecar"
+            return f"{path}: its SHA-256 differs from the one in its sidecar"
         return None
 
     def merge(self) -> None:
-        """Write ``manifest.json`` for people and tools; nothing here reads it, the sidecars are the truth."""
+        """Write ``manifest.json`` for people and other tools. This package reads only the sidecars."""
         write_json(self.path / "manifest.json", self.manifest())
 
     def manifest(self) -> dict[str, Any]:
         """Derive the manifest from the sidecars.
 
-        ``sha256`` names the distilled set: it hangs on the images, labels and weights of each class and not on how
-        they were spread over blocks.
+        ``sha256`` identifies the distilled set. It depends on the images, labels and weights of each class, not on the
+        blocks.
         """
         config = self.bound()
         expected = config["config"]["blocks"]
@@ -197,13 +197,13 @@ class RunFolder:
 
 
 def _binding(config: Config, data: str) -> dict[str, Any]:
-    """Return what ``config.json`` holds."""
+    """Return the content of ``config.json``."""
     settings = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint("images")}
     return {"format": FORMAT, **settings, "data": data}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the keys of two configs that differ and that a folder is bound to: what decides images, and the blocks."""
+    """Return the differing keys of two configs that bind a folder: ``blocks``, and the keys that decide images."""
     one, other = flatten(old), flatten(new)
     keys = [key for key in {**one, **other} if one.get(key, DEFAULTS.get(key)) != other.get(key, DEFAULTS.get(key))]
     return [key for key in keys if key == "blocks" or key not in DECIDES or decides(key, "images")]

@@ -9,7 +9,7 @@ from wmdd.errors import InputError
 
 @dataclass(frozen=True)
 class Group:
-    """Classes that are synthesised together."""
+    """Classes that are synthesized together."""
 
     index: int
     classes: tuple[int, ...]
@@ -29,15 +29,15 @@ class Block:
 
 
 def group_size(config: Config) -> int:
-    """Return the classes of a group: those of the config, else as many as make up 100 images."""
+    """Return the number of classes in a group: the config's, or by default as many as make up 100 images."""
     return config.synthesis.classes_per_group or max(1, 100 // config.ipc)
 
 
 def plan(config: Config, classes: int) -> list[Block]:
-    """Split the classes into blocks of groups; depends on the config alone.
+    """Split the classes into blocks of groups. The result depends on the config and the number of classes alone.
 
     Raises:
-        InputError: more blocks than groups.
+        InputError: the config has more blocks than groups.
     """
     size = group_size(config)
     groups = [
@@ -47,7 +47,7 @@ def plan(config: Config, classes: int) -> list[Block]:
     if config.blocks > len(groups):
         raise InputError(
             f"blocks = {config.blocks}: {classes} classes in groups of {size} make {len(groups)} groups, and a block"
-            f" holds at least one; use blocks <= {len(groups)} or a smaller synthesis.classes_per_group"
+            f" needs at least one; use blocks <= {len(groups)} or a smaller synthesis.classes_per_group"
         )
     bounds = [index * len(groups) // config.blocks for index in range(config.blocks + 1)]
     return [Block(index, tuple(groups[low:high])) for index, (low, high) in enumerate(itertools.pairwise(bounds))]

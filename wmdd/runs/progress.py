@@ -1,4 +1,4 @@
-"""What the processes of a run are doing, in the run folder: written by them, read by ``wmdd status``."""
+"""Progress files in the run folder: each process writes its own, and ``wmdd status`` reads them."""
 
 import os
 import platform
@@ -15,40 +15,40 @@ from wmdd.runtime.progress_bars import observed_by
 from wmdd.storage.files import read_json, write_json
 
 _WRITE_EVERY_SECONDS = 5.0
-"""Seconds between two writes; a change of stage is written at once."""
+"""Least seconds between two writes; a change of stage is written at once."""
 
 
 @dataclass(frozen=True)
 class ProcessState:
-    """What one process last said."""
+    """The last progress report of one process."""
 
     stage: str
-    """Title of the piece of work; ``interrupted`` or ``failed`` after it ended so"""
+    """Title of the work; ``interrupted`` or ``failed`` after such an end"""
     done: int
     total: int
     unit: str
     rate: float
-    """Steps per second since the stage began here; 0 when not known"""
+    """Steps per second since this process began the stage; 0 if unknown"""
     age: float
-    """Seconds since it was written"""
+    """Seconds since the report was written"""
     process: str
     """Host and process number"""
     message: str
-    """Why it ended, if it did"""
+    """Reason of the end; empty while the process runs"""
 
     @property
     def left(self) -> float | None:
-        """Seconds to the end of the stage at this rate; None when not known."""
+        """Seconds to the end of the stage at this rate; None if unknown."""
         return (self.total - self.done) / self.rate if self.rate else None
 
 
 @contextmanager
 def reported(folder: RunFolder, name: str) -> Iterator[None]:
-    """Write what goes on in this process to ``RUN/progress/NAME.json``; the file goes when the work is done.
+    """Write the progress of this process to ``RUN/progress/NAME.json``, and delete the file when the work is done.
 
-    Nothing is written before the folder is bound to the run: it may be somebody else's.
+    Nothing is written before the folder is bound to the run: it may belong to another run.
 
-    An interrupted or failed process leaves its last words there.
+    An interrupted or failed process leaves the reason in its file.
     """
     writer = _Writer(folder.path / "progress" / f"{name}.json")
     try:
@@ -56,7 +56,7 @@ def reported(folder: RunFolder, name: str) -> Iterator[None]:
             yield
         writer.path.unlink(missing_ok=True)
     except InputError:
-        raise  # nothing was started
+        raise  # no work was started
     except BaseException as error:
         kind = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         writer.last_words(kind, str(error).partition("\n")[0] or type(error).__name__)
@@ -90,12 +90,12 @@ class _Writer:
         self._written = time.monotonic()
         stage, done, total, unit = self._last
         content = {"stage": stage, "done": done, "total": total, "unit": unit, "rate": rate, "message": message}
-        with suppress(WmddError):  # a full disk will be told by the work itself, and this is no reason to stop it
+        with suppress(WmddError):  # a progress file is no reason to stop; the work itself reports a full disk
             write_json(self.path, {**content, "time": time.time(), "process": f"{platform.node()}:{os.getpid()}"})
 
 
 def read(folder: RunFolder) -> list[ProcessState]:
-    """Return what the processes of a run last said; those that finished have left nothing."""
+    """Return the last report of each process of a run. Finished processes have none."""
     found = []
     for path in sorted((folder.path / "progress").glob("*.json")):
         try:
@@ -103,5 +103,5 @@ def read(folder: RunFolder) -> list[ProcessState]:
             age = max(0.0, time.time() - content.pop("time"))
             found.append(ProcessState(**content, age=age))
         except (WmddError, TypeError, KeyError):
-            continue  # just being replaced, or damaged: it decides nothing
+            continue  # just being replaced, or damaged; no result depends on it
     return found

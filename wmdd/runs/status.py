@@ -1,4 +1,4 @@
-"""``wmdd status``: what of a run is done, and what is at work; read from the run folder, without torch."""
+"""``wmdd status``: finished parts and active processes of a run, read from the run folder, without torch."""
 
 import time
 from datetime import timedelta
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STALE_AFTER_SECONDS = 60.0
-"""Seconds after which a process that writes every few seconds is probably gone."""
+"""Seconds without a report after which a process has probably ended."""
 
 
 def show(run: Path, console: "Console") -> None:
     """Print stages and processes of a run.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder contains no run.
     """
     from rich.table import Table
 
@@ -38,7 +38,7 @@ def show(run: Path, console: "Console") -> None:
 
 def _line(run: Path, folder: RunFolder) -> tuple[str, ...]:
     config: dict[str, Any] = folder.bound()["config"]
-    # One listing each, never a file opened per task: a run may have thousands.
+    # One directory listing each. A run may have thousands of tasks, so no file is opened for each of them.
     blocks = sum(1 for _ in (folder.path / "blocks").glob("*.json"))
     students = sum(1 for _ in (folder.path / "records").glob("student-*.jsonl"))
     settings, regimes = config["student"], config["labels"]["regimes"]
@@ -55,9 +55,9 @@ def _sentence(report: progress.ProcessState) -> str:
         return f"{report.stage} ({report.process}, {when}): {report.message}"
     done = f"{report.stage}: {report.done:,} of {report.total:,} {report.unit}"
     if report.rate and report.left is not None:
-        done += f", {report.rate:,.1f} a second, {timedelta(seconds=round(report.left))} left"
+        done += f", {report.rate:,.1f} per second, {timedelta(seconds=round(report.left))} left"
     silent = (
-        f"; silent for {timedelta(seconds=round(report.age))}: probably gone"
+        f"; no report for {timedelta(seconds=round(report.age))}: has probably ended"
         if report.age > _STALE_AFTER_SECONDS
         else ""
     )

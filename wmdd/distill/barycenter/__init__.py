@@ -1,1 +1,1 @@
-"""Barycenters: K atoms that stand for the features of one class."""
+"""Barycenters: K atoms that represent the features of one class."""

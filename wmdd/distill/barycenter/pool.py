@@ -23,14 +23,14 @@ from wmdd.runtime.signals import leave_to_the_run
 if TYPE_CHECKING:
     from wmdd.distill.barycenter.solve import Atoms
 
-# The solver, POT and scikit-learn take more than a second to import.  Only a process that asks for a barycenter does.
+# The solver, POT and scikit-learn take more than a second to import. Only processes that need barycenters import them.
 
 Pending = Callable[[], "Atoms"]
-"""Atoms that may still be computed: the call waits for them."""
+"""Call that waits for the atoms and returns them."""
 
 
 Submit = Callable[[torch.Tensor, int, BarycenterConfig, int], Pending]
-"""Asks for the barycenter of these arguments, and does not wait for it."""
+"""Starts ``barycenter`` with these arguments, without waiting for the result."""
 
 
 def deferred(features: torch.Tensor, count: int, settings: BarycenterConfig, seed: int) -> Pending:
@@ -42,32 +42,32 @@ def deferred(features: torch.Tensor, count: int, settings: BarycenterConfig, see
 
 @contextmanager
 def solvers(workers: int, stop: Callable[[], bool] = lambda: False) -> Iterator[Submit]:
-    """Compute barycenters in other processes while this one goes on: the same bytes, whatever their number.
+    """Compute barycenters in worker processes. The results do not depend on the number of workers.
 
-    The processes start with the first barycenter asked for, and end with the block or with this process.
+    The workers start with the first barycenter. They end with the ``with`` block or with this process.
 
     Args:
-        workers: number of processes; 0 computes in this one, when the atoms are called for.
-        stop: whether the run was asked to stop.
+        workers: number of worker processes; 0 computes in this process, when a result is needed.
+        stop: whether a stop was requested.
 
     Yields:
-        a function of ``barycenter``'s arguments; what it returns, called, waits for the atoms and raises what
-        ``barycenter`` raises.
+        A function that starts ``barycenter``. It returns a call that waits for the atoms, or raises the error of
+        ``barycenter``.
 
     Raises:
-        WmddError: a process died.
-        Interrupted: it died of what asked the run to stop.
+        WmddError: a worker died.
+        Interrupted: a worker was ended by the same signal that stopped the run.
     """
     if not workers:
         yield deferred
         return
 
-    # Forked, as DataLoader's workers are: they start at once.  Nothing but numpy is used in them, neither torch's
-    # threads nor a GPU, so that they may be forked after both have been in use.
+    # Forked workers start at once, like DataLoader's. Forking is safe here even after torch's threads or a GPU were
+    # used: the workers use numpy only.
     pool = ProcessPoolExecutor(processes(workers), get_context("fork"), _begin)
 
     def submit(features: torch.Tensor, count: int, settings: BarycenterConfig, seed: int) -> Pending:
-        from wmdd.distill.barycenter.solve import atoms_of, checked  # here, so that the forked processes have it
+        from wmdd.distill.barycenter.solve import atoms_of, checked  # imported before the fork, for the workers
 
         solved = pool.submit(checked, features.detach().numpy(), count, settings, seed)
         return lambda: atoms_of(*solved.result())
@@ -78,22 +78,22 @@ def solvers(workers: int, stop: Callable[[], bool] = lambda: False) -> Iterator[
         if stop():
             raise Interrupted("stopped while barycenters were computed") from None
         raise WmddError(
-            "a process that computes barycenters died; memory may be short: try fewer compute.workers, or 0"
+            "a process that computes barycenters died, perhaps for lack of memory; lower compute.workers, or use 0"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _begin() -> None:
-    """Make a forked process a solver: of one thread, and none that outlives the run or ends before it."""
+    """Set up a worker: one thread, and an end that follows the run's."""
     leave_to_the_run()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends them once one of them is dead
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # when one worker dies, the pool ends the others by SIGTERM
     threadpool_limits(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the process that forked this one: killed, it cannot tell its solvers."""
+    """Exit when the parent exits; a killed parent cannot shut the pool down."""
     if parent := parent_process():
         parent.join()
     os._exit(1)
@@ -102,20 +102,20 @@ def _end_with_parent() -> None:
 def barycenters(
     features: Iterable[torch.Tensor], count: int, settings: BarycenterConfig, seeds: Iterable[int], workers: int = 0
 ) -> "Iterator[Atoms]":
-    """Yield what ``barycenter`` returns for each class, in the order given, whatever the number of workers.
+    """Yield the barycenter of each class, in order. The results do not depend on the number of workers.
 
-    Classes are read from ``features`` no further ahead than twice the number of workers.
+    ``features`` is read at most ``2 * workers`` classes ahead.
 
     Args:
-        features: of each class, [n, D].
+        features: features of each class, [n, D].
         count: number K of atoms of each class.
-        settings: as of ``barycenter``.
-        seeds: one for each class.
-        workers: processes that compute; 0 computes in this one.
+        settings: settings of ``barycenter``.
+        seeds: random seed of each class.
+        workers: number of worker processes; 0 computes in this process.
 
     Raises:
         InputError: K is below 1, or above the n of a class.
-        WmddError: a feature is not finite, or a process died.
+        WmddError: a feature is not finite, or a worker died.
     """
     with solvers(workers) as submit:
         waiting: deque[Pending] = deque()

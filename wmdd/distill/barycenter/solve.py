@@ -1,9 +1,9 @@
-"""The atoms that stand for a class: Wasserstein-2 barycenter of its features, by uniform or free weights.
+"""The atoms of a class: Wasserstein-2 barycenter of its features, with uniform or free weights.
 
-The barycenter of *one* measure μ, the uniform measure on a class's features x_1..x_n, is its best approximation by K
-atoms: the least W2²(Σ w_k δ_{b_k}, μ), the squared Wasserstein-2 distance for the cost ‖b − x‖². With free weights that
-is optimal quantisation (k-means), with weights 1/K balanced k-means. Neither is convex: every solver descends from
-several seeded starts, and the least W2² is kept.
+Let μ be the uniform measure on the features x_1..x_n of a class. Its barycenter is its best approximation by K atoms:
+the least W2²(Σ w_k δ_{b_k}, μ), the squared Wasserstein-2 distance for the cost ‖b − x‖². With free weights this is
+optimal quantization (k-means); with weights 1/K it is balanced k-means. Neither problem is convex. Every solver
+descends from several seeded starts, and the result with the least W2² is kept.
 """
 
 from collections.abc import Sequence
@@ -28,32 +28,32 @@ Solved = tuple[Array, Array, NDArray[np.int64], float]
 
 @dataclass(frozen=True)
 class Atoms:
-    """K weighted points in feature space, and how well they stand for the class."""
+    """K weighted points in feature space, and how well they represent the class."""
 
     positions: torch.Tensor
     """[K, D] float32: the atoms b."""
     weights: torch.Tensor
-    """[K] float64: their weights w, positive, of sum 1."""
+    """[K] float64: the weights w, positive, of sum 1."""
     images: torch.Tensor
     """[K] int64: distinct rows of the features, assigned to the atoms at the least total squared distance."""
     w2: float
-    """Squared Wasserstein-2 distance to the class, of these very positions and weights; squared feature units."""
+    """Squared Wasserstein-2 distance from these positions and weights to the class, in squared feature units."""
 
 
 def barycenter(features: torch.Tensor, count: int, settings: BarycenterConfig, seed: int) -> Atoms:
     """Approximate the uniform measure on ``features`` by ``count`` atoms (WMDD, step 1; Cuturi & Doucet 2014).
 
-    Computes in float64 on one thread, because sums shared between threads would differ in their last bits: on one
-    machine, the same input gives the same bytes.
+    Computes in float64 on one thread: sums over several threads would differ in their last bits. On one machine, the
+    same input gives the same bytes.
 
     Args:
-        features: [n, D], on the CPU, finite.
+        features: features [n, D], on the CPU, finite.
         count: number K of atoms.
         settings: weights, kind of atoms, starts and rounds.
-        seed: of all random numbers; at least 0.
+        seed: random seed, at least 0.
 
     Returns:
-        The atoms; for K = n the features themselves.
+        The atoms. For K = n they are the features themselves.
 
     Raises:
         InputError: K is below 1, or above n.
@@ -67,9 +67,9 @@ def w2_squared(features: torch.Tensor, positions: torch.Tensor, weights: torch.T
     """Return the exact squared Wasserstein-2 distance between weighted atoms and uniformly weighted features (ot.emd2).
 
     Args:
-        features: [n, D].
-        positions: [K, D].
-        weights: [K], of sum 1.
+        features: features [n, D].
+        positions: atoms [K, D].
+        weights: weights [K], of sum 1.
 
     Returns:
         W2², in squared feature units.
@@ -80,16 +80,16 @@ def w2_squared(features: torch.Tensor, positions: torch.Tensor, weights: torch.T
 
 
 def starts(points: Array, count: int, number: int, seed: int) -> list[Array]:
-    """Draw start positions from the data: k-means++, then K random points, and so on by turns.
+    """Draw start positions from the data, alternating k-means++ and K random points.
 
-    k-means++ spreads the atoms out, which serves free weights; random points follow the density, which serves uniform
-    ones. A larger ``number`` keeps the starts of a smaller one.
+    k-means++ spreads the atoms out, which suits free weights. Random points follow the density, which suits uniform
+    weights. A larger ``number`` keeps the starts of a smaller one.
 
     Args:
-        points: [n, D].
+        points: features [n, D].
         count: number K of atoms, at most n.
-        number: starts to draw.
-        seed: at least 0.
+        number: number of starts.
+        seed: random seed, at least 0.
 
     Returns:
         ``number`` arrays [K, D].
@@ -99,7 +99,7 @@ def starts(points: Array, count: int, number: int, seed: int) -> list[Array]:
 
 @cache
 def _libraries() -> ThreadpoolController:
-    """Find the libraries that have threads once: the search takes as long as a tenth of a class."""
+    """Return the controller of the libraries' threads. The search for libraries is slow, so it is done once."""
     return ThreadpoolController()
 
 
@@ -109,12 +109,14 @@ def atoms_of(positions: Array, weights: Array, nearest: NDArray[np.int64], w2: f
 
 
 def checked(features: NDArray[np.floating], count: int, settings: BarycenterConfig, seed: int) -> Solved:
-    """Return positions, weights, nearest images and W2² of the best start, once the features are known to be fit."""
+    """Check the features, and return positions, weights, nearest images and W2² of the best start."""
     images = len(features)
     if not 1 <= count <= images:
-        raise InputError(f"ipc: {count} atoms asked of a class of {images} images; give a number from 1 to {images}")
+        raise InputError(
+            f"ipc: {count} atoms requested for a class of {images} images; use a number from 1 to {images}"
+        )
     if not np.isfinite(features).all():
-        raise WmddError("features: NaN or infinity among the class's features; is the teacher's training sound?")
+        raise WmddError("the features of the class contain NaN or infinity; did the teacher's training diverge?")
     return _solved(features.astype(np.float64), count, settings, seed)
 
 
@@ -129,7 +131,7 @@ def _solved(points: Array, count: int, settings: BarycenterConfig, seed: int) ->
 
 
 def _solve(cloud: Cloud, count: int, settings: BarycenterConfig, seed: int) -> Sequence[Candidate]:
-    """Return the local minima that the solver for these weights reaches from its starts."""
+    """Return the local minimum reached from each start."""
     points, rounds = cloud.points, settings.rounds
     drawn = draw_starts(cloud.data, count, settings.starts, seed)
     if settings.weights == "alternating":
@@ -138,7 +140,7 @@ def _solve(cloud: Cloud, count: int, settings: BarycenterConfig, seed: int) -> S
     uniform = [(atoms * cloud.scale + cloud.centre, potentials) for atoms, potentials in descents]
     if settings.weights == "uniform":
         return uniform
-    # Lloyd only descends: begun from the uniform solutions too, free weights are never worse than uniform ones.
+    # Lloyd never increases W2². Starting also from the uniform solutions keeps free weights at least as good.
     from_uniform = [positions for positions, _ in uniform]
     return [(lloyd(points, start, rounds), None) for start in [*(points[rows] for rows in drawn), *from_uniform]]
 
@@ -146,7 +148,7 @@ def _solve(cloud: Cloud, count: int, settings: BarycenterConfig, seed: int) -> S
 def _best(cloud: Cloud, candidates: Sequence[Candidate], balanced: bool) -> tuple[Array, Array, float, Array]:
     """Return positions [K, D], weights [K], W2² and squared distances [K, n] of the candidate with the least W2².
 
-    All of them after rounding to float32.
+    All are computed from the positions rounded to float32.
     """
     measured = []
     for candidate, potentials in candidates:
@@ -164,10 +166,10 @@ def _best(cloud: Cloud, candidates: Sequence[Candidate], balanced: bool) -> tupl
 
 
 def _cell_masses(cost: Array) -> Array:
-    """Return the share of points nearest to each atom, [K]: the optimal weights for these positions, none of them zero.
+    """Return the share of points nearest to each atom, [K]: the optimal weights for these positions, all positive.
 
-    Where atoms coincide, all points would go to the first of them. An atom left empty takes the point that costs least
-    from an atom that has several; between coinciding atoms this costs nothing.
+    Of several identical atoms, the first would get all points. An atom without points takes one from an atom that has
+    several: the one that adds least cost. Between identical atoms the added cost is zero.
     """
     cells = cost.argmin(axis=0)
     sizes = np.bincount(cells, minlength=len(cost))

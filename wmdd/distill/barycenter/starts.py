@@ -1,4 +1,4 @@
-"""Where the solvers of barycenters start: k-means++ in a random projection of the features."""
+"""Start positions of the barycenter solvers: k-means++ in a random projection of the features."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ Single = NDArray[np.float32]
 
 
 Candidate = tuple[Array, Single | None]
-"""Atoms [K, D], and potentials [K] of the optimal plan if such are known."""
+"""Atoms [K, D], and potentials [K] of the optimal plan if they are known."""
 
 
 _SKETCH_DIMENSIONS = 64
-"""k-means++ takes distances in a random projection to so many dimensions."""
+"""Dimensions of the random projection in which k-means++ measures distances."""
 
 
 def draw_starts(data: Single, count: int, number: int, seed: int) -> list[NDArray[np.int64]]:
@@ -30,10 +30,10 @@ def draw_starts(data: Single, count: int, number: int, seed: int) -> list[NDArra
 
 
 def _spread_out(data: Single, count: int, draw: np.random.Generator) -> NDArray[np.int64]:
-    """Choose rows by greedy k-means++ (Arthur & Vassilvitskii 2007), as scikit-learn does, in a tenth of its time.
+    """Choose rows by greedy k-means++ (Arthur & Vassilvitskii 2007), as scikit-learn does.
 
-    Distances are taken in a random projection, which keeps them but for a tenth or so (Boutsidis et al., "Random
-    projections for k-means clustering", 2010): in full they would take longer than all that follows.
+    Distances are measured in a random projection, which nearly preserves them (Boutsidis et al., "Random projections
+    for k-means clustering", 2010). Exact distances would take longer than the solver itself.
     """
     if data.shape[1] > _SKETCH_DIMENSIONS:
         data = data @ draw.standard_normal((data.shape[1], _SKETCH_DIMENSIONS), np.float32)
@@ -48,7 +48,7 @@ def _spread_out(data: Single, count: int, draw: np.random.Generator) -> NDArray[
         rows[-1], nearest = int(candidates[best]), distances[best]
         if len(rows) == count:
             return np.array(rows)
-        nearest[rows] = 0  # but for rounding
+        nearest[rows] = 0  # rounding left small values
         reach = nearest.cumsum(dtype=np.float64)
         trials = draw.random(2 + int(np.log(count)))
         candidates = np.minimum(np.searchsorted(reach, trials * reach[-1], side="right"), len(data) - 1)
@@ -57,20 +57,20 @@ def _spread_out(data: Single, count: int, draw: np.random.Generator) -> NDArray[
 
 @dataclass(frozen=True)
 class Cloud:
-    """The features of a class, and the same with mean 0 and variance 1 over all directions."""
+    """The features of a class, raw and standardized (mean 0, variance 1 over all directions)."""
 
     points: Array
-    """[n, D]."""
+    """[n, D]: the raw features."""
     centre: Array
-    """[D]: their mean."""
+    """[D]: mean of the raw features."""
     scale: float
-    """Square root of their variance; 1 where that is 0."""
+    """Square root of the variance of the raw features; 1 if the variance is 0."""
     data: Single
-    """[n, D]: standardised."""
+    """[n, D]: the standardized features."""
 
 
 def standardized(points: Array) -> Cloud:
-    """Return the features of a class [n, D], beside the same with mean 0 and variance 1."""
+    """Return the features of a class [n, D], raw and standardized."""
     centre = points.mean(axis=0)
     data = points - centre
     scale = float(np.sqrt(np.vdot(data, data) / len(data))) or 1.0

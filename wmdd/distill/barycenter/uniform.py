@@ -1,5 +1,6 @@
-"""The atoms of uniform weights: annealed plans, then optimal ones, each followed by conditional means.
+"""The atoms of uniform weights: rounds of annealed plans, then of optimal plans.
 
+Each round ends with conditional means: every atom moves to the mean of the images that its plan assigns to it.
 With optimal plans alone this is POT's free_support_barycenter (Cuturi & Doucet 2014, algorithm 2).
 """
 
@@ -14,7 +15,7 @@ Array = NDArray[np.float64]
 Single = NDArray[np.float32]
 
 _STOP_GAIN = 3e-4
-"""With uniform weights a start is left once a round gains less than this share; what is left is less than that."""
+"""Relative decrease of W2² in a round below which the solver stops."""
 _START_TEMPERATURE = 0.12
 """First temperature of the annealing, as a share of the variance of the features."""
 _END_TEMPERATURE = 0.013
@@ -22,33 +23,33 @@ _END_TEMPERATURE = 0.013
 _ANNEALING_ROUNDS = 14
 """Rounds of the annealing."""
 _MAX_MASS_ERROR = 0.1
-"""Annealing ends early where the atoms' masses go astray by this share: clusters far apart freeze at once."""
+"""Mean relative error of the atoms' masses above which annealing ends early: distant clusters freeze at once."""
 _DAMPING = 0.2
-"""Of the Newton steps."""
+"""Damping of the Newton steps."""
 ARC_REACH = 0.1
-"""An optimal plan is sought among the arcs of a reduced cost below this share of W2², then among all."""
+"""Reduced cost, as a share of W2², below which an arc enters the first search for an optimal plan."""
 _MAX_MISPLACED_MASS = 0.1
-"""Where more mass than this would have to change atoms, such a search is not worth its time."""
+"""Share of mass on wrong atoms above which the search among few arcs is skipped: it would fail."""
 _DUAL_TOLERANCE = 1e-9
-"""A reduced cost above minus this share of the variance is not negative."""
+"""Share of the variance within which a negative reduced cost counts as zero."""
 MAX_PIVOTS = 10_000_000
-"""Most pivots of the network simplex: POT's 100,000 would end a large class early, with a plan that is not optimal."""
+"""Pivot limit of the network simplex. POT's default of 100,000 ends a large class early, with a plan not optimal."""
 
 
 def descend(data: Single, positions: Single, rounds: int) -> tuple[Single, Single]:
     """Descend with weights 1/K from a start; return positions [K, D], and potentials [K] of their optimal plan.
 
-    Optimal plans alone stay in a minimum near the start. Annealing, as Rose, "Deterministic annealing" (Proc. IEEE
-    1998) for clustering, passes over many of these, in cheap rounds: two float32 products each, and one Newton step on
-    K potentials.
+    Optimal plans alone stay in a minimum near the start. Annealing passes over many such minima, as in Rose,
+    "Deterministic annealing" (Proc. IEEE 1998). Its rounds are cheap: two float32 products and one Newton step on K
+    potentials.
 
-    The potentials then spare the network simplex most of its work. Optimal plans are of costs in float32: their last
-    bits matter little before the end, where W2² is measured in float64 (``optimal`` with float64 costs).
+    The potentials of the last round save the network simplex most of its work. Here optimal plans use float32 costs:
+    their last bits matter only at the end, where W2² is measured in float64 (``optimal`` with float64 costs).
 
     Args:
-        data: [n, D], of mean 0 and variance 1 over all directions.
-        positions: [K, D], the start, standardised likewise.
-        rounds: most rounds of each kind.
+        data: standardized features [n, D].
+        positions: start atoms [K, D], standardized like the features.
+        rounds: limit on the rounds of each kind.
     """
     count, least, w2 = len(positions), np.inf, 1.0
     potentials = np.zeros(count, np.float32)
@@ -71,7 +72,7 @@ def descend(data: Single, positions: Single, rounds: int) -> tuple[Single, Singl
         sparse, potentials = optimal(cost, potentials, ARC_REACH * w2)
         w2 = max(1 + float(cost[sparse.coords] @ sparse.data), 1e-6)
         means = (sparse.tocsr().astype(np.float32) @ data) * np.float32(count)
-        # The cost of an atom's own images falls by as much on average, and its potential should follow.
+        # The mean cost of an atom's images falls by this amount, so its potential is lowered too.
         potentials, positions = potentials - np.square(means - positions).sum(axis=1), means
         if previous - w2 <= _STOP_GAIN * w2:
             break
@@ -82,9 +83,10 @@ def descend(data: Single, positions: Single, rounds: int) -> tuple[Single, Singl
 def _entropic(cost: Single, potentials: Single, temperature: np.float32) -> tuple[Single, Single]:
     """Take a damped Newton step towards rows of mass 1/K; return the potentials u [K] and the entropic plan [K, n].
 
-    The columns of a plan P always have mass 1/n, its rows r. A Sinkhorn step is u − T log(K r); Newton's (Brauer et
-    al., "A Sinkhorn-Newton method for entropic optimal transport", 2017) takes into account what the atoms share: the
-    dual's second derivative is (diag(r) − n P Pᵀ) / T. Here it is scaled by r on both sides, and the damping added.
+    The columns of a plan P always have mass 1/n; its rows have masses r. A Sinkhorn step is u − T log(K r). The Newton
+    step also accounts for images shared between atoms (Brauer et al., "A Sinkhorn-Newton method for entropic optimal
+    transport", 2017): the dual's second derivative is (diag(r) − n P Pᵀ) / T. Here the derivative is scaled by 1/√r on
+    both sides, and the damping is added.
     """
     count, images = cost.shape
     plan = _entropic_plan(cost, potentials, temperature)
@@ -101,7 +103,7 @@ def _entropic_plan(cost: Single, potentials: Single, temperature: np.float32) ->
     plan = potentials[:, None] - cost
     plan -= plan.max(axis=0)
     plan /= temperature
-    np.maximum(plan, -60, out=plan)  # subnormal numbers would slow the products down by a factor
+    np.maximum(plan, -60, out=plan)  # subnormal numbers would slow the products down
     np.exp(plan, out=plan)
     plan /= plan.sum(axis=0) * np.float32(cost.shape[1])
     return plan
@@ -110,9 +112,9 @@ def _entropic_plan(cost: Single, potentials: Single, temperature: np.float32) ->
 def optimal(cost: Array | Single, potentials: Single, reach: float) -> tuple[coo_array, Single]:
     """Return the optimal plan [K, n] for uniform masses and its potentials [K].
 
-    With good potentials few arcs have a reduced cost c − u − v within ``reach``, and the plan uses these. The network
-    simplex is given them alone, and its plan is optimal for all once no reduced cost is negative by its own potentials.
-    Otherwise it is given all.
+    With good potentials, few arcs have a reduced cost c − u − v within ``reach``, and the optimal plan uses only these.
+    The network simplex therefore gets these arcs first. Its plan is optimal among all arcs if no reduced cost is
+    negative under its own potentials. Otherwise the simplex gets all arcs.
     """
     count, images = cost.shape
     rows, columns = ot.unif(count), ot.unif(images)
@@ -123,7 +125,7 @@ def optimal(cost: Array | Single, potentials: Single, reach: float) -> tuple[coo
     if misplaced < _MAX_MISPLACED_MASS:
         arcs = np.nonzero(reduced <= reach)
         few = coo_array((reduced[arcs].astype(np.float64), arcs), cost.shape)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # the few arcs may not do
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # the few arcs may not suffice
             plan, log = ot.emd(rows, columns, few, log=True, numItermax=MAX_PIVOTS, center_dual=False)
         slack = (reduced - log["u"][:, None]).min(axis=0) - log["v"]
         if log["warning"] is None and slack.min() > -_DUAL_TOLERANCE:
@@ -133,7 +135,7 @@ def optimal(cost: Array | Single, potentials: Single, reach: float) -> tuple[coo
 
 
 def _costs(positions: Single, data: Single) -> Single:
-    """Return ‖b − x‖² − ‖x‖² [K, n]: plans and potentials of the atoms are the same without the squares ‖x‖²."""
-    products = np.ascontiguousarray((data @ (-2 * positions).T).T)  # this way round in half the time
+    """Return ‖b − x‖² − ‖x‖² [K, n]: the squares ‖x‖² change neither plans nor the atoms' potentials."""
+    products = np.ascontiguousarray((data @ (-2 * positions).T).T)  # faster than positions @ data.T
     products += np.square(positions).sum(axis=1)[:, None]
     return products

@@ -1,6 +1,6 @@
-"""Distillation methods: where images start, what they are optimised against, which labels they carry.
+"""Distillation methods: where images start, what they are optimized against, which labels they carry.
 
-A method is one small class; everything else (blocks, ranks, resume, students, reports) is shared.  Methods of other
+A method is one small class; everything else (blocks, ranks, resume, students, reports) is shared. Methods of other
 packages register in the entry-point group ``wmdd.methods``.
 """
 
@@ -21,23 +21,23 @@ from wmdd.networks.frozen import Observation
 from wmdd.runtime.seeding import generator
 
 if TYPE_CHECKING:
-    from wmdd.distill.barycenter.solve import Atoms  # and with it POT, which takes more than a second
+    from wmdd.distill.barycenter.solve import Atoms  # imports POT, which takes more than a second
 
 
 @dataclass(frozen=True)
 class ClassData:
-    """The real images of one class, and what the teacher saw in them."""
+    """The real images of one class, and the teacher's observations of them."""
 
     index: int
     name: str
     config: Config
     dataset: Dataset
     statistics: ClassStatistics | None
-    """None for methods that set ``uses_statistics = False``"""
+    """Class statistics; None for methods that set ``uses_statistics = False``"""
     observe: Callable[[Tensor], Observation]
-    """What the teacher sees in normalised images [n, channels, H, W]; the observation lies on the CPU"""
+    """Returns the teacher's observation, on the CPU, of normalized images [n, channels, H, W]"""
     atoms: "Atoms | None" = None
-    """Barycenter of the class; None for methods whose ``barycenter`` asks for none"""
+    """Barycenter of the class; None for methods whose ``barycenter`` returns None"""
 
     @property
     def count(self) -> int:
@@ -45,25 +45,25 @@ class ClassData:
         return len(self.dataset.train.of_class(self.index))
 
     def decode(self, positions: list[int]) -> Tensor:
-        """Return the real images at these positions within the class, normalised: [n, channels, H, W] float32."""
+        """Return the real images at these positions within the class, normalized: [n, channels, H, W] float32."""
         images = list(self.dataset.train.of_class(self.index))
         return normalize(self.dataset.train.decode([images[position] for position in positions]), self.config.data)
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Return random numbers of this class for one purpose, whatever else is computed beside it."""
+        """Return a random generator for one purpose, which depends on the run's seed and the class alone."""
         return generator(self.config.seed, purpose, self.name)
 
 
 @dataclass(frozen=True)
 class ClassPlan:
-    """What a method decides for the K images of one class."""
+    """A method's decisions for the K images of one class."""
 
     images: Tensor
-    """[K, channels, H, W] float32, normalised: where the images start (a selection: where they stay)"""
+    """[K, channels, H, W] float32, normalized: start of the images; for a selection, the images themselves"""
     atoms: Tensor | None = None
-    """[K, D] targets of the features, if there are any"""
+    """[K, D] targets of the features; None for no feature term"""
     weights: Tensor | None = None
-    """[K] weights that sum to one; None for equal ones"""
+    """[K] weights that sum to one; None for equal weights"""
     labels: Tensor | None = None
     """[K] int64 class indices; None for the class itself"""
     w2: float | None = None
@@ -74,38 +74,38 @@ class Method(ABC):
     """Base of all methods; subclasses decide ``objective`` and ``prepare``."""
 
     uses_statistics = True
-    """Whether ``prepare`` and ``objective`` need the class statistics (one pass of the teacher over the data)"""
+    """Whether ``prepare`` and ``objective`` need the class statistics (one pass of the teacher over the dataset)"""
 
     seeded = True
-    """Whether another seed gives other images. False for a choice that the data alone decide: its one set is then all
-    that there is of the method, and not one draw of many"""
+    """Whether another seed gives other images. False for a selection that depends on the dataset alone: the method
+    then has a single set, which is not one draw of many"""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def synthesis(self) -> SynthesisConfig:
-        """Return the settings of the engine: the config's, or what the method is known for."""
+        """Return the settings of the synthesis: the config's, or the method's published ones."""
         return self.config.synthesis
 
     def objective(self) -> Objective | None:
-        """Return what the images are optimised for; None leaves them as ``prepare`` made them."""
+        """Return the objective of the synthesis; None keeps the images of ``prepare``."""
         return None
 
     def barycenter(self) -> BarycenterConfig | None:
-        """Return the settings of the barycenter that ``prepare`` finds in ``data.atoms``; None for none.
+        """Return the settings of the barycenter that ``prepare`` gets as ``data.atoms``; None for no barycenter.
 
-        It is of the features, and so needs ``uses_statistics``.  While one group of classes is synthesised, those of
-        the next are computed by ``compute.workers`` processes.
+        A barycenter of the features needs ``uses_statistics = True``. While one group is synthesized,
+        ``compute.workers`` processes compute the barycenters of the next.
         """
         return None
 
-    def check(self, dataset: Dataset) -> None:  # noqa: B027 - most methods take any data set
-        """Refuse what could only fail later; called before any work starts.
+    def check(self, dataset: Dataset) -> None:  # noqa: B027 - most methods take any dataset
+        """Check that the method can use the dataset; called before any work starts.
 
         Raises:
-            InputError: the method cannot work on this data set; the message says why, and what would help.
+            InputError: the method cannot use this dataset. The message gives the reason and the remedy.
         """
 
     @abstractmethod
     def prepare(self, data: ClassData) -> ClassPlan:
-        """Return start, targets and labels of one class; random numbers come from ``data.generator`` alone."""
+        """Return start, targets and labels of one class. Random numbers must come from ``data.generator`` alone."""

@@ -1,4 +1,4 @@
-"""A distilled set that others made, as a method among the others."""
+"""A distilled set from elsewhere, as a method."""
 
 from wmdd.config.schema import Config
 from wmdd.data.dataset import Dataset, ImageSet
@@ -10,10 +10,11 @@ from wmdd.errors import InputError
 
 
 class Imported(Method):
-    """Images that others distilled, as they lie in a folder (`wmdd bench evaluate`); never optimised.
+    """Distilled images in a folder (`wmdd bench evaluate`); never optimized.
 
-    The config section ``external`` names the folder, its layout and its files; ``wmdd.external`` describes the layouts.
-    Whatever weights and soft labels came with them are not known: images weigh alike, and the run's teacher labels.
+    The config section ``external`` names the folder, its layout and its SHA-256; ``external_folder`` describes the
+    layouts. Weights and soft labels of the set are not read: all images have equal weights, and the run's teacher
+    labels them.
     """
 
     uses_statistics = False
@@ -23,7 +24,7 @@ class Imported(Method):
         self._opened: ImageSet | None = None
 
     def check(self, dataset: Dataset) -> None:
-        """Refuse a folder that is not whole, or not the one of the config."""
+        """Check that the folder is complete, and that it is the one of the config."""
         external_folder.check(self._images(dataset), self.config.external, self.config.ipc)
 
     def prepare(self, data: ClassData) -> ClassPlan:
@@ -36,6 +37,6 @@ class Imported(Method):
         return ClassPlan(normalize(pixels, self.config.data))
 
     def _images(self, dataset: Dataset) -> ImageSet:
-        if self._opened is None:  # a method serves one run, which has one data set
+        if self._opened is None:  # a method object belongs to one run, and so to one dataset
             self._opened = external_folder.open_set(self.config.external, self.config.data, dataset)
         return self._opened

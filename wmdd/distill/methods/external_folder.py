@@ -1,19 +1,19 @@
-"""Other people's distilled sets: whose class each image of a folder is, and its pixels at the run's resolution.
+"""Other people's distilled sets: the class of each image in a folder, and its pixels at the run's resolution.
 
-Every set is a folder with one sub-folder a class.  What the sub-folders are called is its layout:
+Every set is a folder with one sub-folder per class. The layout is the naming of the sub-folders:
 
 ``classes``
-    The names of the classes, as ``wmdd export`` writes them and torchvision's ImageFolder reads them
+    The name of the class, as ``wmdd export`` writes it and torchvision's ImageFolder reads it
     (``n01440764/0003.png``).
 ``numbered``
-    The position of the class in the sorted list of all classes of the data set, whichever of them a run chooses:
+    The position of the class in the sorted list of all classes of the dataset, not only of those in the run:
     ``new007/class007_id003.jpg`` of SRe2L and CDA (VILA-Lab/SRe2L, ``save_images`` in SRe2L/recover/data_synthesis.py
     and CDA/recover_cda_in1k.py), of EDC (shaoshitong/EDC, recover/recover.py) and of the paper's own code
     (Liu-Hy/WMDD, recover/data_synthesis_new.py); ``00007/class00007_id00003.jpg`` of RDED (LINs-lab/RDED,
-    synthesize/main.py).  What the files are called plays no part.
+    synthesize/main.py). The names of the files do not matter.
 
-RDED numbers the classes of its own subsets (ImageNet-10, ImageNet-100) from zero: such a set belongs to a data set of
-those classes alone.  Soft labels that come with a set are not read; students get those of the run's teacher.
+RDED numbers the classes of its own subsets (ImageNet-10, ImageNet-100) from zero. Such a set needs a dataset of those
+classes alone. Soft labels that come with a set are not read; students get those of the run's teacher.
 """
 
 import re
@@ -33,14 +33,14 @@ from wmdd.storage.files import digest, sha256
 
 _NUMBERED = re.compile(r"(new)?[0-9]+")
 _HASH_THREADS = 8
-"""Threads that hash and look at files, which mostly wait for the disk"""
+"""Threads that hash files; they mostly wait for the disk"""
 
 
 class _ClassFolders(Tree):
-    """Images below class folders that lie side by side, without splits."""
+    """Images in class folders, without folders for splits."""
 
     def __init__(self, root: Path, places: Mapping[str, str]) -> None:
-        """Take the folder of each class, by the class's name."""
+        """Open a root folder; ``places`` holds the folder of each class, by class name."""
         super().__init__(root)
         self._places = places
 
@@ -49,23 +49,23 @@ class _ClassFolders(Tree):
         return list(self._places)
 
     def members(self, split: Split, label: str) -> Members:
-        """Return the images of a class, at any depth; there may be none."""
+        """Return the images of a class, at any depth, possibly none."""
         return self.below(self._places[label])
 
 
 def open_set(external: ExternalConfig, data: DataConfig, dataset: Dataset) -> ImageSet:
     """Return a distilled set, listed by class but not decoded.
 
-    An image whose shorter side is the run's resolution is taken as it is; any other is resized as the data are, but
-    whole: ``data.crop_ratio`` belongs to photographs, and would cut the border off a distilled image.
+    An image whose shorter side is the run's resolution stays unchanged. Any other image is resized like the dataset,
+    but not cropped: ``data.crop_ratio`` is meant for photographs, and would cut the border off a distilled image.
 
     Args:
-        external: folder and layout.
-        data: resolution and channels.
-        dataset: names of the chosen classes and of all of them.
+        external: folder and layout of the set.
+        data: resolution and channels of the run.
+        dataset: dataset of the run, with the names of its classes.
 
     Raises:
-        InputError: no folder is given, it does not exist, or it holds no images of some class.
+        InputError: no folder is named, the folder does not exist, or a class has no images.
     """
     root = _root(external)
     places = _places(root, external.layout, dataset.classes, dataset.all_classes)
@@ -73,17 +73,17 @@ def open_set(external: ExternalConfig, data: DataConfig, dataset: Dataset) -> Im
     catalogue = listed_in_memory(source, dataset.classes, ("train",))
     for name, count in zip(dataset.classes, catalogue.counts("train"), strict=True):
         if not count:
-            raise InputError(f"{root / places[name]}: no images of class {name!r} in it ({', '.join(EXTENSIONS)})")
+            raise InputError(f"{root / places[name]}: contains no images of class {name!r} ({', '.join(EXTENSIONS)})")
     whole = data.replace({"crop_ratio": 1.0})
     return image_set(catalogue, whole, dataset.classes, np.arange(len(dataset.classes)), {"train": {}}, "train")
 
 
 def check(images: ImageSet, external: ExternalConfig, ipc: int) -> None:
-    """Refuse a set that is not the one of the config, that is uneven, or that cannot be read.
+    """Check that a set is the one of the config, that it is readable, and that every class has ``ipc`` images.
 
     Raises:
-        InputError: a class has not ``ipc`` images, a file is no image, or the files are not those of
-            ``external.sha256``; the message names the class or the file.
+        InputError: a class does not have ``ipc`` images, a file is not an image, or ``external.sha256`` does not match
+            the files. The message names the class or the file.
     """
     folder = _root(external)
     for index, name in enumerate(images.classes):
@@ -95,20 +95,20 @@ def check(images: ImageSet, external: ExternalConfig, ipc: int) -> None:
     found = fingerprint(folder)
     if external.sha256 is None:
         raise InputError(
-            f"external.sha256 is not set: without it a changed folder would pass unseen; set it to {found}"
+            f"external.sha256 is not set: without it a changed folder would go unnoticed; set it to {found}"
         )
     if external.sha256 != found:
         raise InputError(
-            f"{folder}: has changed: external.sha256 is {external.sha256[:12]}, the files are {found[:12]};"
-            " bring the files back, or evaluate the new ones into another --out"
+            f"{folder}: has changed: external.sha256 is {external.sha256[:12]}, the files have {found[:12]};"
+            " restore the files, or evaluate the new ones with another --out"
         )
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the SHA-256 that names the images in the class folders: their places and contents.
+    """Return the SHA-256 of the images in the class folders: of their paths and contents.
 
     Raises:
-        InputError: the folder does not exist, or there are no images in its folders.
+        InputError: the folder does not exist, or its sub-folders contain no images.
     """
     names = [name for members in _listed(folder).values() for name in members]
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
@@ -116,10 +116,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def images_per_class(folder: Path) -> int:
-    """Return how many images most of the class folders hold: the IPC, if the set is whole.
+    """Return the most frequent number of images per class folder: the IPC of a complete set.
 
     Raises:
-        InputError: the folder does not exist, or there are no images in its folders.
+        InputError: the folder does not exist, or its sub-folders contain no images.
     """
     return Counter(len(members) for members in _listed(folder).values() if members).most_common(1)[0][0]
 
@@ -136,55 +136,63 @@ def _listed(folder: Path) -> dict[str, list[str]]:
     members = {name: source.members("train", name).names for name in source.classes("train")}
     listed = {folder: sorted(f"{folder}/{name}" for name in names) for folder, names in members.items()}
     if not any(listed.values()):
-        raise InputError(f"{folder}: no images in its folders; expected FOLDER/CLASS/IMAGE ({', '.join(EXTENSIONS)})")
+        raise InputError(
+            f"{folder}: has no images in sub-folders; expected FOLDER/CLASS/IMAGE ({', '.join(EXTENSIONS)})"
+        )
     return listed
 
 
 def _folders(root: Path) -> list[str]:
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give the one that holds a folder for each class")
+        raise InputError(f"{root}: no such folder; name the folder that contains one sub-folder per class")
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _places(root: Path, layout: str, classes: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """Return the folder of each of ``classes``, where ``known`` are all of the data set.
+    """Return the folder of each class of the run.
+
+    Args:
+        root: folder of the set.
+        layout: value of ``external.layout``.
+        classes: names of the classes of the run.
+        known: names of all classes of the dataset.
 
     Raises:
-        InputError: a class has no folder, or a number is not one of the data set's.
+        InputError: a class has no folder, or a number does not belong to the dataset.
     """
     folders = _folders(root)
     numbered = [name for name in folders if _NUMBERED.fullmatch(name)]
     if layout == "auto":
         layout = "classes" if set(classes) <= set(folders) or not numbered else "numbered"
     if layout == "classes":
-        wanted, hint = {name: name for name in classes}, "they are to bear the names of the classes"
+        wanted, hint = {name: name for name in classes}, "Name each folder like its class"
         found = {name: name for name in folders}
     else:
         order = sorted(known)
         wanted = {name: str(order.index(name)) for name in classes}
-        found, hint = _numbers(root, numbered, len(order)), "they are to be called new000 or 00000, by position"
+        found, hint = _numbers(root, numbered, len(order)), "Name each folder by its number, new000 or 00000"
     missing = [name for name in classes if wanted[name] not in found]
     if missing:
         first = missing[0] if layout == "classes" else f"{missing[0]}, number {wanted[missing[0]]} of {len(known)}"
         raise InputError(
-            f"{root}: no folder for class {first} ({len(missing)} of {len(classes)} classes have none); {hint}, and are"
-            f" {_few(folders)}"
+            f"{root}: {len(missing)} of {len(classes)} classes have no folder, the first is {first}. Folders found:"
+            f" {_few(folders)}. {hint}"
         )
     return {name: found[wanted[name]] for name in classes}
 
 
 def _numbers(root: Path, folders: Sequence[str], classes: int) -> dict[str, str]:
-    """Return numbered folders by their number, without leading zeros."""
+    """Return the numbered folders, by number without leading zeros."""
     found: dict[str, str] = {}
     for name in folders:
         number = int(name.removeprefix("new"))
         if number >= classes:
             raise InputError(
-                f"{root}: folder {name} is beyond the {classes} classes of the data set, numbered from 0; is this a set"
-                " of another data set?"
+                f"{root}: folder {name} is beyond the {classes} classes of the dataset, numbered from 0; does the set"
+                " belong to another dataset?"
             )
         if (other := found.setdefault(str(number), name)) != name:
-            raise InputError(f"{root}: folders {other} and {name} stand for the same class; remove one")
+            raise InputError(f"{root}: folders {other} and {name} belong to the same class; remove one")
     return found
 
 

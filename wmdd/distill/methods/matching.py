@@ -1,4 +1,4 @@
-"""WMDD and the cells of its ablation: images matched to a barycenter or to a class, and to BatchNorm moments."""
+"""WMDD and its ablations: images matched to barycenter atoms or class labels, and to BatchNorm moments."""
 
 from dataclasses import replace
 
@@ -10,14 +10,14 @@ from wmdd.distill.synthesis.objective import Objective
 
 
 class Wmdd(Method):
-    """Features to the atoms of the class's Wasserstein barycenter, BatchNorm inputs to per-class moments."""
+    """WMDD: features match the atoms of the class's Wasserstein barycenter, BatchNorm inputs match class moments."""
 
     def objective(self) -> Objective:
         """Return the weights and norms of the config."""
         return Objective.from_settings(self.synthesis())
 
     def barycenter(self) -> BarycenterConfig | None:
-        """Return the config's settings, if features are matched to atoms at all."""
+        """Return the config's settings; None without a feature term."""
         return self.config.barycenter if self.objective().feature else None
 
     def prepare(self, data: ClassData) -> ClassPlan:

@@ -8,22 +8,25 @@ from torchvision.transforms.v2.functional import resize
 from wmdd.distill.methods.base import ClassData, ClassPlan, Method
 
 CANDIDATES = 300
-"""Most real images of a class whose crops are scored (``mipc`` of the published scripts)."""
+"""Limit on the real images of a class whose crops are scored (``mipc`` of the published scripts)."""
 CROPS = 5
-"""Crops of each of them (``num_crop``); more only where a class has too few images to fill K canvases."""
+"""Crops per real image (``num_crop``); more only if a class has too few images to fill K canvases."""
 STITCHED_FROM = 128
-"""Side from which four crops share a canvas, in pixels."""
+"""Smallest side, in pixels, of a canvas that four crops share."""
 
 
 class RDED(Method):
-    """RDED (Sun et al. 2024): the real crops that the teacher is surest of, stitched 2x2 from 128 px on.
+    """RDED (Sun et al. 2024): the real crops with the surest teacher, stitched 2x2 from 128 px on.
 
-    From each of at most 300 images, five square crops of 8 to 100 % of the area are resized to the size at which they
-    are stored and scored by the teacher's cross-entropy, on a canvas of the mean colour as in the published code.  Of
-    each image the best crop counts, so that the tiles come from distinct images; a second crop of an image is taken
-    only when all images have given their first.  As in the published scripts, images of less than 128 px are one crop
-    each (CIFAR, Tiny-ImageNet), and so are those of an odd side, which two tiles do not fill.  Students learn from the
-    class or from the teacher's view of the canvas, as for any method; crops are cut from the decoded images of the run.
+    Each of at most 300 images gives five square crops of 8 to 100 % of its area. A crop is resized to its final size,
+    and scored by the teacher's cross-entropy on a canvas of the mean color, as in the published code.
+
+    The best crop of every image is used first, so that tiles come from distinct images. Second crops follow only when
+    every image has given its first.
+
+    Images below 128 px are one crop each, as in the published scripts (CIFAR, Tiny-ImageNet). So are images with an odd
+    side, which two tiles do not fill. Labels are those of the run, as for any method. Crops are cut from the images
+    decoded at the run's resolution.
     """
 
     uses_statistics = False
@@ -50,13 +53,13 @@ class RDED(Method):
 
 
 def rank(scores: Tensor) -> Tensor:
-    """Return the flat positions of crops, the one to take first in front: [rounds · n] int64.
+    """Return the flat positions of crops, best first: [rounds · n] int64.
 
-    The best crop of every image comes before the second best of any; of equal rank, the least score comes first, and
-    of equal scores the earlier image.
+    The best crop of every image comes before the second best of any. Among crops of one rank, the least score comes
+    first, then the earlier image.
 
     Args:
-        scores: [rounds, n], the cross-entropy of each crop of n images.
+        scores: cross-entropy [rounds, n] of each crop of n images.
     """
     order = scores.argsort(dim=0, stable=True)  # [r, i]: which crop of image i is its r-th best
     sorted_scores = scores.gather(0, order)
@@ -67,7 +70,7 @@ def rank(scores: Tensor) -> Tensor:
 def stitch(tiles: Tensor, factor: int) -> Tensor:
     """Lay factor² tiles on each of K canvases: [factor²·K, channels, s, s] to [K, channels, factor·s, factor·s].
 
-    The best K tiles lie top left, the next K top right, and so on, so that every canvas has one of the best.
+    The best K tiles lie top left, the next K top right, and so on. Every canvas thus has one of the best tiles.
     """
     rows = tiles.unflatten(0, (factor, factor, -1))
     return torch.cat([torch.cat(list(row), -1) for row in rows], -2)

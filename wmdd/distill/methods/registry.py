@@ -1,4 +1,4 @@
-"""The registry of methods: the shipped ones and those that other packages bring."""
+"""The registry of methods: the shipped ones and those of other packages."""
 
 import importlib
 from importlib.metadata import entry_points
@@ -21,19 +21,19 @@ REGISTRY = {
     "rded": "wmdd.distill.methods.rded:RDED",
     "external": "wmdd.distill.methods.external:Imported",
 }
-"""Shipped methods: name -> ``module:Class``; resolved when asked for."""
+"""Shipped methods: name -> ``module:Class``; imported when first used."""
 
 
 def names() -> list[str]:
-    """Return the names of all methods, those of plug-ins included."""
+    """Return the names of all methods, including plug-ins."""
     return sorted({*REGISTRY, *(point.name for point in entry_points(group="wmdd.methods"))})
 
 
 def create(config: Config, name: str | None = None) -> Method:
-    """Return the method that the config names (or ``name``).
+    """Return the method that the config names, or the method called ``name``.
 
     Raises:
-        InputError: no such method; the message offers the nearest.
+        InputError: the method does not exist. The message suggests the nearest name.
     """
     wanted = name or config.method
     plugins = {point.name: point for point in entry_points(group="wmdd.methods")}
@@ -45,5 +45,5 @@ def create(config: Config, name: str | None = None) -> Method:
     else:
         raise InputError(f"method = {wanted!r}: no such method; {nearest(wanted, names())}")
     if not isinstance(made, Method):
-        raise InputError(f"method {wanted!r}: {type(made).__name__} is no subclass of wmdd.methods.Method")
+        raise InputError(f"method {wanted!r}: {type(made).__name__} is not a subclass of wmdd.methods.Method")
     return made

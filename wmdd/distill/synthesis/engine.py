@@ -19,17 +19,18 @@ from wmdd.runtime.team import SINGLE, Team
 
 @dataclass
 class State:
-    """Where the synthesis of a group stands: all that is needed to resume it."""
+    """State of the synthesis of a group: all that is needed to resume it."""
 
     images: Tensor
     """[N, channels, H, W] float32, normalized"""
     iteration: int = 0
+    """Number of iterations done"""
     first: Tensor | None = None
-    """Adam's first moment, like ``images``; None at the start"""
+    """Adam's first moment, shaped like ``images``; None at the start"""
     second: Tensor | None = None
-    """Adam's second moment"""
+    """Adam's second moment, shaped like ``images``; None at the start"""
     curve: dict[str, list[float]] = field(default_factory=dict)
-    """Loss terms at the iterations listed under ``iteration``"""
+    """Values of each loss term at the iterations listed under ``iteration``"""
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Problem:
     objective: Objective
     """Weights of the terms"""
     target: Target
-    """What the images are matched to"""
+    """Labels, atoms and moments to match"""
     settings: SynthesisConfig
     """Iterations, learning rate, augmentation"""
     limits: tuple[Tensor, Tensor]
     """Smallest and largest normalized pixel value, each [channels, 1, 1]"""
     seed: tuple[object, ...]
-    """Names the group for ``seed_of``"""
+    """Name of the group for ``seed_of``"""
 
 
 def synthesize(
@@ -144,7 +145,7 @@ def synthesize(
 def _schedule(
     settings: SynthesisConfig, count: int, size: int, seed: tuple[object, ...], rows: Tensor | None = None
 ) -> augment.Draws:
-    """Draw all crops, flips and rolls of a synthesis: [iterations, 1 or N], then those of the given rows."""
+    """Draw all crops, flips and rolls of a synthesis, [iterations, 1 or N], and return those of the given rows."""
     grouped = settings.augment == "group"
     shape = (settings.iterations, 1 if grouped else count)
     low, high = settings.crop_scale

@@ -1,4 +1,4 @@
-"""What images are optimized for: terms, targets and the loss."""
+"""The objective of the synthesis: terms, targets and the loss."""
 
 from dataclasses import dataclass
 
@@ -13,21 +13,21 @@ from wmdd.runtime.team import SINGLE, Team
 
 @dataclass(frozen=True)
 class Objective:
-    """Which terms are matched: L = feature·L_feature + bn·L_BN + ce·L_CE (WMDD, the published objective has no CE)."""
+    """Weights of the terms: L = feature·L_feature + bn·L_BN + ce·L_CE. The published WMDD objective has ce = 0."""
 
     feature: float
     bn: float
     ce: float
     per_class: bool = True
-    """Per-class BatchNorm moments (PCBN), or the teacher's running statistics over the whole group"""
+    """True for per-class BatchNorm moments (PCBN), False for the teacher's running statistics over the whole group"""
     squared: bool = True
-    """Squared distances summed over classes, or the plain norms of the public code"""
+    """True for squared distances summed over classes, False for the plain norms of the public code"""
     bn_first: float = 1.0
     """Extra factor on the first BatchNorm layer"""
 
     @staticmethod
     def from_settings(settings: SynthesisConfig) -> "Objective":
-        """Return the objective that the config asks for."""
+        """Return the objective of the config."""
         return Objective(
             feature=settings.feature_weight,
             bn=settings.bn_weight,
@@ -40,18 +40,18 @@ class Objective:
 
 @dataclass(frozen=True)
 class Target:
-    """What the K images of each of the G classes of a group are optimised against."""
+    """Targets of the K images of each of the G classes of a group."""
 
     labels: Tensor
-    """[G·K] int64, class index of each image; images of a class lie together"""
+    """[G·K] int64, class index of each image; images of a class are consecutive"""
     weights: Tensor
     """[G, K], barycenter weights of the images; each row sums to one"""
     mean: Tensor
     """[G, M] BatchNorm means; [1, M] running means for the global target"""
     variance: Tensor
-    """[G, M] or [1, M], likewise"""
+    """[G, M] or [1, M] BatchNorm variances, likewise"""
     atoms: Tensor | None = None
-    """[G, K, D] barycenter atoms, or None where no feature term is asked for"""
+    """[G, K, D] barycenter atoms; None without a feature term"""
 
     def to(self, device: torch.device) -> "Target":
         """Return the target on a device."""
@@ -60,7 +60,7 @@ class Target:
         return Target(labels, weights, self.mean.to(device), self.variance.to(device), atoms)
 
     def part(self, team: Team) -> "Target":
-        """Return the target of this rank's images: as many of each class on every rank of the team."""
+        """Return the target of this rank's images: an equal share of each class on every rank of the team."""
         classes, count = self.weights.shape
         own = own_rows(classes, count, team).view(classes, -1) % count
         atoms = (
@@ -71,7 +71,7 @@ class Target:
 
 
 def own_rows(classes: int, count: int, team: Team) -> Tensor:
-    """Return which of the G·K images of a group this rank holds: consecutive ones of each class."""
+    """Return the rows of this rank among the G·K images of a group: consecutive images of each class."""
     share = count // team.size
     return torch.arange(classes * count).view(classes, count)[:, team.rank * share : (team.rank + 1) * share].flatten()
 
@@ -89,21 +89,21 @@ class Loss:
 def evaluate(
     objective: Objective, seen: Observation, target: Target, layer_sizes: list[int], team: Team = SINGLE
 ) -> Loss:
-    """Return the objective for the images that ``seen`` observed.
+    """Return the loss of the images that ``seen`` observed.
 
-    The ranks of a team each see a part of every class; sums over images run over all of them, so that every rank holds
-    the loss of the whole group and the gradient of its own images.
+    Each rank of a team sees a part of every class, and sums over images include all ranks. Every rank thus gets the
+    loss of the whole group and the gradient of its own images.
 
-    L_feature = Σ_c Σ_k ‖f(x_ck) − b_ck‖²;  L_BN = Σ_c Σ_l ‖mean_l − BNmean_cl‖² + ‖var_l − BNvar_cl‖², with the class's
-    moments weighted by the barycenter weights (method section of the paper).  With ``squared`` off: one Frobenius norm
-    over the group for features, and for BatchNorm a 2-norm per class and layer, averaged over classes.
+    L_feature = Σ_c Σ_k ‖f(x_ck) − b_ck‖²; L_BN = Σ_c Σ_l ‖mean_l − BNmean_cl‖² + ‖var_l − BNvar_cl‖². The moments of a
+    class are weighted by the barycenter weights (method section of the paper). With ``squared`` off, features have one
+    Frobenius norm over the group. BatchNorm then has a 2-norm per class and layer, averaged over classes.
 
     Args:
         objective: weights of the terms.
-        seen: of G·K images, or of this rank's part of them.
-        target: of the same images.
+        seen: teacher's observation of the G·K images, or of this rank's part of them.
+        target: targets of the same images.
         layer_sizes: channels of each BatchNorm layer, which sum to M.
-        team: the ranks among which each class is split.
+        team: ranks among which each class is split.
     """
     zero = seen.features.new_zeros(())
     feature = bn = ce = zero
@@ -122,20 +122,20 @@ def evaluate(
 def group_moments(seen: Observation, weights: Tensor, per_class: bool, team: Team = SINGLE) -> tuple[Tensor, Tensor]:
     """Return the BatchNorm means and variances over the images of each class, [G, M], or of the group, [1, M].
 
-    From per-image moments: var = Σ w_k var_k + Σ w_k (mean_k − mean)², which loses no digits to cancellation.
+    The variance is var = Σ w_k var_k + Σ w_k (mean_k − mean)², from per-image moments, without cancellation of digits.
     """
     count = weights.numel()
     shape = (*weights.shape, -1) if per_class else (1, count, -1)
     share = weights[..., None] if per_class else torch.full_like(weights, 1 / (count * team.size)).view(1, -1, 1)
     means, variances = seen.means.view(shape), seen.variances.view(shape)
     mean = team.sum((share * means).sum(1))
-    # The variance's derivative by the mean is zero, Σ w_k (mean_k − mean) = 0, and only in the sum over all ranks.
+    # The variance's derivative by the mean is zero, Σ w_k (mean_k − mean) = 0, but only in the sum over all ranks.
     gaps = means - mean.detach()[:, None]
     return mean, team.sum((share * (variances + gaps.square())).sum(1))
 
 
 def _norm(square: Tensor) -> Tensor:
-    """Return the square root, with the gradient of a norm at zero: zero, where that of the root alone is NaN."""
+    """Return the square root. Its gradient at zero is zero, like a norm's; that of ``sqrt`` alone would be NaN."""
     nothing = square == 0
     return square.masked_fill(nothing, 1).sqrt().masked_fill(nothing, 0)
 
