@@ -94,7 +94,7 @@ def test_a_stop_to_the_parent_alone_checkpoints_every_run(tmp_path: Path) -> Non
     with launched(tmp_path) as (parent, _):
         os.kill(parent.pid, signal.SIGTERM)
         code, said = parent.end()
-        assert code == 75 and "stopped with 2 of 2 runs to do" in said
+        assert code == 75 and "stopped with 2 of 2 runs left" in said
         wait_until(lambda: not members(parent.pid), seconds=30)
     assert sum("student checkpointed" in said for said in last_words(tmp_path)) == 2
 
@@ -105,7 +105,7 @@ def test_a_process_that_does_not_stop_at_ctrl_c_is_killed_and_the_parent_says_so
         os.kill(workers[0], signal.SIGSTOP)
         os.killpg(parent.pid, signal.SIGINT)  # to all processes, as terminals do
         code, said = parent.end()
-        assert code == 75 and "1 of 2 processes did not stop within 3 s and were killed" in said
+        assert code == 75 and "1 of 2 worker processes did not stop within 3 s and were killed" in said
         wait_until(lambda: not members(parent.pid), seconds=30)
 
 
@@ -114,7 +114,7 @@ def test_a_killed_process_is_reported_and_the_other_is_stopped(tmp_path: Path) -
     with launched(tmp_path) as (parent, workers):
         os.kill(workers[1], signal.SIGKILL)
         code, said = parent.end()
-        assert code == 1 and "memory may be short: try fewer --jobs" in said
+        assert code == 1 and "perhaps for lack of memory; try fewer --jobs" in said
         wait_until(lambda: not members(parent.pid), seconds=30)
 
 

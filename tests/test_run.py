@@ -409,7 +409,7 @@ def test_command_line_tells_and_exports(finished: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         return result.output
 
-    assert told("verify", str(finished)).startswith(f"{finished}: 8 images of 4 classes are whole")
+    assert told("verify", str(finished)).startswith(f"{finished}: 8 images of 4 classes are intact")
     told("export", str(finished), "--out", str(tmp_path / "out"))
     assert len(list((tmp_path / "out").rglob("*.png"))) == 8
     told("report", str(finished), "--html", str(tmp_path / "page.html"), "--csv", str(tmp_path / "table.csv"))
@@ -418,7 +418,7 @@ def test_command_line_tells_and_exports(finished: Path, tmp_path: Path) -> None:
     assert "bn_weight = 300.0" in told("config", "show", "digits")
     assert "upstream" in told("config", "list")
     assert "torch" in told("doctor")
-    assert "every image can be read" in told("data", "check", "digits")
+    assert "all images can be read" in told("data", "check", "digits")
     assert "teachers" in told("cache", "list")
 
 

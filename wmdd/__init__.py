@@ -1,6 +1,6 @@
 """Distributed benchmark suite for dataset distillation by Wasserstein barycenters (WMDD, ICCV 2025).
 
-The Python API is three names, imported when first used: ``load_config``, ``run`` and ``DistilledSet``.
+The Python API has three names: ``load_config``, ``run`` and ``DistilledSet``.  Each is imported on first use.
 ``__version__`` is the version of the installed package.
 """
 

@@ -1,4 +1,4 @@
-"""``wmdd ...``: the top floor.  Heavy imports wait for the command that needs them."""
+"""The command line ``wmdd``.  Each command imports heavy packages only when it runs."""
 
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,7 +12,7 @@ from wmdd.runtime.signals import STOPS, stop_on
 
 
 class _Commands(TyperGroup):
-    """The core's commands, and those that bench, slurm and sweeps bring through the entry points ``wmdd.commands``."""
+    """The core's commands, and those of bench, slurm and sweeps (entry-point group ``wmdd.commands``)."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *sorted(_plugins())]
@@ -30,7 +30,7 @@ def _plugins() -> dict[str, Any]:
 
 app = typer.Typer(
     cls=_Commands,
-    help="Distil image datasets by Wasserstein barycenters, and measure what the images are worth.\n\n"
+    help="Distill image datasets by Wasserstein barycenters, and measure the accuracy of students trained on them.\n\n"
     "Start with:  wmdd run digits",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -39,14 +39,16 @@ app = typer.Typer(
 )
 
 
-config_app = typer.Typer(help="Show configs and the presets that ship.", no_args_is_help=True, rich_markup_mode=None)
+config_app = typer.Typer(help="Show configs and list the presets.", no_args_is_help=True, rich_markup_mode=None)
 
 
-data_app = typer.Typer(help="Fetch data sets and check their files.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Download, check, pack and generate datasets.", no_args_is_help=True, rich_markup_mode=None)
 
 
 cache_app = typer.Typer(
-    help="List and prune shared teachers and statistics.", no_args_is_help=True, rich_markup_mode=None
+    help="List and prune the cache of teachers, statistics and dataset listings.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
@@ -67,7 +69,7 @@ def main_options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version of wmdd and exit.")
     ] = False,
 ) -> None:
-    """Declare the options of ``wmdd`` itself; each acts by its callback."""
+    """Declare the options of ``wmdd`` itself; their callbacks do the work."""
 
 
 @app.command(
@@ -78,13 +80,15 @@ def main_options(
 def run(
     config: ConfigArgument,
     override: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder to write to. Default: runs/NAME, with the name of the config.")
+    ] = None,
     only_blocks: Annotated[
-        str | None, typer.Option(metavar="7|0-15|1,3", help="Distil these blocks only, and stop there.")
+        str | None, typer.Option(metavar="7|0-15|1,3", help="Distill only these blocks, and train no students.")
     ] = None,
     refresh: RefreshOption = False,
 ) -> None:
-    """Distil, train students, report.  The same command resumes a run that was stopped."""
+    """Distill a dataset, train students on it, and write the report.  The same command resumes a stopped run."""
     blocks = None if only_blocks is None else parse_blocks(only_blocks)
     from wmdd import pipeline
 
@@ -95,10 +99,10 @@ def run(
 @app.command(epilog="Example:  wmdd export runs/digits --format imagefolder --out digits-10ipc")
 def export(
     run: RunArgument,
-    out: Annotated[Path, typer.Option(help="New folder to write to.")],
-    format: Annotated[str, typer.Option(help="imagefolder (lossless PNG) or parquet.")] = "imagefolder",
+    out: Annotated[Path, typer.Option(help="New folder for the exported images.")],
+    format: Annotated[str, typer.Option(help="File format: imagefolder (lossless PNG) or parquet.")] = "imagefolder",
 ) -> None:
-    """Write a distilled set for other tools, losslessly."""
+    """Export a distilled set without loss, as PNG files or Parquet, for other tools."""
     from wmdd.runs import distilled_set
     from wmdd.runtime.progress_bars import progress
 
@@ -109,7 +113,7 @@ def export(
 
 @app.command(epilog="Example:  watch -n 10 wmdd status runs/imagenet-1k")
 def status(run: RunArgument) -> None:
-    """Show what of a run is done, what is at work, how fast, and how long it will take."""
+    """Show the progress of a run: finished parts, current work, speed and estimated time left."""
     from wmdd.runs.status import show
     from wmdd.runtime.log import results
 
@@ -118,11 +122,11 @@ def status(run: RunArgument) -> None:
 
 @app.command()
 def verify(run: RunArgument) -> None:
-    """Hash every block of a run again; exit 1 and name what is damaged or missing."""
+    """Check every block of a run against its SHA-256.  Exit 1 if a file is damaged or missing, and name it."""
     from wmdd.runs.distilled_set import DistilledSet
 
     found = DistilledSet.load(run)
-    typer.echo(f"{run}: {len(found)} images of {len(found.classes)} classes are whole, SHA-256 {found.sha256}")
+    typer.echo(f"{run}: {len(found)} images of {len(found.classes)} classes are intact, SHA-256 {found.sha256}")
 
 
 @app.command(epilog="Example:  wmdd report runs/digits runs/digits+paper results.jsonl --html both.html")
@@ -131,15 +135,15 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Folders of runs, sweeps, protocols or files of records; single files of records (.jsonl).",
+            help="Folders of runs, sweeps, protocols or record files, or single record files (.jsonl).",
         ),
     ],
-    html: Annotated[Path | None, typer.Option(help="Write a self-contained page.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the accuracies (without any: the speeds) as CSV.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
-    latex: Annotated[Path | None, typer.Option(help="Write the tables as LaTeX (booktabs).")] = None,
+    html: Annotated[Path | None, typer.Option(help="HTML file to write: one self-contained page.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write: the accuracies, else the speeds.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Markdown file to write: the tables.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="LaTeX file to write: the tables (booktabs).")] = None,
 ) -> None:
-    """Consolidate runs into tables: on the terminal, and as HTML, CSV, Markdown or LaTeX."""
+    """Summarize the results of runs in tables: on the terminal, and as HTML, CSV, Markdown or LaTeX."""
     from wmdd.report import text
     from wmdd.report.collect import collect
     from wmdd.report.html import write_html
@@ -157,7 +161,7 @@ def report(
 
 @app.command()
 def methods() -> None:
-    """List the distillation methods, those of plug-ins included."""
+    """List the distillation methods, including those of plug-ins."""
     from wmdd.config.schema import Config
     from wmdd.distill.methods import registry
 
@@ -168,7 +172,7 @@ def methods() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has for wmdd, and what is missing."""
+    """Check packages, GPUs, SLURM and the cache folder of this machine.  Exit 1 if something wmdd needs is broken."""
     from wmdd.doctor import examine, table
     from wmdd.runtime.log import results
 
@@ -180,7 +184,7 @@ def doctor() -> None:
 
 @config_app.command("show", epilog="Example:  wmdd config show tiny-imagenet+paper --set ipc=1")
 def config_show(config: ConfigArgument, override: SetOption = None) -> None:
-    """Print the resolved config as TOML, each key under its meaning; redirect it to a file and edit that."""
+    """Print the resolved config as TOML, with a comment on every key.  Redirect it to a file to start your own."""
     from wmdd.config.loading import load_config, to_toml
 
     typer.echo(to_toml(load_config(config, override or [])), nl=False)
@@ -188,7 +192,7 @@ def config_show(config: ConfigArgument, override: SetOption = None) -> None:
 
 @config_app.command("list")
 def config_list() -> None:
-    """List the presets, and the variants that combine with any of them."""
+    """List the presets, and the variants that combine with every preset."""
     from wmdd.config.loading import preset_names
 
     presets, variants = preset_names()
@@ -197,10 +201,10 @@ def config_list() -> None:
 
 @data_app.command("fetch", epilog="Example:  wmdd data fetch cifar10 --root /scratch/cifar10")
 def data_fetch(
-    name: Annotated[str, typer.Argument(help="cifar10, imagenette, tiny-imagenet or imagenet-1k.")],
-    root: Annotated[Path | None, typer.Option(help="Folder to put it; data/NAME by default.")] = None,
+    name: Annotated[str, typer.Argument(help="Dataset: cifar10, imagenette, tiny-imagenet or imagenet-1k.")],
+    root: Annotated[Path | None, typer.Option(help="Folder for the dataset. Default: data/NAME.")] = None,
 ) -> None:
-    """Download a data set where its licence allows it."""
+    """Download a dataset, or unpack the ImageNet archives that you have put into its folder."""
     from wmdd.data.download import fetch
 
     typer.echo(f"{name} is at {fetch(name, root)}")
@@ -213,21 +217,21 @@ def data_fetch(
 )
 def data_pack(
     config: ConfigArgument,
-    out: Annotated[Path, typer.Option(help="Folder of the shards; the same command goes on where it was stopped.")],
+    out: Annotated[Path, typer.Option(help="Folder for the packed images. The same command resumes stopped work.")],
     override: SetOption = None,
 ) -> None:
-    """Decode and resize every image of a config once, for runs that then read pixels instead of files."""
+    """Decode and resize every image of a config once, so that runs read pixels instead of image files."""
     from wmdd.config.loading import load_config
     from wmdd.data.pack import pack
 
     settings = load_config(config, override or [])
     images, size = pack(settings.data, out, settings.compute.workers)
-    typer.echo(f"{out}: {images:,} images, {size / 1e6:,.1f} MB; use them with --set data.packed={out}")
+    typer.echo(f"{out}: {images:,} images, {size / 1e6:,.1f} MB; add --set data.packed={out} to use them")
 
 
 @data_app.command("check", epilog="Example:  wmdd data check tiny-imagenet --set data.root=/scratch/tiny-imagenet-200")
 def data_check(config: ConfigArgument, override: SetOption = None, refresh: RefreshOption = False) -> None:
-    """Read every image of a config in full; list the bad ones and exit 1 if there are any."""
+    """Decode every image of a config.  Exit 1 if an image cannot be read, and list all such images."""
     from wmdd.config.loading import load_config
     from wmdd.data.dataset import check_files
 
@@ -237,33 +241,35 @@ def data_check(config: ConfigArgument, override: SetOption = None, refresh: Refr
         typer.echo(f"{name}: {reason}")
     if bad:
         raise typer.Exit(1)
-    typer.echo("every image can be read")
+    typer.echo("all images can be read")
 
 
 @data_app.command(
     "synthesize", epilog="Example:  wmdd data synthesize --classes 100 --images 300 --out /scratch/synthetic"
 )
 def data_synthesize(
-    out: Annotated[Path, typer.Option(help="New folder; train/CLASS/ and val/CLASS/ are written below it.")],
+    out: Annotated[Path, typer.Option(help="New folder; it gets subfolders train/CLASS and val/CLASS.")],
     classes: Annotated[int, typer.Option(help="Number of classes.")] = 1000,
-    images: Annotated[int, typer.Option(help="Training images of each class.")] = 1300,
-    pixels: Annotated[int, typer.Option(help="Length of the shorter side.")] = 375,
-    val: Annotated[int, typer.Option(help="Validation images of each class.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of all images.", min=0)] = 0,
-    workers: Annotated[int | None, typer.Option(help="Processes; as many as there are CPUs by default.", min=1)] = None,
+    images: Annotated[int, typer.Option(help="Number of training images of each class.")] = 1300,
+    pixels: Annotated[int, typer.Option(help="Length of each image's shorter side, in pixels.")] = 375,
+    val: Annotated[int, typer.Option(help="Number of validation images of each class.")] = 50,
+    seed: Annotated[int, typer.Option(help="Random seed of the generated images.", min=0)] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of processes. Default: the number of usable CPUs.", min=1)
+    ] = None,
 ) -> None:
-    """Generate JPEG files in ImageNet's shape for speed tests; goes on where it stopped."""
+    """Generate JPEG files in ImageNet's shape for speed tests.  The same command resumes stopped work."""
     from wmdd.data.synthetic import generate
     from wmdd.runtime.progress_bars import progress
 
     with progress(f"images in {out}", classes * (images + val), "images") as advance:
         generate(out, classes, images, pixels, val, seed, workers, advance)
-    typer.echo(f"use it with --set data.source=folder --set data.root={out}")
+    typer.echo(f"add --set data.source=folder --set data.root={out} to use the images")
 
 
 @cache_app.command("list")
 def cache_list() -> None:
-    """List the store's entries, the longest unused first."""
+    """List the cache entries; the entry that was unused for the longest time comes first."""
     import time
 
     from wmdd.storage import cache
@@ -271,17 +277,17 @@ def cache_list() -> None:
     found = cache.entries()
     for entry in found:
         age = (time.time() - entry.used) / 86400
-        told = "  named by a submission" if entry.pinned else ""
-        told += "" if entry.current else "  of another version of wmdd, not used"
-        typer.echo(f"{entry.kind:11} {entry.key[:16]}  {entry.size / 1e6:10,.1f} MB  unused {age:6.1f} days{told}")
+        notes = "  needed by a submitted job" if entry.pinned else ""
+        notes += "" if entry.current else "  written by another version of wmdd, not used"
+        typer.echo(f"{entry.kind:11} {entry.key[:16]}  {entry.size / 1e6:10,.1f} MB  unused {age:6.1f} days{notes}")
     typer.echo(f"{cache.cache_root()}: {len(found)} entries, {sum(entry.size for entry in found) / 1e6:,.1f} MB")
 
 
 @cache_app.command("prune", epilog="Example:  wmdd cache prune --older-than 30")
 def cache_prune(
-    older_than: Annotated[float, typer.Option(help="Delete entries not used for so many days.", min=0)],
+    older_than: Annotated[float, typer.Option(help="Age of the entries to delete: days since their last use.", min=0)],
 ) -> None:
-    """Delete what no run has used for long and no submission of the last 30 days names; it can be made again."""
+    """Delete old cache entries, except those that jobs of the last 30 days need.  Runs recompute deleted entries."""
     from wmdd.storage import cache
 
     gone = cache.prune(older_than)

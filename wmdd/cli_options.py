@@ -12,28 +12,31 @@ from wmdd.runtime.garbage import expect_many_objects
 from wmdd.runtime.log import on_screen
 
 ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="Preset (digits), preset with variant (digits+paper) or TOML file.")
+    str, typer.Argument(metavar="CONFIG", help="Preset (digits), preset with a variant (digits+paper) or TOML file.")
 ]
 
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. synthesis.lr=0.1.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Config key to override, such as synthesis.lr=0.1. May be repeated."
+    ),
 ]
 
 
 RefreshOption = Annotated[
-    bool, typer.Option("--refresh", help="List the images again, although their folders have not changed.")
+    bool, typer.Option("--refresh", help="List the images again, even if their folders have not changed.")
 ]
 
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 
 def parse_blocks(text: str) -> list[int]:
-    """Return the block numbers that ``7``, ``0-15`` or ``1,3-5`` names.
+    """Return the block numbers in a text such as ``7``, ``0-15`` or ``1,3-5``.
 
     Raises:
-        InputError: the text is none of these.
+        InputError: the text has another form.
     """
     blocks: list[int] = []
     for part in text.split(","):
@@ -45,7 +48,7 @@ def parse_blocks(text: str) -> list[int]:
 
 
 def answer(program: Callable[[], object]) -> None:
-    """Run a program; a known error ends it with one line and its exit code, never with a trace."""
+    """Run a program.  A known error prints one line without a traceback, and exits with the error's code."""
     expect_many_objects()
     try:
         with on_screen():

@@ -1,4 +1,4 @@
-"""What this machine has for wmdd, and what is missing."""
+"""Checks of this machine: packages, devices, SLURM and the cache folder."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: ``good``, ``absent`` (something optional) or ``broken``."""
+    """The result of one check: ``good``, ``absent`` (an optional part is missing) or ``broken``."""
 
     name: str
     state: Literal["good", "absent", "broken"]
@@ -21,8 +21,8 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at versions, devices, bf16, SLURM and the store."""
-    return [*_packages(), *_devices(), _slurm(), _store()]
+    """Check package versions, devices, bf16, SLURM and the cache folder."""
+    return [*_packages(), *_devices(), _slurm(), _cache()]
 
 
 def _packages() -> list[Finding]:
@@ -35,9 +35,9 @@ def _packages() -> list[Finding]:
             remedy = f"pip install 'wmdd[{name}]'" if optional else f"pip install {name}"
             found.append(Finding(name, "absent" if optional else "broken", remedy))
     try:
-        import torchvision  # noqa: F401 - a build for another torch fails here
+        import torchvision  # noqa: F401 - the import fails if it was built for another torch
     except Exception as error:
-        found.append(Finding("torchvision", "broken", f"does not import beside this torch: {error}"))
+        found.append(Finding("torchvision", "broken", f"cannot be imported with the installed torch: {error}"))
     return found
 
 
@@ -52,11 +52,11 @@ def _devices() -> list[Finding]:
         Finding(
             "CPU bf16",
             "good" if native_bf16() else "absent",
-            "native" if native_bf16() else "emulated: keep precision fp32",
+            "native" if native_bf16() else "emulated, slow: keep compute.precision=fp32",
         ),
     ]
     if not torch.cuda.is_available():
-        return [*found, Finding("GPU", "absent", "CUDA sees none; runs use the CPU")]
+        return [*found, Finding("GPU", "absent", "CUDA finds no GPU; runs use the CPU")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
@@ -68,23 +68,23 @@ def _devices() -> list[Finding]:
 
 def _slurm() -> Finding:
     if not shutil.which("sinfo"):
-        return Finding("SLURM", "absent", "no sinfo on PATH; wmdd run works without")
+        return Finding("SLURM", "absent", "sinfo is not on the PATH; wmdd run works without SLURM")
     command = ["sinfo", "--noheader", "--format=%P %D"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+        reply = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
     except (subprocess.SubprocessError, OSError):
-        return Finding("SLURM", "absent", "installed, but no cluster answers; wmdd run works without")
-    return Finding("SLURM", "good", "partitions (nodes): " + ", ".join(asked.stdout.splitlines()))
+        return Finding("SLURM", "absent", "installed, but no cluster answers; wmdd run works without SLURM")
+    return Finding("SLURM", "good", "partitions (nodes): " + ", ".join(reply.stdout.splitlines()))
 
 
-def _store() -> Finding:
+def _cache() -> Finding:
     from wmdd.storage.cache import cache_root
 
     root = cache_root()
-    place = next(path for path in (root, *root.parents) if path.exists())
-    if not os.access(place, os.W_OK):
-        return Finding("store", "broken", f"{root} cannot be written; set WMDD_CACHE")
-    return Finding("store", "good", f"{root}, {shutil.disk_usage(place).free / 1e9:,.0f} GB free")
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        return Finding("cache", "broken", f"{root} is not writable; set WMDD_CACHE to a writable folder")
+    return Finding("cache", "good", f"{root}, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free")
 
 
 def table(findings: list[Finding]) -> "Table":

@@ -1,4 +1,4 @@
-"""The errors a user meets, and the exit codes that go with them."""
+"""Errors that users see, and their exit codes."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -9,43 +9,43 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_RESUMABLE = 75
-"""Checkpointed after a signal: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code after a signal and a checkpoint: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
 
 
 class WmddError(Exception):
-    """Something failed for a reason that one line can state."""
+    """A failure whose reason fits on one line."""
 
     exit_code = EXIT_FAILED
     told = False
-    """Whether it was printed"""
+    """Whether the error was printed"""
 
 
 class InputError(WmddError):
-    """What the user gave is wrong; the message names where and what would be right."""
+    """Wrong input from the user.  The message names the place of the mistake and the remedy."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class Interrupted(WmddError):
-    """A signal asked the run to stop; it has checkpointed and the same command resumes it."""
+    """A stop request ended the work after a checkpoint.  The same command resumes it."""
 
     exit_code = EXIT_RESUMABLE
 
 
 def tell(error: WmddError) -> None:
-    """Print an error on standard error as the command line does, once however often this is called."""
+    """Print an error on standard error, as the command line does; further calls with the same error print nothing."""
     if not error.told:
         error.told = True
         print(f"wmdd: {error}", file=sys.stderr, flush=True)
 
 
 def complaint(item: "ErrorDetails", valid: list[str], section: str = "") -> str:
-    """Return one of pydantic's complaints as a line, with the nearest valid name for an unknown key.
+    """Return one validation error of pydantic as a line; for an unknown key, with the nearest valid name.
 
     Args:
-        item: of ``ValidationError.errors()``.
-        valid: the keys that there are at that place.
-        section: what the place is called, put before the key.
+        item: one item of ``ValidationError.errors()``.
+        valid: valid keys of the section.
+        section: name of the section, written before the key.
     """
     key = ".".join(str(part) for part in ([section] if section else []) + list(item["loc"]))
     if item["type"] == "extra_forbidden":
@@ -56,7 +56,7 @@ def complaint(item: "ErrorDetails", valid: list[str], section: str = "") -> str:
 
 
 def reason(item: "ErrorDetails") -> str:
-    """Return the message of one of pydantic's complaints."""
+    """Return the message of one validation error of pydantic."""
     return str(item["msg"]).removeprefix("Value error, ")
 
 

@@ -1,7 +1,7 @@
-"""Where work is done: here, in several processes, or through a launcher that another package brings.
+"""Launchers start runs and jobs: in this process, in several processes, or through another package.
 
-A launcher registers a function ``target -> Launcher`` in the entry-point group ``wmdd.launchers``; ``slurm`` takes the
-name of a profile.
+A package registers a function ``target -> Launcher`` in the entry-point group ``wmdd.launchers``.  The target of
+``slurm`` is the name of a profile.
 """
 
 import logging
@@ -30,20 +30,20 @@ from wmdd.runtime.signals import STOPS, StopRequest, stop_after, stop_on
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
-"""Seconds between two looks at a stop request and at the processes at work."""
+"""Seconds between two checks of the stop request and of the worker processes."""
 _TORCHRUN_GRACE_SECONDS = 45.0
-"""Seconds that torchrun has to end; it kills ranks that take more than 30."""
+"""Seconds that torchrun has to exit.  torchrun itself kills ranks that need more than 30."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A program on some ranks, which find each other as those of torchrun do."""
+    """A program that runs on several ranks, which find each other as under torchrun."""
 
     ranks: int
     module: str
     """Name of the module; each rank runs ``python -m MODULE ARGUMENTS``"""
     arguments: tuple[str, ...]
-    """The same for all ranks"""
+    """Arguments of the module, the same for all ranks"""
     folder: Path
     """Folder of the step, on a disk that all nodes share.  At its end each rank writes ``rank-00000.json`` there."""
 
@@ -53,38 +53,37 @@ class Step:
 
 
 class Launcher(ABC):
-    """Does work, or sees to it that it is done."""
+    """Does runs and jobs, or submits them to a scheduler."""
 
     @abstractmethod
     def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
-        """Do what is missing of every run (config, folder), or submit it and return.
+        """Complete every run (config, run folder), or submit the missing work and return.
 
         Raises:
-            InputError: a run cannot be done; none was begun.
-            Interrupted: a stop was requested; what was done is kept.
+            InputError: a run cannot be done; no run was begun.
+            Interrupted: a stop was requested; finished work is kept.
         """
 
     @abstractmethod
     def run_steps(self, steps: Sequence[Step], folder: Path) -> None:
-        """Run steps one after the other, each with all that it takes to start, and wait for the end of the last.
+        """Run the steps one after the other, each with new processes, and wait for the last.
 
         Args:
-            steps: steps; those that are done are left out.
+            steps: steps to run; finished steps are skipped.
             folder: folder of the job, on a disk that all nodes share.
 
         Raises:
-            WmddError: a step failed; the message has its last words.
-            Interrupted: a stop was requested; the same command runs the steps that are not done.
+            WmddError: a step failed; the message contains its last message.
+            Interrupted: a stop was requested; the same command runs the unfinished steps.
         """
 
 
 class Local(Launcher):
-    """This machine.
+    """Does runs and jobs on this machine.
 
     Args:
-        jobs: number of runs at a time; each has ``compute.threads`` threads, and a GPU of its own where there are as
-            many.
-        deadline: time, by ``time.monotonic``, at which the runs are asked to stop as by SIGTERM; None: never.
+        jobs: number of simultaneous runs.  Each has ``compute.threads`` threads.  The runs get the GPUs in turn.
+        deadline: time (``time.monotonic``) at which the runs get a stop request, as by SIGTERM; None: never.
     """
 
     def __init__(self, jobs: int = 1, deadline: float | None = None) -> None:
@@ -92,10 +91,10 @@ class Local(Launcher):
         self._deadline = deadline
 
     def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
-        """Do the runs in order, ``jobs`` at a time; the first that fails stops the others at their next safe point.
+        """Do the runs in order, ``jobs`` at a time.  A run that fails stops the others at their next safe point.
 
-        What is stopped resumes where it was: a group at its iteration, a teacher or student at its epoch.  What has not
-        stopped ``worker.GRACE_SECONDS`` later is killed.
+        A stopped run resumes later: a group at its iteration, a teacher or student at its epoch.  A process that has
+        not stopped after ``worker.GRACE_SECONDS`` is killed.
         """
         seconds = None if self._deadline is None else self._deadline - time.monotonic()
         left = len(runs)
@@ -109,9 +108,7 @@ class Local(Launcher):
                     left -= 1
                     advance(1)
             except Interrupted as reason:
-                raise Interrupted(
-                    f"stopped with {left} of {len(runs)} runs to do; the same command goes on"
-                ) from reason
+                raise Interrupted(f"stopped with {left} of {len(runs)} runs left; the same command resumes") from reason
 
     def run_steps(self, steps: Sequence[Step], folder: Path) -> None:
         """Run each step under torchrun."""
@@ -122,13 +119,13 @@ class Local(Launcher):
                 advance(1)
 
     def job(self, ranks: int, module: str, arguments: Sequence[str]) -> None:
-        """Run ``python -m module arguments`` on some ranks under torchrun.
+        """Run ``python -m module arguments`` on ``ranks`` ranks under torchrun.
 
         Raises:
-            WmddError: it failed; the message has its last words.
+            WmddError: the job failed; the message contains its last message.
             Interrupted: a stop was requested; every rank has ended.
         """
-        # The ranks of this very process, if it is one of several, would confuse torchrun.
+        # If this process is itself a rank, its variables would confuse torchrun.
         clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*launcher, "-m", module, *arguments]
@@ -147,7 +144,7 @@ class Local(Launcher):
 
 
 def _terminate(torchrun: "subprocess.Popen[bytes]") -> None:
-    """End a job with its ranks, which torchrun does when it is terminated, and could not do once it is killed."""
+    """End a job and its ranks.  torchrun ends the ranks on SIGTERM; on SIGKILL it could not."""
     torchrun.terminate()
     try:
         torchrun.wait(_TORCHRUN_GRACE_SECONDS)
@@ -157,23 +154,23 @@ def _terminate(torchrun: "subprocess.Popen[bytes]") -> None:
 
 
 def last_words(said: str) -> str:
-    """Return the line in which a job says what is wrong, among all that launchers add."""
-    lines = said.splitlines() or ["it said nothing"]
+    """Return the error line of a job's output, without the lines that launchers add."""
+    lines = said.splitlines() or ["it printed nothing"]
     return next((line for line in lines if line.startswith("wmdd: ")), lines[-1]).removeprefix("wmdd: ").strip()
 
 
 def _one_by_one(runs: Iterable[tuple[Config, Path]]) -> Iterator[None]:
-    """Do runs in this process; yields after each."""
+    """Do runs in this process; yields after each run."""
     for config, folder in runs:
         worker.do(config, folder)
         yield
 
 
 def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest) -> Iterator[None]:
-    """Do runs in several processes; yields after each."""
+    """Do runs in several processes; yields after each run."""
     todo = iter(runs)
     named = any(config.compute.device.startswith("cuda:") for config, _ in runs)
-    gpus = 0 if named else torch.cuda.device_count()  # this makes no CUDA context
+    gpus = 0 if named else torch.cuda.device_count()  # this call creates no CUDA context
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     workers = [Worker(gpu_of(visible, gpus, index)) for index in range(min(jobs, len(runs)))]
     busy = list(workers)
@@ -182,7 +179,7 @@ def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest) ->
             one.give(next(todo))
         while busy:
             if stop():
-                raise Interrupted("stopped while processes were at work")
+                raise Interrupted("stopped while worker processes were running")
             ready = wait([one.pipe for one in busy], timeout=_POLL_SECONDS)
             for one in list(busy):
                 if one.pipe in ready:
@@ -199,16 +196,16 @@ def _share(runs: Sequence[tuple[Config, Path]], jobs: int, stop: StopRequest) ->
 
 
 class Worker:
-    """A process that does runs for this one.
+    """A worker process that does runs for this process.
 
     Args:
-        gpu: the only GPU that it sees, as CUDA_VISIBLE_DEVICES names it; None: those that this process sees.
+        gpu: the only GPU that the worker sees, as CUDA_VISIBLE_DEVICES names it; None: all GPUs of this process.
     """
 
     def __init__(self, gpu: str | None = None) -> None:
         self.pipe, theirs = Pipe()
         pinned = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        # The worker inherits what is blocked here: a stop signal waits until the worker can heed it.
+        # The worker inherits the blocked signals.  A stop signal thus waits until the worker can handle it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
             self.process = subprocess.Popen(  # noqa: S603
@@ -222,15 +219,15 @@ class Worker:
             theirs.close()
 
     def give(self, run: tuple[Config, Path] | None) -> None:
-        """Send a run; None: no other comes, and the one at work is to stop."""
-        with suppress(OSError):  # it is dead, as the next look will find
+        """Send a run.  None means: no further run comes; stop the current one."""
+        with suppress(OSError):  # the worker is dead; the next poll notices it
             self.pipe.send(run)
 
     def take(self) -> None:
-        """Take the answer to a run; it is short, so it arrives whole or not at all.
+        """Receive the result of a run.  The message is short, so it arrives whole or not at all.
 
         Raises:
-            WmddError: the run failed, or the process died.
+            WmddError: the run failed, or the worker died.
         """
         try:
             failure = self.pipe.recv()
@@ -240,19 +237,19 @@ class Worker:
             raise worker.unpacked(failure)
 
     def obituary(self) -> WmddError:
-        """Return why a process that has ended did so in the middle of a run."""
+        """Return the error that explains why the worker ended during a run."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(_POLL_SECONDS)
         code = self.process.returncode or -signal.SIGKILL
         if -code in STOPS:
-            return Interrupted("a process that did runs was stopped")
+            return Interrupted("a worker process was stopped")
         if code > 0:
-            return WmddError(f"a process that did runs failed with exit code {code}; its message is above")
-        return WmddError("a process that did runs was killed; memory may be short: try fewer --jobs")
+            return WmddError(f"a worker process failed with exit code {code}; its message is above")
+        return WmddError("a worker process was killed, perhaps for lack of memory; try fewer --jobs")
 
 
 def _end(workers: Sequence[Worker]) -> None:
-    """Let the processes checkpoint and end, and kill those that do not in time."""
+    """Ask the workers to checkpoint and exit.  Kill workers that take longer than ``worker.GRACE_SECONDS``."""
     for one in workers:
         one.give(None)
     deadline = time.monotonic() + worker.GRACE_SECONDS
@@ -266,28 +263,28 @@ def _end(workers: Sequence[Worker]) -> None:
         one.pipe.close()
     if late:
         logger.warning(
-            f"{late} of {len(workers)} processes did not stop within {worker.GRACE_SECONDS:.0f} s and were killed;"
-            " they resume from their last checkpoints"
+            f"{late} of {len(workers)} worker processes did not stop within {worker.GRACE_SECONDS:.0f} s and were"
+            " killed; their runs resume from their last checkpoints"
         )
 
 
 def gpu_of(visible: str | None, count: int, index: int) -> str | None:
-    """Return the GPU of a process among several that do runs, as CUDA_VISIBLE_DEVICES names it; None: no choice.
+    """Return the GPU of a worker process, as CUDA_VISIBLE_DEVICES names it; None if the parent sees no GPU.
 
     Args:
-        visible: CUDA_VISIBLE_DEVICES of the parent; None: unset.
+        visible: CUDA_VISIBLE_DEVICES of the parent; None if it is not set.
         count: number of GPUs that the parent sees.
-        index: position of the process.
+        index: position of the worker.
     """
     names = list(map(str, range(count))) if visible is None else visible.split(",")[:count]
     return names[index % len(names)].strip() if names else None
 
 
 def find(name: str, target: str) -> Launcher:
-    """Return the launcher of another package, made for a target such as a SLURM profile.
+    """Return the launcher of another package for a target, such as a SLURM profile.
 
     Raises:
-        InputError: there is none of that name, or the target is wrong.
+        InputError: no launcher has this name, or the target is wrong.
     """
     known = {point.name: point for point in entry_points(group="wmdd.launchers")}
     if name not in known:

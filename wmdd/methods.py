@@ -1,4 +1,4 @@
-"""What a method of another package imports: ``from wmdd.methods import ClassData, ClassPlan, Method, Objective``."""
+"""Public names for distillation methods of other packages: ``from wmdd.methods import ClassData, Method``."""
 
 from wmdd.config.schema import BarycenterConfig, SynthesisConfig
 from wmdd.distill.methods.base import ClassData, ClassPlan, Method

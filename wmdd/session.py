@@ -1,4 +1,4 @@
-"""What every stage of a run needs at hand."""
+"""The objects that every stage of a run needs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from wmdd.teacher.obtain import Teacher, get_or_train_teacher
 
 @dataclass(frozen=True)
 class Session:
-    """One config with its images, its teacher, and the ranks that work on it.
+    """A config with its dataset, its teacher, and the ranks that work on it.
 
-    A baseline has the session of its run with another config: ``dataclasses.replace(session, config=...)``.
+    A baseline uses the session of its run with another config: ``dataclasses.replace(session, config=...)``.
     """
 
     config: Config
@@ -36,18 +36,18 @@ def open_session(
     stop: Callable[[], bool],
     bound: Mapping[str, Any] | None = None,
 ) -> Session:
-    """Return the session of a config; its teacher is trained or imported first if the cache does not hold it.
+    """Return the session of a config.  If the teacher is not in the cache, train or import it first.
 
     Args:
         config: resolved config.
-        dataset: images that ``config.data`` chooses.
+        dataset: images that ``config.data`` selects.
         ranks: ranks of the job.
-        stop: whether to stop.
-        bound: facts of the teacher that existing images were made with; see ``get_or_train_teacher``.
+        stop: returns whether a stop was requested.
+        bound: facts of the teacher that made the existing images; see ``get_or_train_teacher``.
 
     Raises:
-        InputError: the teacher's network or weights are wrong, or ``bound`` names another teacher.
-        Interrupted: a stop was requested; the training of the teacher resumes from its checkpoint next time.
+        InputError: the teacher's network or weights are wrong, or ``bound`` describes another teacher.
+        Interrupted: a stop was requested; the next call resumes the teacher from its checkpoint.
     """
     validation = Validation(config, dataset, ranks, stop)
     with within_memory(ranks.device, "lower teacher.batch_size"):

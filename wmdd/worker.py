@@ -1,7 +1,7 @@
-"""One of several processes that do runs for another: ``python -m wmdd.worker FD``.
+"""A worker process that does runs for its parent: ``python -m wmdd.worker FD``.
 
-Parent and worker share one duplex pipe and nothing else, so the death of one never blocks the other.  The parent sends
-runs, one at a time, and None for the end.  The worker answers each run with None, or with what ended it.
+Parent and worker share only one duplex pipe, so the death of one never blocks the other.  The parent sends one run at a
+time, and None at the end.  The worker answers each run with None, or with the error that ended it.
 """
 
 import importlib
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from wmdd.config.schema import Config
 
 GRACE_SECONDS = 20.0
-"""Seconds that a worker has to checkpoint and exit once it was asked to stop; then it is killed."""
+"""Seconds that a worker has to checkpoint and exit after a stop request; then it is killed."""
 _MESSAGE_LENGTH = 4000
-"""Characters of an error that the parent gets: an answer is sent in one piece, never half by a process being killed."""
+"""Maximum length of an error message, in characters.  A short answer is sent in one piece, even by a dying process."""
 
 
 def do(config: "Config", folder: Path) -> None:
-    """Do what is missing of a run, up to its students; who launched several runs reports them together.
+    """Complete a run up to its students.  The launching command reports all its runs together.
 
     Raises:
-        Interrupted: a stop was requested; what was done is kept.
+        Interrupted: a stop was requested; finished work is kept.
         WmddError: the run failed.
     """
     from wmdd import pipeline
@@ -44,13 +44,13 @@ def do(config: "Config", folder: Path) -> None:
 
 
 def main(pipe: int) -> None:
-    """Do runs until the parent ends or says that there are no more.
+    """Do runs until the parent ends or sends None.
 
-    Stop signals, blocked by the parent until here, are heeded from here on, and ignored once the last run has ended:
-    a late one must not kill a worker that reports and exits.
+    The parent has blocked the stop signals; this function unblocks them.  It ignores them after the last run, because a
+    late signal must not kill a worker that reports and exits.
 
     Args:
-        pipe: file descriptor of this worker's end of the pipe.
+        pipe: file descriptor of the worker's end of the pipe.
     """
     expect_many_objects()
     parent = Connection(pipe)
@@ -60,7 +60,7 @@ def main(pipe: int) -> None:
         todo: SimpleQueue[Any] = SimpleQueue()
         begun = threading.Event()
         threading.Thread(target=_listen, args=(parent, todo, stop, begun), daemon=True).start()
-        importlib.import_module("wmdd.pipeline")  # and with it torch, which takes seconds
+        importlib.import_module("wmdd.pipeline")  # imports torch, which takes seconds
         begun.set()
         try:
             for config, folder in iter(todo.get, None):
@@ -73,7 +73,7 @@ def main(pipe: int) -> None:
 
 
 def _listen(parent: Connection, todo: "SimpleQueue[Any]", stop: StopRequest, begun: threading.Event) -> None:
-    """Pass on what the parent sends; at its end, or without a parent, see to it that this process ends."""
+    """Queue the runs that the parent sends.  When the parent sends None or is gone, end this process."""
     with suppress(EOFError, OSError):
         while run := parent.recv():
             todo.put(run)
@@ -82,7 +82,7 @@ def _listen(parent: Connection, todo: "SimpleQueue[Any]", stop: StopRequest, beg
     stop.ask()
     todo.put(None)
     with suppress(EOFError, OSError):
-        parent.recv()  # nothing comes but the parent's end
+        parent.recv()  # returns when the parent ends
     time.sleep(GRACE_SECONDS)
     os._exit(EXIT_RESUMABLE)
 
@@ -93,7 +93,7 @@ def _answer(parent: Connection, failure: WmddError | None) -> None:
 
 
 def unpacked(failure: tuple[int, str]) -> WmddError:
-    """Return the error that a worker's answer tells of."""
+    """Return the error that a worker's answer describes."""
     code, message = failure
     kinds: tuple[type[WmddError], ...] = (InputError, Interrupted)
     return next((kind for kind in kinds if kind.exit_code == code), WmddError)(message)

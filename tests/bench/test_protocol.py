@@ -111,7 +111,7 @@ def test_several_protocols_stop_after_so_many_minutes_and_go_on_to_the_same_resu
         longer = ["--set", "student.epochs=3000", "--minutes", "0.05", "--jobs", jobs]
         stopped = CliRunner().invoke(app, [*command, *longer])
         assert isinstance(stopped.exception, Interrupted)
-        assert "stopped with 6 of 6 runs to do" in str(stopped.exception)
+        assert "stopped with 6 of 6 runs left" in str(stopped.exception)
     assert CliRunner().invoke(app, command).exit_code == 0
     assert measured(out) == measured(finished)
     assert {path.name for path in out.iterdir()} == {"first", "second", "report.html"}

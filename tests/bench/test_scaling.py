@@ -114,7 +114,7 @@ def test_the_slowest_rank_counts_and_every_rank_must_have_written(tmp_path: Path
 def test_the_last_words_of_a_job_are_those_of_the_rank_that_failed() -> None:
     assert last_words("noise\nwmdd: no teacher\nTraceback\nsigterm") == "no teacher"
     assert last_words("noise\nKilled\n") == "Killed"
-    assert last_words("") == "it said nothing"
+    assert last_words("") == "it printed nothing"
 
 
 def test_refusals() -> None:

@@ -298,5 +298,5 @@ def test_the_command_packs_and_says_how_to_use_it(tree: Path, tmp_path: Path) ->
     arguments = [word for setting in settings for word in ("--set", setting)]
     result = CliRunner().invoke(app, ["data", "pack", "imagenette", "--out", str(out), *arguments])
     assert result.exit_code == 0
-    assert f"28 images, 0.0 MB; use them with --set data.packed={out}" in result.stdout
+    assert f"28 images, 0.0 MB; add --set data.packed={out} to use them" in result.stdout
     assert json.loads((out / shards_module.INDEX).read_text())["data"]["resolution"] == 8

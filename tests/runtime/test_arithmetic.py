@@ -337,7 +337,7 @@ def test_older_entries_of_the_cache_are_named_and_not_used(
     pipeline.run(tiny, tmp_path / "run", share=IMAGES)
     assert [line for line in said if "1 entries of another version of wmdd are not used" in line]
     listed = CliRunner().invoke(app, ["cache", "list"]).output.splitlines()
-    assert [line for line in listed if "000000" in line and line.endswith("of another version of wmdd, not used")]
+    assert [line for line in listed if "000000" in line and line.endswith("by another version of wmdd, not used")]
     assert sum("another version" in line for line in listed) == 1
 
 

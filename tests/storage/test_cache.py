@@ -125,7 +125,7 @@ def test_prune_keeps_what_is_in_use_and_what_a_submission_of_the_last_30_days_na
     age(own.rglob("*"), days=60)
     cache.pin(pipeline.entries_of(tiny, load_dataset(tiny.data)))
     assert cache.prune(30) == [] and [entry.pinned for entry in cache.entries()] == [True, True]
-    assert "named by a submission" in CliRunner().invoke(cli.app, ["cache", "list"]).output
+    assert "needed by a submitted job" in CliRunner().invoke(cli.app, ["cache", "list"]).output
     age((own / "pins").iterdir(), days=31)
     assert sorted(entry.kind for entry in cache.prune(30)) == kinds
     assert cache.entries() == [] and list((own / "pins").iterdir()) == []
