@@ -177,7 +177,7 @@ def test_no_scope_has_the_fingerprint_of_another() -> None:
 
 
 def test_a_field_that_does_not_say_what_it_decides_is_an_error_at_import() -> None:
-    with pytest.raises(TypeError, match=r"Silent\.key does not say what it decides"):
+    with pytest.raises(TypeError, match=r"Silent\.key does not declare which results it decides"):
 
         class Silent(Section):
             key: int = 0

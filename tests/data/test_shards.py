@@ -288,7 +288,7 @@ def test_a_damaged_shard_is_not_staged(tree: Path, tmp_path: Path) -> None:
 
 
 def test_staging_without_shards_is_refused() -> None:
-    with pytest.raises(InputError, match=r"give their folder with data\.packed"):
+    with pytest.raises(InputError, match=r"set their folder with data\.packed"):
         load_config("digits", ["data.stage=/tmp"])
 
 

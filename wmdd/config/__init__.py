@@ -1,1 +1,1 @@
-"""What a run is: the config's schema, its presets and files, and the fingerprints that follow from it."""
+"""The config of a run: schema, presets, TOML files and fingerprints."""

@@ -1,4 +1,4 @@
-"""Configs from presets, TOML files and overrides, and back to TOML."""
+"""Load a config from a preset or TOML file with overrides, and write it as TOML."""
 
 import tomllib
 import types
@@ -16,7 +16,7 @@ from wmdd.storage.files import read_toml
 
 
 def preset_names() -> tuple[list[str], list[str]]:
-    """Return the names of the shipped presets and of the variants that combine with them (``preset+variant``)."""
+    """Return the names of the presets, and of the variants that combine with them (``preset+variant``)."""
     folder = resources.files("wmdd.config") / "presets"
     return tuple(  # type: ignore[return-value]
         sorted(entry.name.removesuffix(".toml") for entry in place.iterdir() if entry.name.endswith(".toml"))
@@ -25,16 +25,16 @@ def preset_names() -> tuple[list[str], list[str]]:
 
 
 def load_config(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Resolve a preset (``digits``), one with variants (``digits+paper``) or a TOML file, then ``--set`` overrides.
+    """Load a preset (``digits``), a preset with variants (``digits+paper``) or a TOML file, and apply overrides.
 
-    A TOML file may begin from another config with ``extends = "preset+variant"``.
+    A TOML file may extend another config: ``extends = "preset+variant"``.
 
     Args:
-        source: name or path.
-        overrides: strings such as ``synthesis.bn_weight=30``; values are read as TOML, else as a string.
+        source: name of a preset, or path of a TOML file.
+        overrides: strings such as ``synthesis.bn_weight=30``.  A value is parsed as TOML, else taken as a string.
 
     Raises:
-        InputError: no such preset or file, unknown key, value of a wrong type or out of range.
+        InputError: the preset or file does not exist, a key is unknown, or a value has the wrong type or range.
     """
     values = _read(str(source))
     for override in overrides:
@@ -49,7 +49,7 @@ def load_config(source: str | Path, overrides: typing.Sequence[str] = ()) -> Con
 
 
 def describe(config: Config) -> list[tuple[str, Any, str]]:
-    """Return (dotted key, value, meaning) of every field, in order."""
+    """Return (dotted key, value, description) of every field, in order."""
     rows: list[tuple[str, Any, str]] = []
 
     def walk(section: Section, prefix: str) -> None:
@@ -65,7 +65,7 @@ def describe(config: Config) -> list[tuple[str, Any, str]]:
 
 
 def to_toml(config: Config) -> str:
-    """Return the whole config as TOML, each field under its meaning: a file that ``load_config`` reads back."""
+    """Return the whole config as TOML for ``load_config``, with a description above each key."""
     import json
     import textwrap
 
@@ -88,7 +88,7 @@ def _read(source: str) -> dict[str, Any]:
     base, *extras = source.split("+")
     if base not in presets:
         hint = nearest(base, presets)
-        raise InputError(f"{source}: no preset {base!r} and no file of that name; {hint} (a file's name ends in .toml)")
+        raise InputError(f"{source}: no preset {base!r}; {hint} (the name of a config file must end in .toml)")
     folder = resources.files("wmdd.config") / "presets"
     values = tomllib.loads((folder / f"{base}.toml").read_text())
     for extra in extras:
@@ -104,7 +104,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is not None:
         if not isinstance(parent, str):
-            raise InputError(f"{path}: extends = {parent!r}: expected the name of a preset, such as 'digits+paper'")
+            raise InputError(
+                f"{path}: extends = {parent!r}: expected a preset, such as 'digits+paper', or a .toml file"
+            )
         inherited = _read(str(path.parent / parent) if parent.endswith(".toml") else parent)
         _merge(inherited, values, str(path))
         values = inherited
@@ -138,7 +140,7 @@ def _parse(text: str) -> Any:
 
 
 def _explain(error: ValidationError) -> str:
-    """Turn pydantic's first complaints into one line."""
+    """Return the first three validation errors of pydantic on one line."""
     items = error.errors()[:3]
     return "; ".join(complaint(item, list(_section_at(item["loc"][:-1]).model_fields)) for item in items)
 

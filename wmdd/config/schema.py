@@ -1,4 +1,4 @@
-"""What a run is: frozen models whose every field is documented, checked before any work starts."""
+"""Schema of the config: frozen models with a description of every field, validated before any work starts."""
 
 from typing import Annotated, Any, Literal
 
@@ -29,65 +29,66 @@ View = Literal["epochs", "updates", "plain", "epochs-twice", "updates-twice"]
 
 
 class ComputeConfig(Section, decides=Decides("arithmetic")):
-    """Where and how the arithmetic runs."""
+    """Device, precision and processes of the computation."""
 
     device: str = "auto"
-    """``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    """Device: ``auto`` (CUDA if available, else CPU), ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: Positive = 1
-    """CPU threads of each rank; fixed here because launchers would otherwise choose."""
+    """Number of CPU threads of each rank. It is a config key because launchers would otherwise choose it."""
     workers: Annotated[Count, Decides("nothing")] = 2
-    """Number of processes that decode images, and of those that compute barycenters; 0 does both in the main process.
-    At most one of each starts for every CPU that a rank may use."""
+    """Number of processes that decode images, and number of processes that compute barycenters. 0: the main process
+    does both. A rank starts at most one of each for every CPU that it may use."""
     precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
-    """``fp32``: IEEE single precision on every device. ``tf32``: convolutions and matrix products of NVIDIA GPUs from
-    Ampere on, with 10 bits of mantissa. ``bf16``: the networks run under autocast; moments, losses and images stay
-    fp32. ``auto``: bf16 where the hardware has it natively, else fp32."""
+    """Precision. ``fp32``: IEEE single precision on every device. ``tf32``: convolutions and matrix products with a
+    10-bit mantissa, on NVIDIA GPUs from Ampere on. ``bf16``: networks run under autocast; moments, losses and images
+    stay fp32. ``auto``: bf16 where the hardware supports it natively, else fp32."""
     compile: bool = False
-    """Run the steps of synthesis, students and teacher through torch.compile: a minute or more of compilation for each,
-    then faster steps; for long runs."""
+    """Compile the steps of synthesis, students and teacher with torch.compile. Compilation takes minutes; then steps
+    are faster. Use it for long runs."""
     deterministic: bool = True
-    """Let cuDNN take deterministic algorithms only. false lets it try several and keep the fastest (GPUs only):
-    results then differ a little from run to run."""
+    """Allow only deterministic algorithms of cuDNN. false: cuDNN chooses the fastest algorithm, and results on a GPU
+    differ slightly between runs."""
     checkpoint_seconds: Annotated[Weight, Decides("nothing")] = 600.0
     """Seconds between two checkpoints of a group in synthesis, or of a teacher or student in training."""
 
 
 class DataConfig(Section, decides=Decides("data")):
-    """The images to distill."""
+    """The dataset to distill."""
 
     source: Literal["digits", "cifar10", "imagenette", "tiny-imagenet", "imagenet-1k", "folder"] = "folder"
-    """Which data set; ``folder`` is any tree with ``train/CLASS/`` and ``val/CLASS/``."""
+    """Dataset. ``folder``: your own images, in ``train/CLASS/`` and ``val/CLASS/``."""
     root: Annotated[str | None, Decides("nothing")] = None
-    """Folder of the data set; ``wmdd data fetch`` fills it. None: ``data/SOURCE`` below the working folder."""
+    """Folder of the dataset; ``wmdd data fetch`` fills it. None: ``data/SOURCE`` in the working folder."""
     format: Annotated[Literal["auto", "folder", "tiny-imagenet"], Decides("nothing")] = "auto"
-    """How the images are stored: ``folder`` (``train/CLASS/``, ``val/CLASS/``), ``tiny-imagenet`` (with
-    ``val_annotations.txt``), or whichever is found (``auto``)."""
+    """Layout of the dataset's folder. ``folder``: ``train/CLASS/`` and ``val/CLASS/``. ``tiny-imagenet``: with
+    ``val_annotations.txt``. ``auto``: detected."""
     packed: Annotated[str | None, Decides("nothing")] = None
-    """Folder that ``wmdd data pack`` filled: images are read from there, already decoded, instead of ``root``."""
+    """Folder of packed images from ``wmdd data pack``. The run reads decoded pixels there instead of ``root``."""
     stage: Annotated[str | None, Decides("nothing")] = None
-    """Folder on this node's own disk, to which the packed shards that a process needs are copied, once a node."""
+    """Folder on a local disk of the node. Each node copies the packed images that it needs there once."""
     classes: int | str | tuple[str, ...] | None = None
-    """All classes (None), the first N (10), a range of positions ("10:20"), or a list of names."""
+    """Classes to use: all (None), the first N (10), a range of positions ("10:20"), or a list of names."""
     resolution: Annotated[int, Field(ge=8)] = 224
     """Height and width of every image, in pixels."""
     channels: Literal[1, 3] = 3
-    """3 turns grey images into three equal channels; 1 turns colour images grey."""
+    """Color channels. 3: gray images get three equal channels. 1: color images become gray."""
     crop_ratio: CropScale = 1.0
-    """The shorter side is resized to ``resolution / crop_ratio``, then the centre is cut out (ImageNet: 0.875)."""
+    """The shorter side is resized to ``resolution / crop_ratio``; then the center is cropped (ImageNet: 0.875)."""
     mean: Annotated[tuple[float, ...], Decides("teacher")] = (0.485, 0.456, 0.406)
-    """Mean of each channel, on the scale 0 to 1, subtracted before the network."""
+    """Mean of each channel on the scale 0 to 1. It is subtracted before the network."""
     std: Annotated[tuple[Rate, ...], Decides("teacher")] = (0.229, 0.224, 0.225)
-    """Standard deviation of each channel, divided by before the network."""
+    """Standard deviation of each channel. Pixels are divided by it before the network."""
     holdout_per_class: Count = 0
-    """Images of each training class kept apart to choose recipes on; students are then validated on these."""
+    """Number of training images of each class to hold out. If it is not 0, students are validated on these images
+    instead of the test set. Use it to choose a recipe."""
     on_error: Annotated[Literal["fail", "skip"], Decides("nothing")] = "fail"
-    """An image that cannot be read ends the run (``fail``) or is left out and counted (``skip``). The identity of
-    the data set names those that are left."""
+    """What to do with an unreadable image. ``fail``: end the run. ``skip``: leave the image out and count it; the
+    dataset's fingerprint then covers only the remaining images."""
 
     @model_validator(mode="after")
     def _stage_has_shards(self) -> "DataConfig":
         if self.stage is not None and self.packed is None:
-            raise ValueError("data.stage copies packed shards; give their folder with data.packed=...")
+            raise ValueError("data.stage copies packed images; set their folder with data.packed=...")
         return self
 
     @model_validator(mode="after")
@@ -99,28 +100,29 @@ class DataConfig(Section, decides=Decides("data")):
 
 
 class TeacherConfig(Section, decides=Decides("teacher")):
-    """The frozen network whose features and BatchNorm statistics are matched."""
+    """The teacher: a frozen network. Synthesis matches its features and BatchNorm statistics."""
 
     network: str = "resnet18"
-    """``resnet18`` and any other torchvision classifier with BatchNorm, or ``convnetD`` / ``convnetDxW``: D blocks
-    of W channels (convnet3x64)."""
+    """Architecture: ``resnet18`` or another torchvision classifier with BatchNorm, or ``convnetD`` / ``convnetDxW``
+    with D blocks of W channels (convnet3x64)."""
     stem: Literal["auto", "standard", "small", "stride2"] = "auto"
-    """First layers of a ResNet: ``small`` (3x3, stride 1), ``stride2`` (3x3, stride 2), both without max-pool;
+    """First layers of a ResNet. ``small``: 3x3, stride 1. ``stride2``: 3x3, stride 2. Neither has max-pooling.
     ``auto``: small up to 32 px, stride2 up to 64 px, standard above."""
     weights: str | None = None
-    """None trains the teacher here; ``torchvision:NAME`` or the path of a weights file loads it, strictly."""
+    """Weights of the teacher: ``torchvision:NAME`` or the path of a weights file. None: the run trains the teacher."""
     outputs: tuple[Count, ...] | None = None
-    """For weights of more classes that do not name them: the output that stands for each class of the data set."""
+    """Index of the network output for each class of the dataset. Needed for weights with more outputs and without class
+    names."""
     seed: Count = 0
-    """Seed of its initialisation and training; apart from the run's, so that distillation seeds share a teacher."""
+    """Random seed of the teacher. It is separate from the run's seed, so that distillation seeds share a teacher."""
     ranks: Positive = 1
-    """Ranks that train it under DistributedDataParallel; another number is another teacher."""
+    """Number of ranks that train the teacher (DistributedDataParallel). Another number gives another teacher."""
     epochs: Positive = 50
-    """Passes over the training set."""
+    """Number of passes over the training set."""
     batch_size: Positive = 32
-    """Images of one update, over all ranks."""
+    """Number of images in one update, over all ranks."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with Nesterov momentum, or AdamW; both under a cosine schedule to zero."""
+    """Optimizer: SGD with Nesterov momentum, or AdamW. Both use a cosine schedule to zero."""
     lr: Rate = 0.025
     """Peak learning rate."""
     momentum: Fraction = 0.9
@@ -130,81 +132,84 @@ class TeacherConfig(Section, decides=Decides("teacher")):
     label_smoothing: Fraction = 0.0
     """Label smoothing of the cross-entropy."""
     crop_scale: CropScale = 0.25
-    """Smallest share of the area that a random resized crop keeps."""
+    """Smallest share of the image area that a random resized crop keeps."""
     flip: bool = True
-    """Mirror half of the images; wrong for digits."""
+    """Mirror images with probability one half. Wrong for digits."""
 
 
 class StatisticsConfig(Section, decides=Decides("statistics")):
-    """The pass over the real images of each class."""
+    """The class statistics: one pass over the real images of each class."""
 
     batch_size: Positive = 100
-    """Images of one class in one forward pass."""
+    """Number of images of one class in one forward pass."""
     between: Literal["exact", "batchwise"] = "exact"
-    """Variance between images: over the class, or the mean over batches that the public code computes."""
+    """Variance between images. ``exact``: over the class. ``batchwise``: mean over batches, as in the public code."""
     augment: bool = False
-    """Show the teacher the crops and flips of synthesis instead of the whole images."""
+    """Apply the crops and flips of synthesis to the real images, instead of using whole images."""
 
 
 class BarycenterConfig(Section, decides=Decides("images")):
-    """The K = IPC atoms that stand for a class in feature space."""
+    """The Wasserstein barycenter: K = IPC atoms that represent a class in feature space."""
 
     weights: Literal["uniform", "free", "alternating"] = "uniform"
-    """``uniform``: every atom weighs 1/K. ``free``: optimal quantisation (Lloyd), weights are the cell masses.
-    ``alternating``: the paper's algorithm (Cuturi & Doucet 2014)."""
+    """Weights of the atoms. ``uniform``: every atom has weight 1/K. ``free``: optimal quantization (Lloyd), with the
+    cell masses as weights. ``alternating``: the paper's algorithm (Cuturi & Doucet 2014)."""
     atoms: Literal["means", "medoids"] = "means"
-    """Points in feature space, or the features of the real images nearest to them."""
+    """Atoms. ``means``: any points in feature space. ``medoids``: the features of the nearest real images."""
     starts: Positive = 4
-    """Seeded starts; the one with the least W2² is kept."""
+    """Number of random starts. The result with the smallest W2² is kept."""
     rounds: Positive = 100
-    """Most rounds of a start; it ends earlier once W2² stands still."""
+    """Maximum number of iterations of one start. It ends earlier when W2² no longer changes."""
 
 
 class SynthesisConfig(Section, decides=Decides("images")):
-    """How images are optimised against their targets: L = f·L_feature + λ·L_BN + c·CE."""
+    """The optimization of the images. Its loss is L = f·L_feature + λ·L_BN + c·CE."""
 
     classes_per_group: Count = 0
-    """Classes synthesised together; 0 takes as many as make up 100 images. Part of the recipe, never of the machine."""
+    """Number of classes synthesized together as a group. 0: as many as give 100 images. It is part of the recipe and
+    changes the images."""
     split_class: Positive = 1
-    """Ranks that share the images of every class of a group and all-reduce its moments, for classes that do not fit one
-    device; a number of ranks that divides the IPC."""
+    """Number of ranks that share the images of each class, for classes too large for one device. The ranks all-reduce
+    the moments. The number must divide the IPC."""
     iterations: Count = 2000
-    """Optimiser steps."""
+    """Number of optimizer steps."""
     lr: Rate = 0.25
-    """Adam's learning rate on the normalised images, cosine to zero."""
+    """Peak learning rate of Adam on the normalized images, under a cosine schedule to zero."""
     betas: tuple[Fraction, Fraction] = (0.5, 0.9)
     """Adam's betas."""
     start: Literal["noise", "real"] = "noise"
-    """Gaussian noise, or the real image nearest to each atom."""
+    """Initial images: Gaussian noise, or the real image nearest to each atom."""
     norm: Literal["squared", "euclidean"] = "squared"
-    """Squared distances summed over classes (the paper), or the plain norms of the public code: one over the group
-    for features, per class and averaged for BatchNorm."""
+    """Distance. ``squared``: squared distances, summed over classes (the paper). ``euclidean``: norms as in the public
+    code, one over the group for features, and the mean over classes for BatchNorm."""
     feature_weight: Weight = 1.0
-    """Weight f of the distance between features and atoms."""
+    """Weight f of the feature term: the distance between features and atoms."""
     bn_weight: Weight = 100.0
-    """Weight λ of the BatchNorm term; useful from 10 to 1000."""
+    """Weight λ of the BatchNorm term; usually 10 to 1000."""
     bn_first_weight: Weight = 1.0
     """Extra factor on the first BatchNorm layer."""
     bn_target: Literal["class", "global"] = "class"
-    """Match each class's own moments (PCBN), or the teacher's running statistics over the whole group."""
+    """BatchNorm target. ``class``: the moments of each class (PCBN). ``global``: the teacher's running statistics,
+    matched over the whole group."""
     bn_variance: Literal["total", "matched"] = "total"
-    """Target variance: of the class, or what K images can have: within + between·(1 − Σ w²)."""
+    """Target variance. ``total``: the variance of the class. ``matched``: the variance that K images can have,
+    within + between·(1 − Σ w²)."""
     bn_weighted: bool = True
-    """Images count by their barycenter weights in the moments of their class, or all alike."""
+    """Weight the images by their barycenter weights in the moments of their class. false: all images count equally."""
     ce_weight: Weight = 0.0
-    """Weight c of the teacher's cross-entropy, averaged over images."""
+    """Weight c of the cross-entropy term: the teacher's loss, averaged over images."""
     augment: Literal["group", "image"] = "group"
-    """One crop and flip for all images of a group each iteration, or one for each image."""
+    """Crop and flip in each iteration. ``group``: one for all images of a group. ``image``: one for each image."""
     crop_scale: tuple[CropScale, CropScale] = (0.08, 1.0)
-    """Range of the area that a random resized crop keeps."""
+    """Smallest and largest share of the image area that a random resized crop keeps."""
     crop_curriculum: Fraction = 0.0
-    """Share of the iterations over which the smallest crop shrinks from the whole image to its final scale (CDA)."""
+    """Share of the iterations during which the smallest crop shrinks from the whole image to its final scale (CDA)."""
     flip: bool = True
-    """Mirror with probability one half."""
+    """Mirror images with probability one half."""
     jitter: Count = 0
-    """Images are rolled by up to this many pixels along each axis."""
+    """Largest cyclic shift of the images along each axis, in pixels."""
     clamp: bool = True
-    """Keep pixels in the valid range after each step."""
+    """Clamp the pixels to the valid range after each step."""
 
     @field_validator("crop_scale")
     @classmethod
@@ -215,41 +220,42 @@ class SynthesisConfig(Section, decides=Decides("images")):
 
 
 class LabelsConfig(Section, decides=Decides("labels")):
-    """What students learn from, and the augmentation under which the teacher labels (FKD)."""
+    """The labels of the students, and the augmentation under which the teacher computes them (FKD)."""
 
     regimes: Annotated[tuple[Literal["hard", "soft", "stored", "budget"], ...], Decides("selection")] = Field(
         ("soft",), min_length=1
     )
-    """``hard``: the class of each image. ``soft``: the teacher's logits for each augmented batch, computed online.
-    ``stored``: the same logits, written once per student seed, one file an epoch, and read back. ``budget``: as many
-    stored epochs as ``budget`` pays for, visited in turn."""
+    """Label regimes. ``hard``: the class of each image. ``soft``: the teacher's logits for each augmented batch,
+    computed during training. ``stored``: the same logits, saved once per student seed, one file per epoch. ``budget``:
+    only as many stored epochs as fit ``budget``, used in turn."""
     encoding: Literal["fp16", "topk", "int8"] = "fp16"
-    """How logits are stored: all in fp16, the ``top_k`` largest with the mass of the rest, or all in 8 bits."""
+    """Format of stored logits. ``fp16``: all logits in fp16. ``topk``: the ``top_k`` largest, and the mass of the rest.
+    ``int8``: all logits in 8 bits."""
     top_k: Positive = 10
-    """Logits of each image that ``topk`` keeps."""
+    """Number of logits that ``topk`` keeps for each image."""
     budget: Annotated[Rate, Decides("students")] = 1.0
-    """Bytes of stored logits that ``budget`` may spend, as a multiple of the bytes of the images' pixels."""
+    """Maximum size of the stored logits in the regime ``budget``, as a multiple of the size of the images' pixels."""
     weighted: Annotated[bool, Decides("students")] = False
-    """Images count by their barycenter weights in the student's loss, or all alike."""
+    """Weight the images by their barycenter weights in the student's loss. false: all images count equally."""
     teacher_mode: Literal["eval", "batch"] = "eval"
-    """BatchNorm statistics under which the teacher labels: its running ones (``eval``), or those of each mixed
-    batch, all its images together on however many ranks (``batch``: the batch-specific labels of CV-DD and FADRM)."""
+    """BatchNorm statistics of the teacher when it labels. ``eval``: its running statistics. ``batch``: the statistics
+    of each mixed batch over all ranks (batch-specific labels of CV-DD and FADRM)."""
     loss: Annotated[Literal["kl", "mse-ce"], Decides("students")] = "kl"
-    """Loss of soft labels. ``kl``: KL divergence at ``temperature``, times T². ``mse-ce``: squared error of the logits,
-    mean over classes, plus ``ce_weight`` times the cross-entropy with both classes of a mix (EDC, whose code takes the
-    image's own class alone); it needs all logits, hence no ``topk``."""
+    """Loss of soft labels. ``kl``: KL divergence at ``temperature``, times T². ``mse-ce`` (EDC): squared error of the
+    logits, mean over classes, plus ``ce_weight`` times the cross-entropy with both classes of a mix. EDC's code uses
+    only the image's own class. ``mse-ce`` needs all logits, so it does not work with ``topk``."""
     ce_weight: Annotated[Weight, Decides("students")] = 0.025
-    """Weight of the cross-entropy in ``mse-ce``."""
+    """Weight of the cross-entropy in the loss ``mse-ce``."""
     temperature: Annotated[Rate, Decides("students")] = 20.0
     """Temperature of the KL divergence."""
     crop_scale: CropScale = 0.08
-    """Smallest share of the area that a random resized crop keeps."""
+    """Smallest share of the image area that a random resized crop keeps."""
     flip: bool = True
-    """Mirror half of the images."""
+    """Mirror images with probability one half."""
     mix: Literal["cutmix", "mixup", "none"] = "cutmix"
-    """How the images of a batch are mixed."""
+    """Mixing of the images of a batch."""
     mix_alpha: Rate = 1.0
-    """Beta(α, α) of the mixing ratio."""
+    """Parameter α of the mixing ratio's distribution, Beta(α, α)."""
 
     @model_validator(mode="after")
     def _squared_errors_need_all_logits(self) -> "LabelsConfig":
@@ -259,44 +265,43 @@ class LabelsConfig(Section, decides=Decides("labels")):
 
 
 class StudentConfig(Section, decides=Decides("students")):
-    """The networks trained on the distilled set to measure it."""
+    """The students: networks trained on the distilled set to measure it."""
 
     networks: Annotated[tuple[str, ...], Decides("selection")] = Field(("resnet18",), min_length=1)
-    """Architectures, named as for the teacher."""
+    """Architectures of the students, named as in ``teacher.network``."""
     seeds: Annotated[Positive, Decides("selection")] = 3
-    """Students of each architecture, label regime and view."""
+    """Number of students of each architecture, label regime and training length."""
     first_seed: Annotated[Count, Decides("selection")] = 0
-    """Seed of the first of them; the others follow."""
+    """Random seed of the first student; the others have the following seeds."""
     views: Annotated[tuple[View, ...], Decides("selection")] = Field(("epochs",), min_length=1)
-    """``epochs``: as many passes as ``epochs`` says. ``updates``: as many optimiser steps as ``updates`` says, however
-    small the set. ``plain``: ``epochs`` passes over whole images, without crops, flips and mixing. ``epochs-twice`` and
-    ``updates-twice``: twice as long, which shows whether students have converged."""
+    """Training lengths. ``epochs``: ``student.epochs`` passes. ``updates``: ``student.updates`` optimizer steps, for a
+    set of any size. ``plain``: ``student.epochs`` passes over whole images, without crops, flips and mixing.
+    ``epochs-twice`` and ``updates-twice``: twice as long, to show whether students have converged."""
     updates: Positive = 3000
-    """Optimiser steps of the view ``updates``."""
+    """Number of optimizer steps at training length ``updates``."""
     ranks: Positive = 1
-    """Ranks that train each student together under DistributedDataParallel; another number is another recipe."""
+    """Number of ranks that train each student together (DistributedDataParallel). Another number is another recipe."""
     epochs: Positive = 300
-    """Passes over the distilled set."""
+    """Number of passes over the distilled set."""
     batch_size: Annotated[Positive, Decides("labels")] = 100
-    """Images of one update; a smaller set is one batch."""
+    """Number of images in one update. A smaller set is one batch."""
     lr: Rate = 1e-3
     """Peak learning rate of AdamW."""
     weight_decay: Weight = 0.01
     """Weight decay of AdamW."""
     cosine_stretch: Annotated[float, Field(ge=1)] = 1.0
-    """ζ of the smoothed cosine: the schedule is that of a training ζ times as long, cut off at the last epoch."""
+    """Stretch ζ of the cosine schedule: a schedule for ζ times as many epochs, cut off at the last epoch."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the exponential moving average of the weights, from the initial ones on, that is validated in their
-    place (EDC: 0.99; after 200 updates that still holds 13 % of the initial weights); the BatchNorm statistics are the
-    student's own, as in EDC. 0: none."""
+    """Decay of the exponential moving average (EMA) of the weights (EDC: 0.99). The average starts from the initial
+    weights and is validated in place of the weights, with the student's BatchNorm statistics, as in EDC. 0: no EMA."""
     validate_every: Annotated[Count, Decides("nothing")] = 0
-    """Epochs between two validations on the way, for the log of the student and the best epoch in its record, which
-    is never compared. Results are those of the last epoch. 0: only after the last one."""
+    """Number of epochs between two validations during training. They appear in the student's log; its record contains
+    the best epoch. Results always come from the last epoch. 0: validate only after the last epoch."""
     baselines: Annotated[tuple[str, ...], Decides("selection")] = ("random",)
-    """Methods distilled beside the run's own at the same IPC, and measured by the same students."""
+    """Methods to compare with: distilled at the same IPC, and measured by the same students."""
     baseline_sets: Annotated[Positive, Decides("selection")] = 5
-    """Sets of the baseline ``random``, drawn with the seeds from ``seed`` on. Each of several has one student of each
-    kind; a single one has as many as the run. Other baselines have one set, like the run."""
+    """Number of sets of the baseline ``random``, drawn with the seeds from ``seed`` on. With several sets, each set has
+    one student of each kind. A single set has as many students as the run. Other baselines have one set."""
 
 
 class TuningConfig(Section, decides=Decides("nothing")):
@@ -310,30 +315,31 @@ class TuningConfig(Section, decides=Decides("nothing")):
 
 
 class ExternalConfig(Section, decides=Decides("images")):
-    """A distilled set that others made, for ``method = "external"`` (``wmdd bench evaluate``)."""
+    """A distilled set from another project, for ``method = "external"`` (``wmdd bench evaluate``)."""
 
     folder: Annotated[str | None, Decides("nothing")] = None
-    """Folder of its images, one sub-folder a class."""
+    """Folder of the images, with one subfolder for each class."""
     layout: Literal["auto", "classes", "numbered"] = "auto"
-    """``classes``: sub-folders bear the names of the classes. ``numbered``: ``new007`` or ``00007`` holds the class at
-    position 7 in the sorted list of the data set's classes. ``auto``: by names if all are there, else by numbers."""
+    """Names of the subfolders. ``classes``: names of the classes. ``numbered``: ``new007`` or ``00007`` for the class
+    at position 7 in the sorted list of the dataset's classes. ``auto``: names if all classes are found, else
+    numbers."""
     sha256: str | None = None
-    """Names the files, by their names and contents: a changed folder is another distillation, and is refused."""
+    """SHA-256 over the names and contents of the files. The run refuses a folder that has changed."""
 
 
 class Config(Section):
-    """One run: a data set, a method and its settings."""
+    """The config of one run: a dataset, a method and its settings."""
 
     name: Annotated[str, Decides("nothing")] = "run"
-    """Name of the run; the folder is ``runs/NAME`` unless ``--out`` says otherwise."""
+    """Name of the run. The run folder is ``runs/NAME``, unless ``--out`` names another."""
     seed: Annotated[Count, Decides("images")] = 0
-    """Seed of the distillation: starts, barycenters, augmentation."""
+    """Random seed of the distillation: initial images, barycenters, augmentation."""
     ipc: Annotated[Positive, Decides("images")] = 10
     """Images per class."""
     blocks: Annotated[Positive, Decides("nothing")] = 1
-    """Parts the classes are split into: one file, one array task each. Never changes a result."""
+    """Number of blocks: parts of the classes, each one file and one array task. It never changes a result."""
     method: Annotated[str, Decides("images")] = "wmdd"
-    """Name in the registry of methods (``wmdd methods``)."""
+    """Distillation method; ``wmdd methods`` lists the names."""
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -352,14 +358,14 @@ class Config(Section):
         return self
 
     def flat(self) -> dict[str, Any]:
-        """Return the value of every key as JSON holds it, under its dotted name."""
+        """Return the value of every key in JSON form, by its dotted name."""
         return flatten(self.model_dump(mode="json"))
 
     def fingerprint(self, scope: str) -> str:
-        """Return the SHA-256 of all keys that decide a scope, which are those of the scopes before it too.
+        """Return the SHA-256 of all keys that decide a scope, including the keys of earlier scopes.
 
-        A key at its default is left out, so that fingerprints outlast new keys.  Hence a changed default is a break:
-        the same config would name other results (``tests/test_config.py`` pins the defaults).
+        Keys at their defaults are left out, so that new keys do not change fingerprints.  A changed default would give
+        other results the same fingerprint; ``tests/config/test_config.py`` therefore pins the defaults.
 
         Args:
             scope: one of ``SCOPES``.
@@ -378,14 +384,14 @@ def _annotations(section: type[Section], prefix: str = "") -> dict[str, str]:
 
 
 DECIDES = _annotations(Config)
-"""What each key decides, by its dotted name"""
+"""The scope that each key decides, by its dotted name"""
 
 
 DEFAULTS = Config().flat()
-"""The default of each key as JSON holds it, by its dotted name"""
+"""The default of each key in JSON form, by its dotted name"""
 
 
 def decides(key: str, scope: str) -> bool:
-    """Return whether a key, by its dotted name, decides a scope: this one or one before it."""
+    """Return whether a key (dotted name) decides this scope or an earlier one."""
     own = DECIDES.get(key)
     return own in SCOPES[: SCOPES.index(scope) + 1]

@@ -1,4 +1,4 @@
-"""What every section of the config has: strict fields, each of which says what it decides."""
+"""Base classes of the config's sections: strict fields that declare which results they decide."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,35 +9,35 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from wmdd.errors import InputError, reason
 
 SCOPES = ("data", "teacher", "statistics", "images", "labels", "students")
-"""What keys decide, in the order of the work: a key decides its own scope and all that follow."""
+"""Steps of the work, in order.  A key decides the results of its own scope and of all later scopes."""
 
 
 @dataclass(frozen=True)
 class Decides:
-    """What depends on a key of the config: written at the field, or at its section for all fields without their own."""
+    """Declares which results depend on a config key, for one field or as the default of a section."""
 
     what: Literal["data", "teacher", "statistics", "images", "labels", "students", "selection", "arithmetic", "nothing"]
-    """One of ``SCOPES``; or ``selection``: which students are trained, and how good none of them is; ``arithmetic``:
-    how results are rounded (``wmdd.arithmetic``); ``nothing``: places, names, speed"""
+    """One of ``SCOPES``, or ``selection`` (which students are trained, but not their accuracy), ``arithmetic`` (how
+    results are rounded, see ``wmdd.runtime.arithmetic``) or ``nothing`` (folders, names, speed)"""
 
 
 class Strict(BaseModel):
-    """A frozen table of a file that users write: it refuses unknown keys, and each field has its meaning under it."""
+    """A frozen section of a TOML file.  It refuses unknown keys; the docstring under a field is its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Section(Strict):
-    """A part of the config; each field says what it decides."""
+    """A section of the config.  Each field declares which results it decides."""
 
     _decides: ClassVar[dict[str, Decides | None]] = {}
 
     def replace(self, changes: Mapping[str, Any], source: str = "config") -> Self:
-        """Return a copy with other values for some keys; the whole copy is validated.
+        """Return a validated copy with new values for some keys.
 
         Args:
-            changes: new value of each key, by its dotted name below this section, such as ``student.epochs``.
-            source: where the values come from, named in an error.
+            changes: new value of each key, by its dotted name within this section, such as ``student.epochs``.
+            source: origin of the values, for error messages.
 
         Raises:
             InputError: the config forbids a value; the message names the key.
@@ -61,15 +61,17 @@ class Section(Strict):
 
     @classmethod
     def __pydantic_init_subclass__(cls, decides: Decides | None = None, **options: Any) -> None:
-        """Refuse a field that does not say what it decides.
+        """Refuse a field that does not declare which results it decides.
 
         Raises:
-            TypeError: such a field; the message names it.
+            TypeError: a field has no ``Decides``; the message names the field.
         """
         super().__pydantic_init_subclass__(**options)
         cls._decides = {}
         for name, field in cls.model_fields.items():
             own = next((mark for mark in field.metadata if isinstance(mark, Decides)), decides)
             if own is None and not isinstance(field.default, Section):
-                raise TypeError(f"{cls.__name__}.{name} does not say what it decides: Annotated[..., Decides(...)]")
+                raise TypeError(
+                    f"{cls.__name__}.{name} does not declare which results it decides: Annotated[..., Decides(...)]"
+                )
             cls._decides[name] = own
