@@ -308,6 +308,7 @@ def test_a_signal_to_all_processes_ends_no_decoder(number: signal.Signals) -> No
     assert process.exitcode == 0 and found.get()
 
 
+@pytest.mark.slow
 def test_decoders_are_forked_whatever_python_starts_by_default() -> None:
     code = """
 import multiprocessing

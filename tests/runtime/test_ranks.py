@@ -382,6 +382,7 @@ def test_a_team_whose_ranks_see_different_checkpoints_does_not_go_on(tiny: Confi
         assert "checkpoint.safetensors: not every rank sees the same checkpoint" in message
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_names_the_key_to_change(tmp_path: Path) -> None:
     # The draws of so many iterations fill more than a process can address.
     words = overrides(["synthesis.iterations=100000000000000", "student.baselines=[]"])
@@ -449,6 +450,7 @@ for settings in sys.argv[2:], [*sys.argv[2:], "data.classes=11"], [*sys.argv[2:]
 """
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_process_as_it_found_it_also_when_it_fails(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FRESH, str(tmp_path / "run"), *TINY, "student.baselines=[]"]
     done = subprocess.run(command, capture_output=True, text=True)

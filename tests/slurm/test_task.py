@@ -79,6 +79,7 @@ def test_a_task_whose_blocks_are_whole_never_imports_torch(digits: Config, tmp_p
     assert not whole.is_whole()
 
 
+@pytest.mark.slow
 def test_of_several_ranks_one_decides_whether_a_block_is_whole(digits: Config, tmp_path: Path) -> None:
     """On a network file system one node may see a block that another does not see yet."""
     pipeline.run(digits, tmp_path / "0", share=pipeline.Share(("teacher", "distill")))
