@@ -272,7 +272,7 @@ def memory_gb(config: Config, dataset: Dataset, stage: Stage, wanted: Resources,
     images = len(dataset.classes) * config.ipc
     held = {
         "teacher": (len(dataset.train) + len(dataset.validation)) * trains_teacher,
-        "distill": 16 * min(partition.group_size(config), len(dataset.classes)) * config.ipc,
+        "distill": 16 * partition.group_images(config, len(dataset.classes)),
         "students": len(dataset.validation) + 2 * images,
         "report": 0,
     }[stage]

@@ -275,7 +275,12 @@ def check(config: Config, dataset: Dataset) -> None:
     """
     tasks.check(config, len(dataset.classes))
     for one in (config, *baselines_of(config).values()):
-        check_method(one, dataset)
+        optimizes = check_method(one, dataset).objective() is not None
+        if optimizes and partition.is_spread(one) != partition.is_spread(config):
+            raise InputError(
+                f"student.baselines: {one.method} groups images over many classes and {config.method} does not, or the"
+                " other way round; run it by itself, or both in one protocol (wmdd bench protocol)"
+            )
 
 
 def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups: int, trained: int) -> int:
@@ -292,8 +297,8 @@ def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups:
     pixels = config.data.channels * config.data.resolution**2
     runs = 1 + len(baselines_of(config))
     images = classes * config.ipc * blocks // config.blocks * runs
-    group = min(partition.group_size(config), classes) * config.ipc
-    # The disk holds a block twice while it is assembled. A checkpoint has three fp32 tensors of a group.
+    group = partition.group_images(config, classes)
+    # A block is held twice while it is put together, and a checkpoint has three fp32 tensors of a group.
     checkpoints = max(groups * 12 * group * pixels, trained * tasks.checkpoint_bytes(config, classes))
     labelled = stored_label_files(config, classes, students) * soft_labels.epoch_bytes(
         config.labels, classes * config.ipc, classes

@@ -135,6 +135,13 @@ OTHER: dict[str, Any] = {
     "external.layout": "numbered",
     "external.sha256": "ab",
     "tuning.on": "holdout",
+    "synthesis.grouping": "spread",
+    "sre2l.bn_weight": 0.5,
+    "sre2l.norm": "squared",
+    "sre2l.betas": [0.9, 0.9],
+    "sre2l.augment": "image",
+    "sre2l.crop_scale": [0.5, 1.0],
+    "sre2l.jitter": 3,
 }
 """Another value of each key that is no number and no flag."""
 WITH = {"data.stage": {"data.packed": "shards"}, "data.channels": {"data.mean": [0.5], "data.std": [0.5]}}

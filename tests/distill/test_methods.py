@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from wmdd import pipeline
 from wmdd.cli import app
 from wmdd.config.loading import load_config
-from wmdd.config.schema import Config
+from wmdd.config.schema import Config, RdedConfig
 from wmdd.data.dataset import load_dataset
 from wmdd.data.pixels import quantize
 from wmdd.distill.barycenter.solve import barycenter, w2_squared
@@ -22,10 +22,13 @@ from wmdd.distill.methods import rded, registry
 from wmdd.distill.methods.base import ClassData
 from wmdd.distill.methods.selection import Herding, KCenter, Medoids
 from wmdd.distill.synthesis.objective import Objective
+from wmdd.errors import InputError
 from wmdd.networks import create
 from wmdd.networks.frozen import FrozenNetwork, Observation
 from wmdd.records.files import read_records
-from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs import partition
+from wmdd.runs.distilled_set import DistilledSet, verify
+from wmdd.runs.folder import RunFolder
 
 
 def features_of_a_class(seed: int, images: int = 60, size: int = 6) -> Tensor:
@@ -106,7 +109,11 @@ def test_every_method_is_listed_with_a_summary_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("method", ["sre2l", "cda", "herding", "k-center", "medoids", "rded"])
-def test_blocks_change_no_byte_of_any_method(tiny: Config, tmp_path: Path, method: str) -> None:
+def test_blocks_change_no_byte_of_any_method(
+    tiny: Config, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partition, "SPREAD_CLASSES", 2)  # spans of two classes, in groups of one image of each
+    monkeypatch.setattr(partition, "GROUP_IMAGES", 2)
     synthesis = tiny.synthesis.model_copy(update={"classes_per_group": 2})
     tiny = tiny.model_copy(update={"method": method, "synthesis": synthesis})
     for name, blocks in (("one", 1), ("two", 2)):
@@ -124,6 +131,93 @@ def test_blocks_change_no_byte_of_any_method(tiny: Config, tmp_path: Path, metho
         assert not set(own) & real
     weights = found.weights.view(4, 2)
     assert torch.allclose(weights.sum(1), torch.ones(4)) and bool((weights == 0.5).all()) == (method != "medoids")
+
+
+@pytest.mark.parametrize(
+    ("ipc", "classes", "parts"),
+    [(10, 200, [(j, j + 1) for j in range(10)] * 2), (10, 10, [(0, 10)]), (50, 10, [(0, 10), (10, 20), (20, 30)])],
+)
+def test_a_method_with_a_global_target_has_100_images_of_as_many_classes_as_there_are_in_a_group(
+    ipc: int, classes: int, parts: list[tuple[int, int]]
+) -> None:
+    for method in ("sre2l", "cda", "ce-global", "barycenter-global"):
+        config = load_config("tiny-imagenet", [f"ipc={ipc}", f"method={method}", "synthesis.classes_per_group=5"])
+        groups = [group for block in partition.plan(config, classes) for group in block.groups]
+        assert [group.images for group in groups][: len(parts)] == parts
+        assert {len(group.classes) for group in groups} == {min(100, classes)}
+        assert partition.group_images(config, classes) == 100
+    by_classes = partition.plan(config.model_copy(update={"method": "wmdd"}), classes)
+    assert {group.images for block in by_classes for group in block.groups} == {None}
+
+
+def test_the_shipped_methods_with_a_global_target_are_those_whose_groups_are_spread() -> None:
+    found = set()
+    for name in registry.REGISTRY:
+        objective = registry.create(load_config("digits", [f"method={name}"])).objective()
+        if objective is not None and not objective.per_class:
+            found.add(name)
+
+    assert found == partition.GLOBAL_TARGETS
+    assert partition.is_spread(load_config("digits", ["synthesis.bn_target=global"]))
+
+
+def test_the_images_of_a_spread_group_are_of_many_classes_and_a_block_has_them_class_by_class(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partition, "GROUP_IMAGES", 4)
+    folder = pipeline.run(
+        tiny.replace({"method": "sre2l"}), tmp_path / "run", share=pipeline.Share(("teacher", "distill"))
+    )
+
+    sidecar = RunFolder(folder).sidecar(0)
+    assert sidecar is not None and sidecar["classes"] == ["0", "1", "2", "3"]
+    assert [group["classes"] for group in sidecar["groups"]] == [["0", "1", "2", "3"]] * 2
+    whole = DistilledSet.load(folder)
+    assert whole.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert verify(RunFolder(folder)) == []
+    # Which images share a group shows in the result: alone, every class has other images.
+    alone = tiny.replace({"method": "sre2l", "synthesis.grouping": "classes"})
+    other = pipeline.run(alone, tmp_path / "alone", share=pipeline.Share(("teacher", "distill")))
+    assert not torch.equal(DistilledSet.load(other).images, whole.images)
+
+
+def test_what_spread_groups_cannot_do_is_refused(tiny: Config) -> None:
+    with pytest.raises(InputError, match=r"blocks = 2: 4 classes in spans of 100 make 1 spans"):
+        partition.plan(tiny.replace({"method": "sre2l", "blocks": 2}), 4)
+    with pytest.raises(InputError, match=r"split_class = 2: a group of sre2l has few images of each class"):
+        partition.plan(tiny.replace({"method": "sre2l", "synthesis.split_class": 2}), 4)
+    dataset = load_dataset(tiny.data)
+    with pytest.raises(InputError, match=r"grouping = spread: wmdd matches the moments of each class"):
+        pipeline.check(tiny.replace({"synthesis.grouping": "spread"}), dataset)
+    with pytest.raises(InputError, match=r"student.baselines: sre2l groups images over many classes and wmdd does not"):
+        pipeline.check(tiny.replace({"student.baselines": ("sre2l",)}), dataset)
+
+
+def test_all_cells_of_the_ablation_start_from_the_same_images(tiny: Config, tmp_path: Path) -> None:
+    still = {"synthesis.iterations": 1, "synthesis.lr": 1e-9, "synthesis.clamp": False}
+    found = {}
+    for method in ("start", "wmdd", "ce-pcbn", "barycenter-global", "ce-global"):
+        config = tiny.replace({**still, "method": method, "synthesis.start": "real"})
+        share = pipeline.Share(("teacher", "distill"))
+        found[method] = DistilledSet.load(pipeline.run(config, tmp_path / method, share=share)).images
+    assert all(torch.equal(images, found["start"]) for images in found.values())
+
+
+def test_noise_is_the_start_of_a_method_that_begins_from_noise(tiny: Config, tmp_path: Path) -> None:
+    share = pipeline.Share(("teacher", "distill"))
+    noise = DistilledSet.load(pipeline.run(tiny.replace({"method": "noise"}), tmp_path / "noise", share=share))
+    still = {"synthesis.iterations": 1, "synthesis.lr": 1e-9, "method": "sre2l"}
+    start = DistilledSet.load(pipeline.run(tiny.replace(still), tmp_path / "sre2l", share=share))
+
+    assert torch.equal(noise.images, start.images)
+    assert noise.seeded
+
+
+def test_the_published_constants_of_sre2l_and_rded_are_keys() -> None:
+    keys = ["sre2l.bn_weight=3", "sre2l.jitter=1", "sre2l.crop_curriculum=0.5", "sre2l.crop_scale=[0.5,1]"]
+    own = registry.create(load_config("digits", ["method=cda", *keys])).synthesis()
+
+    assert (own.bn_weight, own.jitter, own.crop_curriculum, own.crop_scale) == (3.0, 1, 0.5, (0.5, 1.0))
 
 
 def test_students_learn_from_a_selection_as_from_any_method(tiny: Config, tmp_path: Path) -> None:
@@ -216,7 +310,7 @@ def test_rded_takes_the_best_crop_of_the_images_with_the_least_cross_entropy(cho
     config = chosen_config.model_copy(update={"ipc": 6, "method": "rded"})
     data = ClassData(2, "2", config, load_dataset(config.data), None, observe)
     images = registry.create(config).prepare(data).images
-    assert len(scores) == rded.CROPS and {len(seen) for seen in scores} == {data.count}
+    assert len(scores) == RdedConfig().crops and {len(seen) for seen in scores} == {data.count}
     best_of_each = torch.stack(scores).min(0).values
     observe(images)
     torch.testing.assert_close(scores[-1], best_of_each.sort().values[:6])

@@ -168,6 +168,10 @@ class SynthesisConfig(Section, decides=Decides("images")):
     classes_per_group: Count = 0
     """Number of classes synthesized together as a group. 0: as many as give 100 images. It is part of the recipe and
     changes the images."""
+    grouping: Literal["method", "classes", "spread"] = "method"
+    """``classes``: all images of a few classes make up a group. ``spread``: 100 images of as many classes as there are,
+    which is what global BatchNorm statistics describe; blocks then hold whole spans of 100 classes. ``method``: spread
+    for methods with a global target, else by classes."""
     split_class: Positive = 1
     """Number of ranks that share the images of each class, for classes too large for one device. The ranks all-reduce
     the moments. The number must divide the IPC."""
@@ -217,6 +221,43 @@ class SynthesisConfig(Section, decides=Decides("images")):
         if value[0] > value[1]:
             raise ValueError(f"the smallest crop {value[0]} exceeds the largest {value[1]}")
         return value
+
+
+class Sre2lConfig(Section, decides=Decides("images")):
+    """The published constants of ``sre2l`` and ``cda``; iterations, learning rate and mirroring are ``synthesis``'s."""
+
+    bn_weight: Weight | None = None
+    """Weight of the BatchNorm term. None: as published, 0.01, but on Tiny-ImageNet 1 for ``sre2l`` and 0.05 for
+    ``cda``. It belongs to the 20 BatchNorm layers of a ResNet-18; other networks want another."""
+    bn_first_weight: Weight = 10.0
+    """Extra factor on the first BatchNorm layer."""
+    norm: Literal["squared", "euclidean"] = "euclidean"
+    """Squared distances, or plain norms as in the public code."""
+    ce_weight: Weight = 1.0
+    """Weight of the teacher's cross-entropy."""
+    betas: tuple[Fraction, Fraction] = (0.5, 0.9)
+    """Adam's betas."""
+    augment: Literal["group", "image"] = "group"
+    """One crop for all images of a group each iteration, or one for each image."""
+    crop_scale: tuple[CropScale, CropScale] = (0.08, 1.0)
+    """Range of the area that a random resized crop keeps."""
+    crop_curriculum: Fraction = 1.0
+    """Of ``cda``: share of the iterations over which the smallest crop shrinks from the whole image."""
+    jitter: Count | None = None
+    """Images are rolled by up to this many pixels. None: a seventh of the side, 32 px of 224."""
+
+
+class RdedConfig(Section, decides=Decides("images")):
+    """The published constants of ``rded``."""
+
+    candidates: Positive = 300
+    """Most real images of a class whose crops are scored (``mipc``)."""
+    crops: Positive = 5
+    """Crops of each of them (``num_crop``); more only where a class has too few images to fill all canvases."""
+    smallest_crop: CropScale = 0.08
+    """Smallest share of the area that a crop keeps."""
+    stitched_from: Positive = 128
+    """Side in pixels from which four crops share a canvas."""
 
 
 class LabelsConfig(Section, decides=Decides("labels")):
@@ -349,6 +390,8 @@ class Config(Section):
     labels: LabelsConfig = LabelsConfig()
     student: StudentConfig = StudentConfig()
     external: ExternalConfig = ExternalConfig()
+    sre2l: Sre2lConfig = Sre2lConfig()
+    rded: RdedConfig = RdedConfig()
     tuning: TuningConfig = TuningConfig()
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from wmdd.distill.methods import base, registry
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.records.provenance import provenance
 from wmdd.runs.folder import RunFolder
-from wmdd.runs.partition import Block, Group
+from wmdd.runs.partition import Block, Group, is_spread
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.progress_bars import progress
 from wmdd.session import Session
@@ -35,6 +35,12 @@ def check(config: Config, dataset: Dataset) -> base.Method:
     """
     method = registry.create(config)
     method.check(dataset)
+    objective = method.objective()
+    if is_spread(config) and objective is not None and objective.per_class:
+        raise InputError(
+            f"synthesis.grouping = spread: {config.method} matches the moments of each class, and needs all its images"
+            " in one group; use synthesis.grouping=classes"
+        )
     for index, name in enumerate(dataset.classes):
         count = len(dataset.train.of_class(index))
         if count < config.ipc:
@@ -130,7 +136,7 @@ def _assemble(session: Session, folder: RunFolder, method: base.Method, block: B
             raise WmddError(f"{folder.group_file(group.index)}: is missing; run the same command again")
         groups.append(meta)
         parts.append(read_tensors(folder.group_file(group.index)))
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in ("images", "labels", "weights")}
+    tensors = {name: _by_class(block, [part[name] for part in parts]) for name in ("images", "labels", "weights")}
     names = [session.dataset.classes[index] for index in block.classes]
     sha = write_tensors(folder.block_file(block.index), tensors)
     sidecar = {
@@ -153,6 +159,15 @@ def _assemble(session: Session, folder: RunFolder, method: base.Method, block: B
     write_json(folder.sidecar_file(block.index), sidecar)
     for group in block.groups:
         folder.group_file(group.index).unlink(missing_ok=True)
+
+
+def _by_class(block: Block, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Join the tensors of the groups of a block; the images of a class lie together, however groups cut it."""
+    joined = []
+    for classes, own in itertools.groupby(zip(block.groups, parts, strict=True), lambda pair: pair[0].classes):
+        pieces = [part.unflatten(0, (len(classes), -1)) for _, part in own]
+        joined.append(torch.cat(pieces, 1).flatten(0, 1))
+    return torch.cat(joined)
 
 
 def _class_digests(tensors: dict[str, Tensor], names: list[str], count: int) -> dict[str, str]:

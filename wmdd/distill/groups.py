@@ -55,11 +55,11 @@ class Prepared:
     names: list[str]
     """Names of its classes"""
     images: Tensor
-    """[G·K, channels, H, W] float32, normalized"""
+    """[G·k, channels, H, W] float32, normalized; k is K but for spread groups"""
     labels: Tensor
-    """[G·K] int64"""
+    """[G·k] int64"""
     weights: Tensor
-    """[G, K] float32, each row sums to one"""
+    """[G, k] float32, the weights of these images within their class"""
     w2: dict[str, float]
     """Squared Wasserstein-2 distance of each class's barycenter; empty without barycenters"""
     problem: Problem | None
@@ -96,24 +96,32 @@ def prepare(
     labels = torch.cat(
         [torch.full((config.ipc,), index) if plan.labels is None else plan.labels for index, plan in plans.items()]
     )
+    start = torch.cat([plan.images for plan in plans.values()])
+    low, high = group.images or (0, config.ipc)
+
+    def own(values: Tensor) -> Tensor:
+        """Return the rows [G·K, ...] of the images of this group."""
+        return values.unflatten(0, (len(plans), config.ipc))[:, low:high].flatten(0, 1)
+
     problem = None
     if objective := method.objective():
         settings = method.synthesis()
         counted = weights if settings.bn_weighted else even.expand_as(weights)
         mean, variance = _moments(session, method, group.classes, found, counted)
         targets = [plan.atoms for plan in plans.values() if plan.atoms is not None]
-        joined = torch.stack(targets) if len(targets) == len(plans) else None
+        joined = torch.stack(targets)[:, low:high] if len(targets) == len(plans) else None
+        # By its classes, and by its images where these are a part of each class: no cut into blocks changes either.
+        part = () if group.images is None else ("images", low)
         problem = Problem(
             session.teacher.network,
             objective,
-            Target(labels, counted, mean, variance, joined),
+            Target(own(labels), counted[:, low:high], mean, variance, joined),
             settings,
             pixel_range(config.data),
-            # Seeded by the group's classes, which do not depend on the blocks.
-            (config.seed, "group", *names),
+            (config.seed, "group", *names, *part),
         )
     w2 = {name: plan.w2 for name, plan in zip(names, plans.values(), strict=True) if plan.w2 is not None}
-    return Prepared(names, torch.cat([plan.images for plan in plans.values()]), labels, weights, w2, problem)
+    return Prepared(names, own(start), own(labels), weights[:, low:high], w2, problem)
 
 
 def _moments(

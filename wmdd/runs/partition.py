@@ -6,13 +6,22 @@ from dataclasses import dataclass
 from wmdd.config.schema import Config
 from wmdd.errors import InputError
 
+SPREAD_CLASSES = 100
+"""Classes of a span that spread groups cut: those of a published batch (SRe2L, CDA)."""
+GROUP_IMAGES = 100
+"""Images of a group, where the config does not say how many classes it has."""
+GLOBAL_TARGETS = frozenset({"barycenter-global", "ce-global", "sre2l", "cda"})
+"""Shipped methods that match the teacher's running statistics, which are those of all classes together."""
+
 
 @dataclass(frozen=True)
 class Group:
-    """Classes that are synthesized together."""
+    """Images that are synthesized together."""
 
     index: int
     classes: tuple[int, ...]
+    images: tuple[int, int] | None = None
+    """First image of each class and the one after the last; None for all of them."""
 
 
 @dataclass(frozen=True)
@@ -25,29 +34,70 @@ class Block:
     @property
     def classes(self) -> list[int]:
         """Class indices of the block, in order."""
-        return [index for group in self.groups for index in group.classes]
+        return list(dict.fromkeys(index for group in self.groups for index in group.classes))
+
+
+def is_spread(config: Config) -> bool:
+    """Return whether a group holds a few images of many classes, and not all images of a few."""
+    chosen = config.synthesis.grouping
+    is_global = config.method in GLOBAL_TARGETS or (config.method == "wmdd" and config.synthesis.bn_target == "global")
+    return is_global if chosen == "method" else chosen == "spread"
 
 
 def group_size(config: Config) -> int:
-    """Return the number of classes in a group: the config's, or by default as many as make up 100 images."""
-    return config.synthesis.classes_per_group or max(1, 100 // config.ipc)
+    """Return the classes of a group by classes: those of the config, else as many as make up 100 images."""
+    return config.synthesis.classes_per_group or max(1, GROUP_IMAGES // config.ipc)
+
+
+def group_images(config: Config, classes: int) -> int:
+    """Return the most images of a group of a run of so many classes."""
+    if is_spread(config):
+        return min(SPREAD_CLASSES, classes) * _images_of_class(config, min(SPREAD_CLASSES, classes))
+    return min(group_size(config), classes) * config.ipc
 
 
 def plan(config: Config, classes: int) -> list[Block]:
-    """Split the classes into blocks of groups. The result depends on the config and the number of classes alone.
+    """Split the classes into spans, each of one or several groups, and the spans into blocks.
+
+    A span is a group of its own, or, for a global target, 100 classes, whose groups hold one image of each class; of
+    fewer classes, as many as make up 100 images. The result depends on the config alone.
 
     Raises:
-        InputError: the config has more blocks than groups.
+        InputError: more blocks than spans, or spread groups whose classes several ranks are to share.
     """
-    size = group_size(config)
-    groups = [
-        Group(index, tuple(range(start, min(start + size, classes))))
-        for index, start in enumerate(range(0, classes, size))
-    ]
-    if config.blocks > len(groups):
+    spread = is_spread(config)
+    size = SPREAD_CLASSES if spread else group_size(config)
+    spans = [tuple(range(start, min(start + size, classes))) for start in range(0, classes, size)]
+    if spread and config.synthesis.split_class > 1:
         raise InputError(
-            f"blocks = {config.blocks}: {classes} classes in groups of {size} make {len(groups)} groups, and a block"
-            f" needs at least one; use blocks <= {len(groups)} or a smaller synthesis.classes_per_group"
+            f"synthesis.split_class = {config.synthesis.split_class}: a group of {config.method} has few images of each"
+            " class, and is not shared among ranks; use split_class=1, or synthesis.grouping=classes"
         )
-    bounds = [index * len(groups) // config.blocks for index in range(config.blocks + 1)]
-    return [Block(index, tuple(groups[low:high])) for index, (low, high) in enumerate(itertools.pairwise(bounds))]
+    if config.blocks > len(spans):
+        remedy = "" if spread else " or a smaller synthesis.classes_per_group"
+        parts = "spans" if spread else "groups"
+        raise InputError(
+            f"blocks = {config.blocks}: {classes} classes in {parts} of {size} make {len(spans)} {parts}, and a block"
+            f" needs at least one; use blocks <= {len(spans)}{remedy}"
+        )
+    bounds = [index * len(spans) // config.blocks for index in range(config.blocks + 1)]
+    count = itertools.count()
+    return [
+        Block(
+            block,
+            tuple(Group(next(count), span, part) for span in spans[low:high] for part in _parts(config, span, spread)),
+        )
+        for block, (low, high) in enumerate(itertools.pairwise(bounds))
+    ]
+
+
+def _parts(config: Config, span: tuple[int, ...], spread: bool) -> list[tuple[int, int] | None]:
+    """Return which images of each class the groups of a span hold."""
+    if not spread:
+        return [None]
+    step = _images_of_class(config, len(span))
+    return [(low, min(low + step, config.ipc)) for low in range(0, config.ipc, step)]
+
+
+def _images_of_class(config: Config, classes: int) -> int:
+    return min(config.ipc, max(1, GROUP_IMAGES // classes))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from wmdd.config.schema import BarycenterConfig
+from wmdd.config.schema import BarycenterConfig, SynthesisConfig
 from wmdd.distill.methods.base import ClassData, ClassPlan, Method
 from wmdd.distill.synthesis.objective import Objective
 
@@ -12,13 +12,18 @@ from wmdd.distill.synthesis.objective import Objective
 class Wmdd(Method):
     """WMDD: features match the atoms of the class's Wasserstein barycenter, BatchNorm inputs match class moments."""
 
-    def objective(self) -> Objective:
+    def objective(self) -> Objective | None:
         """Return the weights and norms of the config."""
         return Objective.from_settings(self.synthesis())
 
     def barycenter(self) -> BarycenterConfig | None:
-        """Return the config's settings; None without a feature term."""
-        return self.config.barycenter if self.objective().feature else None
+        """Return the config's settings, if features are matched to atoms or images start from the ones nearest to them.
+
+        All cells of the ablation thus start alike: what differs is what the images are optimized against.
+        """
+        objective = self.objective()
+        matched = objective is not None and objective.feature > 0
+        return self.config.barycenter if matched or self.synthesis().start == "real" else None
 
     def prepare(self, data: ClassData) -> ClassPlan:
         """Start from noise, or from the real images nearest to the atoms."""
@@ -30,12 +35,30 @@ class Wmdd(Method):
         elif atoms is not None:
             images = data.decode(atoms.images.tolist())
         else:
-            images = data.decode(
-                torch.randperm(data.count, generator=data.generator("start"))[: self.config.ipc].tolist()
-            )
+            raise ValueError("a real start is a choice by the barycenter")
         if atoms is None:
             return ClassPlan(images)
         return ClassPlan(images, atoms.positions, atoms.weights.float(), w2=atoms.w2)
+
+
+class StartOnly(Wmdd):
+    """Ablation: the images that the other cells start from, never optimized."""
+
+    def objective(self) -> None:
+        """Return nothing to optimize for."""
+
+
+class Noise(Wmdd):
+    """Gaussian noise, never optimized: what labels alone can teach, and the floor of every comparison."""
+
+    uses_statistics = False
+
+    def synthesis(self) -> SynthesisConfig:
+        """Return the config's settings with a start from noise."""
+        return self.config.synthesis.replace({"start": "noise"})
+
+    def objective(self) -> None:
+        """Return nothing to optimize for."""
 
 
 class CrossEntropyClassBN(Wmdd):
@@ -43,7 +66,7 @@ class CrossEntropyClassBN(Wmdd):
 
     def objective(self) -> Objective:
         """Return the config's objective with the feature term replaced by cross-entropy."""
-        chosen = super().objective()
+        chosen = Objective.from_settings(self.synthesis())
         return replace(chosen, feature=0.0, ce=chosen.ce or 1.0, per_class=True)
 
 
@@ -52,7 +75,7 @@ class BarycenterGlobalBN(Wmdd):
 
     def objective(self) -> Objective:
         """Return the config's objective with global BatchNorm targets."""
-        return replace(super().objective(), per_class=False)
+        return replace(Objective.from_settings(self.synthesis()), per_class=False)
 
 
 class CrossEntropyGlobalBN(CrossEntropyClassBN):

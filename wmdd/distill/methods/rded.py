@@ -7,13 +7,6 @@ from torchvision.transforms.v2.functional import resize
 
 from wmdd.distill.methods.base import ClassData, ClassPlan, Method
 
-CANDIDATES = 300
-"""Limit on the real images of a class whose crops are scored (``mipc`` of the published scripts)."""
-CROPS = 5
-"""Crops per real image (``num_crop``); more only if a class has too few images to fill K canvases."""
-STITCHED_FROM = 128
-"""Smallest side, in pixels, of a canvas that four crops share."""
-
 
 class RDED(Method):
     """RDED (Sun et al. 2024): the real crops with the surest teacher, stitched 2x2 from 128 px on.
@@ -33,15 +26,15 @@ class RDED(Method):
 
     def prepare(self, data: ClassData) -> ClassPlan:
         """Draw, score and stitch the crops."""
-        side = self.config.data.resolution
-        factor = 2 if side >= STITCHED_FROM and side % 2 == 0 else 1
+        side, own = self.config.data.resolution, self.config.rded
+        factor = 2 if side >= own.stitched_from and side % 2 == 0 else 1
         needed = self.config.ipc * factor**2
         source = data.generator("rded")
-        images = data.decode(torch.randperm(data.count, generator=source)[:CANDIDATES].tolist())
-        rounds = max(CROPS, -(-needed // len(images)))
+        images = data.decode(torch.randperm(data.count, generator=source)[: own.candidates].tolist())
+        rounds = max(own.crops, -(-needed // len(images)))
         tiles, scores = [], []
         for _ in range(rounds):
-            crops = torch.stack([_crop(image, side // factor, source) for image in images])
+            crops = torch.stack([_crop(image, side // factor, own.smallest_crop, source) for image in images])
             margin = side - side // factor
             before, after = margin // 2, margin - margin // 2
             seen = data.observe(functional.pad(crops, (before, after, before, after)))
@@ -76,10 +69,10 @@ def stitch(tiles: Tensor, factor: int) -> Tensor:
     return torch.cat([torch.cat(list(row), -1) for row in rows], -2)
 
 
-def _crop(image: Tensor, size: int, source: torch.Generator) -> Tensor:
-    """Cut a square of 8 to 100 % of the area at random, and resize it with antialiasing: [channels, size, size]."""
+def _crop(image: Tensor, size: int, smallest: float, source: torch.Generator) -> Tensor:
+    """Cut a random square of at least a share of the area, and resize it with antialiasing: [channels, size, size]."""
     side = image.shape[-1]
     share, down, right = torch.rand(3, generator=source, dtype=torch.float64).tolist()
-    length = max(1, round(side * (0.08 + 0.92 * share) ** 0.5))
+    length = max(1, round(side * (smallest + (1 - smallest) * share) ** 0.5))
     top, left = (int(part * (side - length + 1)) for part in (down, right))
     return resize(image[:, top : top + length, left : left + length], [size, size], antialias=True)

@@ -12,6 +12,8 @@ REGISTRY = {
     "ce-pcbn": "wmdd.distill.methods.matching:CrossEntropyClassBN",
     "barycenter-global": "wmdd.distill.methods.matching:BarycenterGlobalBN",
     "ce-global": "wmdd.distill.methods.matching:CrossEntropyGlobalBN",
+    "start": "wmdd.distill.methods.matching:StartOnly",
+    "noise": "wmdd.distill.methods.matching:Noise",
     "sre2l": "wmdd.distill.methods.sre2l:SRe2L",
     "cda": "wmdd.distill.methods.sre2l:CDA",
     "random": "wmdd.distill.methods.selection:Random",

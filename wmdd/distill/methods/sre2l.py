@@ -9,21 +9,10 @@ from wmdd.distill.methods.matching import Wmdd
 class SRe2L(Wmdd):
     """SRe2L (Yin et al. 2023): cross-entropy and the teacher's running BatchNorm statistics, from noise.
 
-    These settings follow the paper and the published scripts, and override the config:
-
-    - Gaussian start; Adam's betas (0.5, 0.9); pixels clamped.
-    - Cross-entropy with weight 1; no feature term.
-    - Plain (not squared) norms of the gaps to the running moments over the whole group. The first layer counts 10
-      times. The sum has weight 0.01 (ImageNet-1K and CIFAR) or 1 (Tiny-ImageNet).
-    - One crop of 8 to 100 % of the area and one roll per step for the whole group. The roll is a seventh of the side:
-      32 px of 224, 4 px of 32 (as published for CIFAR). It goes to both sides; the published one goes to one side.
-
-    These settings come from the config: iterations, learning rate (published: 4000 and 0.25 on ImageNet-1K, 4000 and
-    0.1 on Tiny-ImageNet), mirroring, teacher and groups.
-
-    Two differences remain. The published group is one image of each of 100 classes; here it is all images of a few
-    classes, which running statistics describe well only at a small IPC. The published weight of 0.01 is for the 20
-    BatchNorm layers of a ResNet-18; with three layers, a ConvNet gets a lighter term.
+    The constants of the paper and of the published scripts are the section ``sre2l`` of the config. Taken from
+    ``synthesis``: iterations and learning rate (published: 4000 and 0.25 on ImageNet-1K, 4000 and 0.1 on
+    Tiny-ImageNet), and mirroring. A group is spread over the classes, as in the published batches of one image of each
+    of 100 classes. The published roll is 32 px of 224 to one side; here it is to either side.
     """
 
     uses_statistics = False
@@ -31,24 +20,26 @@ class SRe2L(Wmdd):
     """Published weight of the BatchNorm term by dataset, where it is not 0.01"""
 
     def synthesis(self) -> SynthesisConfig:
-        """Return the published settings, with the config's iterations, learning rate, mirroring and groups."""
-        return self.config.synthesis.replace(self._published())
+        """Return the settings of the section ``sre2l``, with the iterations, learning rate and mirroring of the run."""
+        return self.config.synthesis.replace(self._constants())
 
-    def _published(self) -> dict[str, Any]:
+    def _constants(self) -> dict[str, Any]:
+        own = self.config.sre2l
+        published = self.bn_weights.get(self.config.data.source, 0.01)
         return {
-            "betas": (0.5, 0.9),
+            "betas": own.betas,
             "start": "noise",
-            "norm": "euclidean",
+            "norm": own.norm,
             "feature_weight": 0.0,
-            "bn_weight": self.bn_weights.get(self.config.data.source, 0.01),
-            "bn_first_weight": 10.0,
+            "bn_weight": published if own.bn_weight is None else own.bn_weight,
+            "bn_first_weight": own.bn_first_weight,
             "bn_target": "global",
             "bn_weighted": False,
-            "ce_weight": 1.0,
-            "augment": "group",
-            "crop_scale": (0.08, 1.0),
+            "ce_weight": own.ce_weight,
+            "augment": own.augment,
+            "crop_scale": own.crop_scale,
             "crop_curriculum": 0.0,
-            "jitter": self.config.data.resolution // 7,
+            "jitter": self.config.data.resolution // 7 if own.jitter is None else own.jitter,
             "clamp": True,
         }
 
@@ -62,5 +53,5 @@ class CDA(SRe2L):
 
     bn_weights: ClassVar[dict[str, float]] = {"tiny-imagenet": 0.05}
 
-    def _published(self) -> dict[str, Any]:
-        return super()._published() | {"crop_curriculum": 1.0}
+    def _constants(self) -> dict[str, Any]:
+        return super()._constants() | {"crop_curriculum": self.config.sre2l.crop_curriculum}
