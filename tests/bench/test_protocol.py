@@ -240,3 +240,29 @@ def test_a_wrong_key_in_a_file_is_named_with_the_nearest(tmp_path: Path) -> None
         protocols.load_protocol(str(file))
     with pytest.raises(InputError, match=r"digts: no protocol of that name; did you mean 'digits'"):
         protocols.load_protocol("digts")
+
+
+def test_the_first_sets_of_a_method_train_students_that_show_whether_they_have_converged(tmp_path: Path) -> None:
+    cells = table(tmp_path, convergence_sets=1, methods=["random"], views=["updates", "plain"])
+
+    assert [cell.config.student.views for cell in cells] == [
+        ("updates", "plain", "updates-twice"),
+        ("updates", "plain"),
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "digits-tuning"])
+def test_every_shipped_protocol_asks_whether_students_have_converged_on_at_least_five_sets(name: str) -> None:
+    protocol = protocols.load_protocol(name)
+
+    assert protocol.convergence_sets >= 3
+    assert protocol.distillation_seeds >= 5
+
+
+def test_sre2l_and_cda_are_tuned_on_images_held_out_with_the_same_number_of_trials() -> None:
+    protocol = protocols.load_protocol("digits-tuning")
+    cells = protocols.cells(protocol, Path("unused"))
+
+    assert all(cell.config.data.holdout_per_class for cell in cells)
+    trials = [entry.method for entry in protocol.methods]
+    assert trials.count("sre2l") == trials.count("cda") == 8

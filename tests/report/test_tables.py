@@ -112,6 +112,9 @@ def test_the_ablation_shows_its_four_cells_once_all_are_there(tmp_path: Path) ->
     ]
 
     assert "Ablation" not in titles(report_of(tmp_path, *four[:3]))
+    begin = student("start", 0.59)
+    rows = cells(named(report_of(tmp_path, *four, begin), "Ablation"), "Method", "Features", "Top-1 %")
+    assert rows[-1] == ("start", "nothing", "59.0"), "what the start alone is worth"
     ablation = named(report_of(tmp_path, *four), "Ablation")
     assert cells(ablation, "Features", "BatchNorm", "Top-1 %", "Published %") == [
         ("barycenter", "class", "60.0", "64.7"),

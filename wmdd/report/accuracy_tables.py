@@ -19,7 +19,9 @@ _ABLATION = {
     "barycenter-global": ("barycenter", "global"),
     "ce-global": ("cross-entropy", "global"),
 }
-"""The four cells: what features are held against, and whose BatchNorm moments are matched."""
+"""The four cells: what features are compared with, and whose BatchNorm moments are matched."""
+_UNOPTIMIZED = {"start": ("nothing", "nothing"), "noise": ("nothing", "nothing")}
+"""Rows beside the four cells where they were measured: the images that all start from, and noise."""
 
 
 ONE_SET = "one set says nothing about another distillation"
@@ -238,7 +240,8 @@ def architectures(report: "Report") -> Table:
 
 def ablation(report: "Report") -> Table:
     """Return the four cells of the method, where all of them were measured."""
-    rows = [row for row in report.accuracy.to_dict("records") if _bare(row) in _ABLATION]
+    cells_of = _ABLATION | _UNOPTIMIZED
+    rows = [row for row in report.accuracy.to_dict("records") if _bare(row) in cells_of]
     figures = [figure for figure in report.published if figure.entry.study == "ablation"]
     lines: list[list[str]] = []
     origins = []
@@ -246,17 +249,19 @@ def ablation(report: "Report") -> Table:
     for row in rows:
         settings.setdefault(tuple(row[key] for key in SETTING), []).append(row)
     for found in settings.values():
-        if {_bare(row) for row in found} != set(_ABLATION):
+        if not {_bare(row) for row in found} >= set(_ABLATION):
             continue
-        for row in sorted(found, key=lambda row: list(_ABLATION).index(_bare(row))):
+        for row in sorted(found, key=lambda row: list(cells_of).index(_bare(row))):
             at = (row["dataset"], row["ipc"], row["network"], _bare(row))
             same = [f for f in figures if (f.dataset, f.ipc, f.entry.network, f.entry.ours) == at]
             soft = [f for f in same if (f.entry.regime == "hard") == (row["regime"] == "hard")]
             cells = [percent(row, "top1"), count(row), f"{100 * soft[0].top1:.1f}" if soft else NONE]
-            lines.append([*_setting(row), *_ABLATION[_bare(row)], *cells])
+            lines.append([*_setting(row), *cells_of[_bare(row)], *cells])
             origins.append(row["origins"])
-    caption = "Features are held against barycenters or classified by the teacher; BatchNorm moments are those of the"
-    caption += " class or of the whole training set."
+    caption = (
+        "Features are matched to barycenters or classified by the teacher; BatchNorm moments are those of the class"
+    )
+    caption += " or of the whole training set. Start: the images that the cells begin from, never optimized."
     if any(line[-1] != NONE for line in lines):
         caption += " Published: ablation of WMDD's project page."
     columns = ["Data set", "IPC", "Network", "Labels", "View", "Method", "Features", "BatchNorm"]
