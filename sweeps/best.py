@@ -1,4 +1,4 @@
-"""The best recipe of a sweep as a file, and the one time that the test set is looked at."""
+"""The best recipe of a sweep as a file, and its single measurement on the test set."""
 
 from importlib import metadata
 from pathlib import Path
@@ -15,21 +15,24 @@ from wmdd.records.files import read_records
 
 
 def best(folder: Path, measure: bool = True) -> str:
-    """Return the best trial's config as TOML, its provenance in comments at the top.
+    """Return the best trial's config as TOML, with its provenance in comments at the top.
 
-    The config is the one that was varied, with the trial's values: the whole data set and the whole budget, no
-    hold-out.  With ``measure`` it is run into ``DIR/best``, which is where the test set is first looked at; doing so
-    again reads what is there.
+    The config is the sweep's, with the trial's values: the whole dataset, the full budget, no hold-out.
+
+    Args:
+        folder: folder of the sweep.
+        measure: whether to run the config in ``DIR/best`` and measure it on the test set, for the first time in the
+            sweep. A second call reads the results of the first.
 
     Raises:
-        InputError: the folder holds no sweep.
-        WmddError: no trial ran to its end.
+        InputError: the folder contains no sweep.
+        WmddError: no trial is complete.
     """
     log = Log.load(folder)
     sweep = Sweep.from_identity(log.identity)
     chosen = sweep.objective.best(log.trials)
     if chosen is None:
-        raise WmddError(f"{folder}: no trial ran to its end; go on with `wmdd sweep run`")
+        raise WmddError(f"{folder}: no trial is complete; resume the sweep with `wmdd sweep run`")
     name = f"{sweep.config.name}-best"
     trials = sum(trial.finished for trial in log.trials)
     chosen_on = {"tuning.on": "holdout", "tuning.trials": trials}
@@ -39,7 +42,7 @@ def best(folder: Path, measure: bool = True) -> str:
     seeds = seeds_of(chosen)
     lines = [
         f"Best of {trials} trials of a sweep: trial {chosen.number}"
-        + (", the config as it stood." if chosen.number == 0 else "."),
+        + (", the unchanged config." if chosen.number == 0 else "."),
         f"Objective {sweep.objective.name}: {sweep.objective.text(sweep.objective.value(chosen, log.trials))};"
         f" {sweep.objective.meaning}.",
         f"Top-1 of the proxy on the hold-out: {_text(seeds)}." if seeds else "",
@@ -57,7 +60,7 @@ def best(folder: Path, measure: bool = True) -> str:
 
 
 def _measure(config: Config, folder: Path) -> dict[str, list[float]]:
-    """Run the config without baselines, or find it done; return top-1 on the test set by label regime."""
+    """Run the config without baselines, if that is not done yet; return top-1 on the test set by label regime."""
     from wmdd import pipeline
     from wmdd.pipeline import Share
 
@@ -73,6 +76,6 @@ def _measure(config: Config, folder: Path) -> dict[str, list[float]]:
 
 
 def _text(found: list[float]) -> str:
-    """Return top-1 of the students of one set, which say nothing about another."""
+    """Return top-1 of the students of one set. They give no interval: another set may differ."""
     students = f"{len(found)} students of one set: {range_text(found)}" if len(found) > 1 else "one student"
     return f"{100 * fmean(found):.2f} % ({students})"

@@ -1,4 +1,4 @@
-"""``wmdd sweep ...``: Ray, Optuna and torch wait for the command that needs them."""
+"""``wmdd sweep ...``. Ray, Optuna and torch are imported by the commands that need them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Search barycenter weights, regularisation and any other key for the best recipe on a budget.",
+    help="Search config keys, such as barycenter weights and regularization, for the best recipe on a budget.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-SweepArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a sweep.")]
+SweepArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the sweep.")]
 
 
 @app.command(
@@ -19,30 +19,53 @@ SweepArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a 
 )
 def run(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="Preset, preset+variant or TOML file to vary.")],
-    space: Annotated[str, typer.Option(help="regularization, barycenter, synthesis, full, or a TOML file.")],
-    trials: Annotated[int, typer.Option(help="Trials in all; the first is the config as it stands.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="Folder; runs/NAME-SPACE by default.")] = None,
+    space: Annotated[
+        str,
+        typer.Option(
+            help="Keys to vary and their values: regularization, barycenter, synthesis, full, or a TOML file."
+        ),
+    ],
+    trials: Annotated[
+        int, typer.Option(help="Total number of trials. Trial 0 is the unchanged config. A larger number adds trials.")
+    ] = 20,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; runs/NAME-SPACE by default.")] = None,
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config.")
     ] = None,
     budget: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Override one key of the space's [budget].")
     ] = None,
-    scheduler: Annotated[str, typer.Option(help="asha stops weak trials early; none runs all to their end.")] = "asha",
-    search: Annotated[str, typer.Option(help="optuna (TPE), random or grid.")] = "optuna",
-    objective: Annotated[str, typer.Option(help="top1, lrs, w2 or time; all on the hold-out.")] = "top1",
-    seed: Annotated[int, typer.Option(help="Of the search.", min=0)] = 0,
+    scheduler: Annotated[
+        str, typer.Option(help="Early stopping: asha stops weak trials early; none completes every trial.")
+    ] = "asha",
+    search: Annotated[str, typer.Option(help="Search method: optuna (TPE), random or grid.")] = "optuna",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="Value to optimize, on images held out of the training set: top1 (accuracy), lrs (label-robust score),"
+            " w2 (distance in feature space) or time (seconds of synthesis)."
+        ),
+    ] = "top1",
+    seed: Annotated[int, typer.Option(help="Random seed of the search.", min=0)] = 0,
     gpus: Annotated[
         float | None,
-        typer.Option(help="GPUs of a trial, such as 0.25; 0 for CPUs only; 1 by default where there is one.", min=0),
+        typer.Option(
+            help="GPUs per trial; 0.25 puts four trials on one GPU, 0 uses CPUs only. Default: 1 with a GPU, else 0.",
+            min=0,
+        ),
     ] = None,
-    cpus: Annotated[float | None, typer.Option(help="CPUs of a trial; compute.threads by default.", min=0.1)] = None,
+    cpus: Annotated[float | None, typer.Option(help="CPUs per trial; compute.threads by default.", min=0.1)] = None,
     concurrent: Annotated[
-        int | None, typer.Option(help="Trials at once; as many as there is room for by default.", min=1)
+        int | None, typer.Option(help="Number of trials at the same time; by default as many as fit.", min=1)
     ] = None,
-    address: Annotated[str | None, typer.Option(help="Join a running Ray cluster (HOST:PORT or auto).")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a running Ray cluster, HOST:PORT or auto. By default Ray starts on this machine."
+        ),
+    ] = None,
 ) -> None:
-    """Run a sweep, go on with one that was stopped, or add trials to one that is finished."""
+    """Run a sweep. The same command resumes a stopped sweep; more --trials extend a finished one."""
     from sweeps import page
     from sweeps.ray_cluster import TrialResources
     from sweeps.run import resolve
@@ -82,9 +105,9 @@ def _default_gpus(device: str) -> float:
 @app.command(epilog="Example:  wmdd sweep show runs/digits-regularization --html digits.html")
 def show(
     folder: SweepArgument,
-    html: Annotated[Path | None, typer.Option(help="Where to write the page; DIR/sweep.html by default.")] = None,
+    html: Annotated[Path | None, typer.Option(help="File of the page; DIR/sweep.html by default.")] = None,
 ) -> None:
-    """Print the trials, and write a page with the importance of each key and its response."""
+    """Print the trials, and write a page that shows the importance and the effect of each key."""
     from sweeps import page
     from sweeps.run import Sweep
     from sweeps.trial_log import Log
@@ -101,9 +124,11 @@ def show(
 @app.command(epilog="Example:  wmdd sweep best runs/digits-regularization > best.toml && wmdd run best.toml")
 def best(
     folder: SweepArgument,
-    no_test: Annotated[bool, typer.Option("--no-test", help="Only write the config: no run on the test set.")] = False,
+    no_test: Annotated[
+        bool, typer.Option("--no-test", help="Print the config without measuring it on the test set.")
+    ] = False,
 ) -> None:
-    """Measure the best recipe on the test set, once, and print it as a config that `wmdd run` takes."""
+    """Measure the best recipe on the test set, once, and print it as a config file for `wmdd run`."""
     from sweeps.best import best as find
 
     typer.echo(find(folder, measure=not no_test), nl=False)

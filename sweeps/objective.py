@@ -1,4 +1,4 @@
-"""What trials are judged by.  Every objective is measured on the hold-out; none knows the test set."""
+"""The objectives of sweeps. All are measured on the hold-out, none on the test set."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from sweeps.trial_log import Trial
 from wmdd.errors import InputError, nearest
 
 TOLERANCE = 0.01
-"""Top-1 (fraction) that a faster recipe may lose against the config as it stands."""
+"""Top-1 (fraction) that a faster recipe may lose against the unchanged config."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SweepObjective:
 
     name: str
     key: str
-    """Of a report"""
+    """Key of the value in a trial's report"""
     direction: Literal["maximize", "minimize"]
     students: bool
     """Whether intermediate images need a probe student"""
@@ -26,14 +26,14 @@ class SweepObjective:
 
     @property
     def mode(self) -> str:
-        """``max`` or ``min``, as Ray says it."""
+        """``max`` or ``min``, in Ray's words."""
         return self.direction[:3]
 
     def value(self, trial: Trial, trials: Sequence[Trial]) -> float:
-        """Return the worth of a finished trial among the others.
+        """Return the value of a finished trial.
 
-        A recipe that is fast because its images are bad has no worth: for ``time`` it is infinity where top-1 falls
-        more than ``TOLERANCE`` below that of trial 0, the config as it stands.
+        For ``time`` the value is infinity if top-1 is more than ``TOLERANCE`` below that of trial 0, the unchanged
+        config: a recipe must not be fast because its images are bad.
         """
         value = float(trial.last[self.key])
         reference = trials[0].last if trials and trials[0].state == "done" else {}
@@ -42,13 +42,13 @@ class SweepObjective:
         return value
 
     def best(self, trials: Sequence[Trial]) -> Trial | None:
-        """Return the best trial that ran to its end, the earliest of equals; None if there is none."""
+        """Return the best complete trial, the earliest of equals; None if no trial is complete."""
         done = [trial for trial in trials if trial.state == "done" and not math.isnan(self.value(trial, trials))]
         sign = 1 if self.direction == "minimize" else -1
         return min(done, key=lambda trial: sign * self.value(trial, trials), default=None)
 
     def text(self, value: float) -> str:
-        """Return a value as people read it."""
+        """Return a value as text with its unit."""
         if math.isinf(value):
             return "loses accuracy"
         return f"{100 * value:.2f} %" if self.key == "top1" else f"{value:.3g}{' s' if self.name == 'time' else ''}"
@@ -71,24 +71,24 @@ def objective_of(name: str) -> SweepObjective:
     """Return an objective by its name.
 
     Raises:
-        InputError: no such objective; an objective on the test set is refused by name.
+        InputError: the objective does not exist. For a name with ``test``, the message explains why.
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     if "test" in name:
         raise InputError(
-            f"--objective {name}: the test set is no objective, a recipe chosen on it proves nothing; use one of"
+            f"--objective {name}: a recipe chosen on the test set proves nothing; use one of"
             f" {', '.join(OBJECTIVES)}, measured on images held out of the training set"
         )
     raise InputError(f"--objective {name}: no such objective; {nearest(name, list(OBJECTIVES))}")
 
 
 def seeds_of(trial: Trial) -> list[float]:
-    """Return top-1 of a finished trial for each student seed; they are students of one distilled set."""
+    """Return top-1 of a complete trial for each student seed. All students share one distilled set."""
     seeds: list[float] = trial.last.get("seeds") or []
     return seeds if trial.state == "done" else []
 
 
 def range_text(values: Sequence[float]) -> str:
-    """Return the least and the most of several accuracies, in percent: one set has no interval."""
+    """Return the range of several accuracies, in percent. It is no interval: the students share one set."""
     return f"{100 * min(values):.2f}–{100 * max(values):.2f}" if len(values) > 1 else ""

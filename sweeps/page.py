@@ -1,4 +1,4 @@
-"""A sweep as people read it: a table on the terminal, and one page that loads nothing."""
+"""A sweep for people: a table on the terminal, and one HTML page that loads no other file."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -21,22 +21,22 @@ _NONE = "–"
 
 
 def columns(sweep: Sweep) -> list[str]:
-    """Return the head of the table of trials."""
+    """Return the column names of the table of trials."""
     keys = [parameter.key for parameter in sweep.space.parameters]
     return ["trial", "state", *_measured(sweep), "students", "vs trial 0", "iter.", "s", *keys]
 
 
 def rows(sweep: Sweep, log: Log) -> list[list[str]]:
-    """Return the table of trials: finished ones from the best on, then stopped ones, then the rest.
+    """Return the table of trials: complete trials, best first, then stopped ones, then the rest.
 
-    ``students`` are the least and the most top-1 of the students of the one distilled set; ``vs trial 0`` is the mean
-    difference of top-1 to the config as it stands. One set says nothing about another: neither has an interval.
+    ``students`` is the range of top-1 over the students of the trial's set. ``vs trial 0`` is the mean difference of
+    top-1 from the unchanged config. A trial has one set, so neither has an interval.
     """
     return [_row(sweep, trial, log.trials) for trial in ranked(sweep, log)]
 
 
 def ranked(sweep: Sweep, log: Log) -> list[Trial]:
-    """Return the trials from the best to those that say least."""
+    """Return the trials in the order of the table: by state, then by value."""
     sign = -1 if sweep.objective.direction == "maximize" else 1
     states = ("done", "stopped", "running", "failed")
 
@@ -74,7 +74,7 @@ def _worth(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> str:
 
 
 def _against(trial: Trial, trials: Sequence[Trial]) -> str:
-    """Return the mean difference of top-1 to trial 0, in points."""
+    """Return the mean difference of top-1 from trial 0, in points."""
     if trial.number == 0 or trial.state != "done" or trials[0].state != "done":
         return _NONE
     return f"{100 * (fmean(seeds_of(trial)) - fmean(seeds_of(trials[0]))):+.2f}"
@@ -85,14 +85,14 @@ def _time(trial: Trial) -> str:
 
 
 def summary(sweep: Sweep, log: Log) -> list[str]:
-    """Return the sweep in a few sentences: the best trial, what it gains, what the scheduler saved, what failed."""
+    """Return a summary of the sweep: the best trial, the time that the scheduler saved, the failures."""
     lines = []
     best = sweep.objective.best(log.trials)
     if best is None:
-        lines.append("No trial has come to its end.")
+        lines.append("No trial is complete.")
     else:
         values = ", ".join(f"{key} = {show(value)}" for key, value in best.values.items())
-        stands = " (the config as it stands)" if best.number == 0 else ""
+        stands = " (the unchanged config)" if best.number == 0 else ""
         seeds = seeds_of(best)
         worth = sweep.objective.text(sweep.objective.value(best, log.trials))
         if len(seeds) > 1 and sweep.objective.key == "top1":
@@ -102,7 +102,7 @@ def summary(sweep: Sweep, log: Log) -> list[str]:
         stopped, spent, whole = saved
         lines.append(
             f"{sweep.scheduler} stopped {stopped} of {len(log.trials)} trials: {spent:.0f} s of trials instead of about"
-            f" {whole:.0f} s, {100 * (1 - spent / whole):.0f} % saved (estimated from the trials that ran to the end)."
+            f" {whole:.0f} s, {100 * (1 - spent / whole):.0f} % saved (estimated from the complete trials)."
         )
     failed = [trial for trial in log.trials if trial.state == "failed"]
     if failed:

@@ -1,4 +1,4 @@
-"""Plots of a sweep as SVG that takes its colours from the page."""
+"""Plots of a sweep as SVG, in the colors of the page."""
 
 import math
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from sweeps.trial_log import Trial
 from wmdd.report.plots import Drawing
 
 _COLOURS = {"ink": "#100001", "accent": "#100002", "quiet": "#100003", "line": "#100004", "page": "#100005"}
-"""Stand-ins, replaced by the page's own colours: plots are legible in light and in dark."""
+"""Placeholders, replaced by the page's own colors: plots are legible in light and in dark mode."""
 
 _STOPPED = -0.15
 """Height at which the lines of stopped trials end."""
 
 
 def response(parameter: Parameter, trials: Sequence[Trial], objective: SweepObjective) -> str:
-    """Return the objective over one key: finished trials with their interval; stopped ones hollow, on the axis.
+    """Return the objective over one key: complete trials with the range of their students, stopped ones on the axis.
 
-    What a stopped trial reached, by a shorter student on unfinished images, is no point of this curve.
+    A stopped trial has no value here: its last report comes from a shorter student on unfinished images.
     """
     with Drawing(f"response-{parameter.key}", (3.4, 2.5), _COLOURS, fixed=False) as drawing:
         axes = drawing.axes
@@ -49,7 +49,7 @@ def response(parameter: Parameter, trials: Sequence[Trial], objective: SweepObje
 
 
 def parallel(parameters: Sequence[Parameter], trials: Sequence[Trial], objective: SweepObjective) -> str:
-    """Return every trial as a line over all keys and the objective; the best third in colour, stopped ones dotted."""
+    """Return every trial as a line over all keys and the objective: the best third in color, stopped ones dotted."""
     worth = {trial.number: _scaled(objective, trial.last[objective.key]) for trial in trials if trial.state == "done"}
     low, high = min(worth.values()), max(worth.values())
     order = sorted(worth.values(), reverse=objective.direction == "maximize")
@@ -96,7 +96,7 @@ def _scaled(objective: SweepObjective, value: float) -> float:
 
 
 def _place(parameter: Parameter, value: Any) -> float:
-    """Return where a value lies on its axis: itself, or its position in the list (outside the list: at its end)."""
+    """Return the coordinate of a value: the number itself, or its position in the list (a foreign value: the end)."""
     if isinstance(parameter.domain, Range):
         return float(value)
     values = parameter.domain.values
@@ -117,7 +117,7 @@ def _scale(axis: Any, parameter: Parameter) -> None:
 
 
 def _height(parameter: Parameter, value: Any) -> float:
-    """Return a value's height from 0 to 1 on its axis; NaN where the key does not matter."""
+    """Return a value's height from 0 to 1 on its axis; NaN if the key is inactive."""
     if value is None:
         return math.nan
     domain = parameter.domain

@@ -1,6 +1,6 @@
-"""What Ray Tune asks for: trainable, searcher, scheduler, callback, stopper.  Each hands over to the sweep's own.
+"""Adapters for Ray Tune: trainable, searcher, scheduler, callback, stopper. Each calls the sweep's own code.
 
-Ray is imported inside, because its environment is set just before (``sweeps.cluster``).
+Ray is imported inside the functions, because ``ray_cluster`` must set its environment first.
 """
 
 import re
@@ -18,15 +18,15 @@ from wmdd.errors import WmddError
 from wmdd.storage import cache
 
 _TIME = "share"
-"""What ASHA counts: the share of its own iterations that a trial has done, in units of the first report."""
+"""ASHA's time: the share of its iterations that a trial has done, in units of the first report."""
 
 
 def work(config: dict[str, Any], plan: trial.SweepSetup) -> None:
-    """Do one trial in a process of Ray's."""
+    """Do one trial in a Ray process."""
     from ray import tune
 
     if not cache.cache_root().is_dir():
-        raise WmddError(f"{cache.cache_root()}: is not on this node; set WMDD_CACHE to a folder that all nodes share")
+        raise WmddError(f"{cache.cache_root()}: is missing on this node; set WMDD_CACHE to a folder on a shared disk")
     scale = plan.budget.reduction
 
     def report(measured: Report) -> None:
@@ -36,11 +36,11 @@ def work(config: dict[str, Any], plan: trial.SweepSetup) -> None:
 
 
 def scheduler(kind: str, objective: SweepObjective, budget: Budget, trials: Sequence[Trial]) -> Any:
-    """Return ASHA (Li et al. 2020), told of the trials that are already known, or a scheduler that stops none."""
+    """Return ASHA (Li et al. 2020), with the reports of earlier trials, or a scheduler that stops no trial."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
     class Asha(ASHAScheduler):
-        """Lets trial 0 run to its end: it is what the others are compared with."""
+        """ASHA that never stops trial 0, with which the others are compared."""
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: Any) -> str:
             action: str = super().on_trial_result(tune_controller, trial, result)
@@ -71,7 +71,7 @@ def searcher(todo: Iterable[int], suggest: Callable[[int], Values | None]) -> An
     from ray.tune.search import Searcher
 
     class Queue(Searcher):
-        """Hands out the trials that are to be done, in order."""
+        """Returns the missing trials in order."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -95,11 +95,11 @@ def searcher(todo: Iterable[int], suggest: Callable[[int], Values | None]) -> An
 
 
 def recorder(log: Log, rungs: int, stop: Callable[[], bool], ended: Callable[[Trial], None]) -> Any:
-    """Return a callback that keeps the log, and tells ``ended`` of each trial that ends."""
+    """Return a callback that writes the log, and calls ``ended`` for each trial that ends."""
     from ray.tune import Callback
 
     class Recorder(Callback):
-        """Writes every event of a trial into the log, unless it comes from the sweep's own end."""
+        """Writes every event of a trial to the log, except those caused by stopping the sweep."""
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             known = log.trials[trial.config["number"]]
@@ -131,11 +131,11 @@ _REPORTED = ("rung", "iteration", "seconds", "synthesis_seconds", "top1", "hard"
 
 
 def stopper(stop: Callable[[], bool]) -> Any:
-    """Return what lets a signal end the sweep."""
+    """Return a stopper that ends the sweep after a signal."""
     from ray.tune import Stopper
 
     class OnSignal(Stopper):
-        """Ends the sweep when a signal asked for it."""
+        """Ends the sweep after a stop request."""
 
         def __call__(self, trial_id: str, result: Any) -> bool:
             return stop()
@@ -150,13 +150,13 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def _reason(failed: Any) -> str:
-    """Return a trial's error in one line: the last of its trace, or the first of what Ray says about a dead process."""
+    """Return a trial's error in one line: the last of the traceback, or the first of Ray's message on a crash."""
     try:
         content = _COLOUR.sub("", Path(failed.error_file).read_text())
         lines = [line.strip() for line in content.splitlines() if line.strip()]
     except (OSError, TypeError):
         lines = []
-    text = lines[1:]  # the first counts failures
+    text = lines[1:]  # the first line counts failures
     if not text:
         return "its process died"
     chosen = text[-1] if any("Traceback" in line or line.startswith("ray::") for line in text) else text[0]

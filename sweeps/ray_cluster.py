@@ -1,8 +1,8 @@
-"""Ray, well behaved: loopback on one machine, no usage reports, nothing left behind.
+"""Starts Ray on this machine, or joins a running cluster: no usage reports, no files left behind.
 
-A local Ray listens on 127.0.0.1 only and asks for a token that lives in this process's environment and nowhere else,
-so that other users of the machine cannot join.  A cluster that is joined by its address was started by somebody else,
-who decides its interface and its token (``RAY_AUTH_MODE=token``); it is left running.
+A local Ray listens on 127.0.0.1 only and requires a token. The token exists only in this process's environment, so
+other users of the machine cannot join. A running cluster has its own interface and token (``RAY_AUTH_MODE=token``),
+chosen by the user who started it. It keeps running after the sweep.
 """
 
 import functools
@@ -34,26 +34,26 @@ _ALWAYS = {
     "RAY_TQDM_PATCH_PRINT": "0",
 }
 _OBJECT_STORE_BYTES = 100 * 2**20
-"""Bytes; trials exchange a few numbers, and a default store would take a third of the memory."""
+"""Size of Ray's object store. Trials exchange a few numbers; the default would take a third of the memory."""
 _MAX_TMP_PATH = 40
-"""Characters of a temporary folder: sockets lie below it, and their paths may have 107."""
+"""Characters in the path of a temporary folder: Ray's sockets lie in it, and a socket's path may have 107."""
 
 
 @dataclass(frozen=True)
 class TrialResources:
-    """What each trial gets, and how many run at once."""
+    """CPUs and GPUs of each trial, and the number of concurrent trials."""
 
     cpus: float
     gpus: float
     concurrent: int | None = None
-    """None for as many as there is room for"""
+    """Limit on concurrent trials; None for as many as fit"""
 
 
 def check_local(resources: TrialResources) -> None:
-    """Refuse more than this machine has, before Ray starts.
+    """Check, before Ray starts, that one trial fits on this machine.
 
     Raises:
-        InputError: more CPUs or GPUs per trial than there are.
+        InputError: a trial needs more CPUs or GPUs than the machine has.
     """
     import torch
 
@@ -61,10 +61,10 @@ def check_local(resources: TrialResources) -> None:
 
 
 def check_address(address: str) -> None:
-    """Refuse an address at which nobody listens: Ray itself would try for minutes.
+    """Check that a cluster answers at this address. Ray itself would try for minutes.
 
     Raises:
-        InputError: no cluster is there.
+        InputError: no cluster answers, or the address is malformed.
     """
     host, _, port = address.rpartition(":")
     if address == "auto":
@@ -75,7 +75,7 @@ def check_address(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"--address {address}: nobody answers ({reason}); is the cluster running?") from None
+        raise InputError(f"--address {address}: no cluster answers ({reason}); is it running?") from None
 
 
 def _check(largest: Mapping[str, float], resources: TrialResources, who: str) -> None:
@@ -83,7 +83,7 @@ def _check(largest: Mapping[str, float], resources: TrialResources, who: str) ->
         found = largest.get(kind, 0.0)
         if wanted > found:
             hint = "none: leave --gpus out" if not found else f"{found:g}: use --{kind.lower()}s {found:g} or less"
-            raise InputError(f"--{kind.lower()}s {wanted:g}: a trial asks for {wanted:g} {kind}s, {who} {hint}")
+            raise InputError(f"--{kind.lower()}s {wanted:g}: a trial needs {wanted:g} {kind}s, {who} {hint}")
 
 
 def _cpus() -> int:
@@ -92,16 +92,16 @@ def _cpus() -> int:
 
 @contextmanager
 def ray_session(out: Path, resources: TrialResources, address: str | None) -> Iterator[int]:
-    """Start Ray on this machine or join the cluster at ``address``; yields how many trials run at once.
+    """Start Ray on this machine, or join the cluster at ``address``; yields the number of concurrent trials.
 
     Raises:
-        InputError: the cluster's nodes cannot hold one trial.
+        InputError: a trial does not fit on any node of the cluster.
         WmddError: the cluster cannot be joined.
     """
     with _environment(_ALWAYS | ({} if address else _local_environment())):
         import ray
 
-        # The sweep says itself which trials failed and why.
+        # Ray's messages are not needed: the sweep itself reports which trials failed, and why.
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         folder = None if address else _make_folder(out)
         try:
@@ -117,9 +117,9 @@ def ray_session(out: Path, resources: TrialResources, address: str | None) -> It
 
 
 def _room(nodes: list[dict[str, float]], resources: TrialResources) -> int:
-    """Return how many trials fit, and no more than asked for."""
+    """Return the number of concurrent trials: as many as fit, up to ``resources.concurrent``."""
     wanted = [(kind, count) for kind, count in (("CPU", resources.cpus), ("GPU", resources.gpus)) if count]
-    # A trial lies on one node, and a fraction of a GPU on one GPU.
+    # A trial runs on one node, and a share of a GPU is on one GPU.
     room = (
         sum(min(int(node.get(kind, 0.0) / count + 1e-9) for kind, count in wanted) for node in nodes) if wanted else 1
     )
@@ -128,7 +128,7 @@ def _room(nodes: list[dict[str, float]], resources: TrialResources) -> int:
 
 def _connect(ray: Any, address: str | None, folder: Path | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    # Trials on other nodes read teacher and statistics from the same store.
+    # Trials on other nodes read teacher and statistics from the same cache.
     quiet["runtime_env"] = {"env_vars": {"WMDD_CACHE": str(cache.cache_root().absolute())}}
     if address:
         try:
@@ -155,13 +155,13 @@ def _connect(ray: Any, address: str | None, folder: Path | None) -> None:
 
 @functools.cache
 def _token() -> str:
-    """Return this process's token: Ray remembers the first one that it met."""
+    """Return the token of this process. There is only one: Ray keeps the first token that it reads."""
     return secrets.token_hex(32)
 
 
 def _local_environment() -> dict[str, str]:
     return {
-        # What keeps Ray on loopback on macOS and Windows does so on Linux too; --node-ip-address 127.0.0.1 does not.
+        # Without clusters, as on macOS and Windows, Ray listens on loopback only; --node-ip-address does not do this.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _token(),
@@ -170,7 +170,7 @@ def _local_environment() -> dict[str, str]:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the length of the block; Ray reads them when it is imported and when it starts processes."""
+    """Set variables during the ``with`` block. Ray reads them at its import and when it starts processes."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:
@@ -184,7 +184,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _make_folder(out: Path) -> Path:
-    """Make Ray's temporary folder; its name follows from the sweep's, so that what a kill -9 left is found again."""
+    """Make Ray's temporary folder. Its name depends on the sweep's folder, so files left by kill -9 are found again."""
     base = Path(tempfile.gettempdir())
     if len(str(base)) > _MAX_TMP_PATH and Path("/tmp").is_dir():  # noqa: S108
         base = Path("/tmp")  # noqa: S108
@@ -195,5 +195,7 @@ def _make_folder(out: Path) -> Path:
             shutil.rmtree(folder)
         folder.mkdir(mode=0o700)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be made for Ray ({error.strerror}); set TMPDIR to a short path") from None
+        raise InputError(
+            f"{folder}: cannot be created for Ray ({error.strerror}); set TMPDIR to a short path"
+        ) from None
     return folder

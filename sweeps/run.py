@@ -1,4 +1,4 @@
-"""A sweep: Ray Tune runs the trials, the JSON log remembers them."""
+"""A sweep: Ray Tune runs the trials, and JSON files keep their results."""
 
 import logging
 import shutil
@@ -28,7 +28,7 @@ Scheduler = Literal["asha", "none"]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep is: everything that decides which trials it has and how they are judged."""
+    """The definition of a sweep: all that decides its trials and how they are judged."""
 
     config: Config
     space: Space
@@ -38,7 +38,7 @@ class Sweep:
     seed: int
 
     def identity(self) -> dict[str, Any]:
-        """Return what names the sweep in its folder."""
+        """Return the content of ``sweep.json``."""
         return {
             "config": self.config.model_dump(mode="json"),
             "parameters": self.space.source["parameters"],
@@ -53,7 +53,7 @@ class Sweep:
 
     @staticmethod
     def from_identity(identity: Mapping[str, Any]) -> "Sweep":
-        """Return the sweep that a folder names."""
+        """Return the sweep of a folder, from the content of ``sweep.json``."""
         config = Config.model_validate(identity["config"])
         space = parse_space(identity["space"], {key: identity[key] for key in ("parameters", "budget")}, config)
         objective = objective_of(identity["objective"])
@@ -70,10 +70,10 @@ def resolve(
     scheduler: str,
     seed: int,
 ) -> Sweep:
-    """Check everything that a command line says and the machine need not be asked for.
+    """Check the options of the command line, except those that depend on the machine.
 
     Raises:
-        InputError: any of it is wrong.
+        InputError: an option is wrong.
     """
     chosen = objective_of(objective)
     for option, given, valid in (
@@ -84,8 +84,7 @@ def resolve(
             raise InputError(f"{option} {given}: {nearest(given, list(valid))}")
     if chosen.name == "time" and scheduler == "asha":
         raise InputError(
-            "--objective time: ASHA would compare trials by their seconds alone and stop the accurate ones; use"
-            " --scheduler none"
+            "--objective time: ASHA would compare seconds alone, and would stop accurate trials; use --scheduler none"
         )
     settings = load_config(config, overrides)
     if chosen.name == "lrs" and not {"hard", "soft"} <= set(settings.labels.regimes):
@@ -94,18 +93,18 @@ def resolve(
 
 
 def run(sweep: Sweep, out: Path, trials: int, resources: TrialResources, address: str | None = None) -> Log:
-    """Run a sweep until it has so many trials; go on where it stopped, or add trials to a finished one.
+    """Run a sweep until it has ``trials`` trials. A stopped sweep resumes; a finished sweep gets further trials.
 
     Args:
-        sweep: what it is.
-        out: its folder.
-        trials: in all, trial 0 included: the config as it stands.
-        resources: of each trial.
-        address: of a running Ray cluster; this machine by default.
+        sweep: definition of the sweep.
+        out: folder of the sweep.
+        trials: total number of trials, including trial 0, the unchanged config.
+        resources: CPUs and GPUs of each trial.
+        address: address of a running Ray cluster; None starts Ray on this machine.
 
     Raises:
-        InputError: the folder belongs to another sweep, or there are fewer GPUs than asked for.
-        Interrupted: a signal asked to stop; the same command goes on.
+        InputError: the folder belongs to another sweep, or a trial needs more CPUs or GPUs than there are.
+        Interrupted: a signal requested a stop. The same command resumes the sweep.
         WmddError: every trial failed.
     """
     if trials < 1:
@@ -115,7 +114,7 @@ def run(sweep: Sweep, out: Path, trials: int, resources: TrialResources, address
     else:
         check_address(address)
     if sweep.search == "grid" and trials > (most := len(sweep.space.grid()) + 1):
-        logger.info(f"the grid has {most - 1} combinations: {most} trials with the config as it stands")
+        logger.info(f"the grid has {most - 1} combinations: {most} trials with the unchanged config")
         trials = most
     log = Log(out)
     with log.held(sweep.identity()), stop_on(signal.SIGTERM, signal.SIGINT) as stop:
@@ -123,10 +122,10 @@ def run(sweep: Sweep, out: Path, trials: int, resources: TrialResources, address
         todo += range(len(log.trials), trials)
         if todo:
             _say_plan(sweep, log, todo, trials)
-            # Ray shows a trial the GPUs it may use, and numbers them from 0.
+            # Inside a trial, Ray shows only the trial's GPUs, numbered from 0.
             placed = sweep.config.replace({"compute.device": "auto" if resources.gpus else "cpu"}, "the sweep")
             plan = trial.prepare(trial.SweepSetup(placed, sweep.space.budget, sweep.objective), stop)
-            if resources.gpus:  # a trial that was given a GPU and sees none must fail, and not take hours on the CPU
+            if resources.gpus:  # a trial that misses its GPU must fail, not take hours on the CPU
                 plan = replace(plan, config=placed.replace({"compute.device": "cuda"}, "the sweep"))
             _clear(out)
             try:
@@ -136,7 +135,9 @@ def run(sweep: Sweep, out: Path, trials: int, resources: TrialResources, address
                 _clear(out)
         if stop():
             left = sum(number >= len(log.trials) or not log.trials[number].finished for number in todo)
-            raise Interrupted(f"{out}: stopped with {left} of {trials} trials to do; the same command goes on")
+            raise Interrupted(
+                f"{out}: stopped with {left} of {trials} trials to do; the same command resumes the sweep"
+            )
     if all(known.state == "failed" for known in log.trials):
         raise WmddError(f"{out}: every trial failed; the first: {log.trials[0].error}")
     return log
@@ -167,7 +168,7 @@ def _fit(
 
     def suggest(number: int) -> Values | None:
         if number < len(log.trials):
-            values = log.trials[number].values  # it was running when the sweep was stopped
+            values = log.trials[number].values  # the trial was running when the sweep stopped
         elif number == 0:
             values = sweep.space.values_in(sweep.config)
         else:

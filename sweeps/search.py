@@ -1,6 +1,6 @@
-"""Which values come next: a function of the seed, the trial's number and what is known of the trials before it.
+"""The values of the next trial: a function of the seed, the trial's number and the reports of the other trials.
 
-Nothing is remembered between two calls, so a sweep that was killed goes on as if it had not been.
+No state is kept between two calls, so a killed sweep resumes as if it had not been killed.
 """
 
 import random
@@ -22,22 +22,22 @@ Kind = Literal["optuna", "random", "grid"]
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 _RANDOM_TRIALS_FIRST = 5
-"""Random trials before the tree-structured Parzen estimator has enough to learn from."""
+"""Random trials that the tree-structured Parzen estimator needs before it can learn."""
 
 
 def suggest(
     space: Space, kind: Kind, seed: int, objective: SweepObjective, number: int, trials: Sequence[Trial]
 ) -> Values | None:
-    """Return the values of trial ``number`` (from 1; trial 0 is the config as it stands), or None at the grid's end.
+    """Return the values of one trial; None after the end of the grid.
 
     Args:
-        space: what is varied.
-        kind: ``optuna`` (TPE, Bergstra et al. 2011, with all keys in one model), ``random``, or ``grid``: all
-            combinations in a random order that the seed decides, so that a part of a grid is spread over it.
-        seed: of the sweep.
-        objective: what the trials are judged by.
-        number: of the trial.
-        trials: all that is known, finished or not.
+        space: keys to vary and their values.
+        kind: ``optuna`` (TPE, Bergstra et al. 2011, with all keys in one model), ``random``, or ``grid``. The grid has
+            all combinations in a random order, so that a part of it covers the whole space.
+        seed: random seed of the sweep.
+        objective: objective of the sweep.
+        number: number of the trial, from 1. Trial 0 is the unchanged config.
+        trials: all trials of the sweep so far, finished or not.
     """
     if kind == "grid":
         combinations = space.grid()
@@ -63,7 +63,7 @@ def study_of(
     trials: Sequence[Trial],
     sampler: optuna.samplers.BaseSampler | None = None,
 ) -> optuna.Study:
-    """Return the trials as an Optuna study; those whose values the space does not contain are left out."""
+    """Return the trials as an Optuna study, without those whose values are outside the space."""
     study = optuna.create_study(direction=objective.direction, sampler=sampler)
     for trial in trials:
         value = objective.value(trial, trials) if trial.state == "done" else None
@@ -77,11 +77,12 @@ def study_of(
 def importances(space: Space, objective: SweepObjective, trials: Sequence[Trial]) -> tuple[int, int, dict[str, float]]:
     """Return how much of the objective's variance each key explains by itself (fANOVA, Hutter et al. 2014).
 
-    Stopped trials count too, else only the lucky would: all are compared at the latest report that every one reached.
-    Keys that only matter under conditions are left out.
+    Stopped trials count too; complete trials alone would be a biased choice. All are compared at the latest report that
+    every trial reached. Keys with a condition (``when``) are left out.
 
     Returns:
-        that report, the number of trials, and the shares (none below ``_MIN_TRIALS_FOR_IMPORTANCE`` trials).
+        Number of that report, number of trials, and share of each key. There are no shares below
+        ``_MIN_TRIALS_FOR_IMPORTANCE`` trials.
     """
     reached = [trial for trial in trials if trial.state in ("done", "stopped")]
     rung = min((len(trial.reports) for trial in reached), default=0)
@@ -96,13 +97,13 @@ def importances(space: Space, objective: SweepObjective, trials: Sequence[Trial]
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     try:
         found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    except (RuntimeError, ValueError):  # all trials are worth the same
+    except (RuntimeError, ValueError):  # all trials have the same value
         return rung, count, {}
     return rung, count, {key: float(share) for key, share in found.items()}
 
 
 _MIN_TRIALS_FOR_IMPORTANCE = 4
-"""Trials below which no importance is told."""
+"""Least number of trials for an estimate of importance."""
 
 _STATES = {
     "running": TrialState.RUNNING,
@@ -115,7 +116,7 @@ _STATES = {
 def _as_optuna(
     space: Space, trial: Trial, state: TrialState, value: float | None, steps: dict[int, float]
 ) -> FrozenTrial | None:
-    """Return a trial in Optuna's words, or None where the space does not contain its values."""
+    """Return a trial in Optuna's format; None if its values are outside the space."""
     active = [parameter for parameter in space.parameters if parameter.active(trial.values)]
     try:
         params = {parameter.key: parameter.domain.encode(trial.values[parameter.key]) for parameter in active}

@@ -1,4 +1,4 @@
-"""What a sweep varies and what a trial may cost."""
+"""The space of a sweep: the keys that it varies, and the budget of a trial."""
 
 import math
 from collections.abc import Mapping
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
     import optuna
 
 _MAX_GRID_POINTS = 100_000
-"""Combinations of a grid."""
+"""Limit on the combinations of a grid."""
 
 Amount = Annotated[StrictInt, Field(ge=1)] | Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)]
-"""A whole number, or a share of what the config says."""
+"""A whole number, or a share of the config's value."""
 
 
 class Budget(Strict):
-    """The proxy: what a trial does instead of a whole run."""
+    """Budget of a trial, which is a short version of a run (the proxy)."""
 
     holdout_per_class: Positive = 40
-    """Images of each training class kept apart; the objective is measured on these, never on the test set."""
+    """Training images per class that are held out. The objective is measured on these, never on the test set."""
     classes: Positive | None = None
-    """The first N of the config's classes; all by default."""
+    """Number of classes: the first N of the config's; all by default."""
     iterations: Amount = 0.5
-    """Of synthesis."""
+    """Iterations of synthesis: a whole number, or a share of the config's."""
     student_epochs: Amount = 0.5
-    """Of the students that judge a finished trial."""
+    """Epochs of the students that judge a complete trial: a whole number, or a share of the config's."""
     student_seeds: Positive = 3
-    """Students of each network and label regime that judge a finished trial."""
+    """Students per network and label regime that judge a complete trial."""
     probe_epochs: Amount = 0.25
-    """Of the students that judge intermediate images."""
+    """Epochs of the students that judge intermediate images: a whole number, or a share of ``student_epochs``."""
     probe_seeds: Positive = 1
-    """Students of each network and label regime that judge intermediate images."""
+    """Students per network and label regime that judge intermediate images."""
     rungs: Positive = 3
-    """Times that a trial reports, the end included: with 3 and a reduction of 2 after a quarter, half and all of its
-    iterations."""
+    """Number of reports of a trial, including the last. Three reports with a reduction of 2 come after a quarter, half
+    and all of the iterations."""
     reduction: Annotated[int, Field(ge=2)] = 2
-    """Factor between the iterations of two reports; ASHA lets the best 1/reduction of a rung go on."""
+    """Factor between the iterations of two reports. ASHA continues the best 1/reduction of the trials at a report."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Range:
     log: bool = False
     integer: bool = False
     points: int = 5
-    """Values that a grid search takes from it"""
+    """Number of values in a grid search"""
 
     def suggest(self, trial: "optuna.trial.BaseTrial", key: str) -> Any:
         """Return a value of the searcher's choice."""
@@ -65,7 +65,7 @@ class Range:
         return trial.suggest_float(key, self.low, self.high, log=self.log)
 
     def distribution(self) -> "optuna.distributions.BaseDistribution":
-        """Return what the searcher draws from."""
+        """Return the searcher's distribution of the values."""
         from optuna.distributions import FloatDistribution, IntDistribution
 
         if self.integer:
@@ -73,10 +73,10 @@ class Range:
         return FloatDistribution(self.low, self.high, log=self.log)
 
     def encode(self, value: Any) -> Any:
-        """Return what the searcher calls a value.
+        """Return the searcher's code of a value: the value itself.
 
         Raises:
-            ValueError: the value is not of this domain.
+            ValueError: the value is outside the range.
         """
         if isinstance(value, int | float) and self.low <= value <= self.high:
             return value
@@ -93,18 +93,18 @@ class Range:
         return list(dict.fromkeys(round(value) for value in values)) if self.integer else values
 
     def probes(self) -> list[Any]:
-        """Return values by which the config's limits and type can be checked: the bounds and one between."""
+        """Return values that test the config's limits and type: the bounds and one value between."""
         between = self.low + (self.high - self.low) * 0.381966
         return [int(self.low), int(self.high)] if self.integer else [self.low, between, self.high]
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Values named one by one."""
+    """A list of values."""
 
     values: tuple[Any, ...]
     ordered: bool
-    """Whether neighbours are alike (``grid``): the searcher then learns from them"""
+    """Whether neighboring values are similar (``grid``), so that the searcher can learn from neighbors"""
 
     def suggest(self, trial: "optuna.trial.BaseTrial", key: str) -> Any:
         """Return a value of the searcher's choice."""
@@ -113,17 +113,17 @@ class Choices:
         return self.values[trial.suggest_categorical(key, range(len(self.values)))]
 
     def distribution(self) -> "optuna.distributions.BaseDistribution":
-        """Return what the searcher draws from: positions."""
+        """Return the searcher's distribution of positions in the list."""
         from optuna.distributions import CategoricalDistribution, IntDistribution
 
         last = len(self.values) - 1
         return IntDistribution(0, last) if self.ordered else CategoricalDistribution(range(last + 1))
 
     def encode(self, value: Any) -> Any:
-        """Return what the searcher calls a value: its position.
+        """Return the searcher's code of a value: its position in the list.
 
         Raises:
-            ValueError: the value is not of this domain.
+            ValueError: the list does not contain the value.
         """
         return self.values.index(value)
 
@@ -136,14 +136,14 @@ class Choices:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A config key, the values it takes, and under which values of other keys it matters."""
+    """A config key, its possible values, and the values of other keys under which it is active."""
 
     key: str
     domain: Range | Choices
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def active(self, values: Values) -> bool:
-        """Return whether the key matters beside these values of the keys above it."""
+        """Return whether the key is active, given the values of the keys before it."""
         return all(key in values and values[key] in wanted for key, wanted in self.when.items())
 
 
@@ -155,10 +155,10 @@ class Space:
     parameters: tuple[Parameter, ...]
     budget: Budget
     source: dict[str, Any]
-    """The file as it was read; names the sweep"""
+    """Content of the file; part of the sweep's identity"""
 
     def suggest(self, trial: "optuna.trial.BaseTrial") -> Values:
-        """Return the values of one trial, each active key by the searcher's choice."""
+        """Return the values of one trial: the searcher's choice for each active key."""
         values: Values = {}
         for parameter in self.parameters:
             if parameter.active(values):
@@ -169,7 +169,7 @@ class Space:
         """Return every combination of the grid values of active keys.
 
         Raises:
-            InputError: there are more than any sweep could try.
+            InputError: there are more than 100,000 combinations.
         """
         found: list[Values] = [{}]
         for parameter in self.parameters:
@@ -180,13 +180,13 @@ class Space:
             found = longer
             if len(found) > _MAX_GRID_POINTS:
                 raise InputError(
-                    f"{self.name}: a grid of more than {_MAX_GRID_POINTS:,} combinations; name fewer values or use"
+                    f"{self.name}: the grid has more than {_MAX_GRID_POINTS:,} combinations; name fewer values or use"
                     " --search random"
                 )
         return found
 
     def values_in(self, config: Config) -> Values:
-        """Return what the config itself says for the keys of the space that matter under it."""
+        """Return the config's own values of the keys that are active under it."""
         known = {key: value for key, value, _ in describe(config)}
         values: Values = {}
         for parameter in self.parameters:

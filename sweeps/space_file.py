@@ -1,6 +1,7 @@
 """A sweep file: TOML, checked against the config before any work starts.
 
-A file has two tables.  ``[parameters]`` names config keys, each with one domain; ``[budget]`` says what a trial costs::
+A file has two tables. ``[parameters]`` gives config keys, each with its possible values. ``[budget]`` gives the budget
+of a trial::
 
     [parameters]
     synthesis.bn_weight = { loguniform = [0.1, 1e4] }
@@ -8,7 +9,7 @@ A file has two tables.  ``[parameters]`` names config keys, each with one domain
     barycenter.rounds = { int = [5, 200], log = true, when = { barycenter.weights = ["free"] } }
 
     [budget]
-    iterations = 0.5      # a share of the config's, or a whole number of them
+    iterations = 0.5      # a share of the config's iterations, or a whole number
 """
 
 import math
@@ -31,16 +32,16 @@ _OPTIONS = ("when", "log", "points")
 
 _ELSEWHERE = {
     "compute.device": "--gpus decides where trials run",
-    "compute.threads": "--cpus decides what a trial gets",
+    "compute.threads": "--cpus decides the CPUs of a trial",
     "student.seeds": "budget.student_seeds decides it",
 }
-"""Keys that something else of a sweep decides."""
+"""Keys that an option or the budget decides."""
 _FIXED = {
-    "nothing": "it decides no result",
-    "data": "trials are judged on images of one data set",
-    "selection": "trials are judged by one kind of student",
+    "nothing": "no result depends on it",
+    "data": "all trials are judged on the same images",
+    "selection": "all trials are judged by the same kind of student",
 }
-"""Why no sweep may vary a key, by what it decides (``wmdd.config.Decides``)."""
+"""Reason why a sweep cannot vary a key, by what the key decides (``wmdd.config.Decides``)."""
 
 
 def space_names() -> list[str]:
@@ -53,12 +54,12 @@ def load_space(name: str, config: Config, budget: Mapping[str, Any] | None = Non
     """Read a shipped space (``regularization``) or a TOML file, and check it against the config it will vary.
 
     Args:
-        name: name or path.
-        config: every value of the space must be one that it could have.
-        budget: replaces values of the file's ``[budget]``.
+        name: name of the space, or path of a file.
+        config: config to vary. It must allow every value of the space.
+        budget: values that replace those of the file's ``[budget]``.
 
     Raises:
-        InputError: no such space, unknown key, a bound the config forbids, an empty space.
+        InputError: the space does not exist or is empty, a key is unknown, or the config does not allow a value.
     """
     source = _read(name)
     if budget:
@@ -67,11 +68,11 @@ def load_space(name: str, config: Config, budget: Mapping[str, Any] | None = Non
 
 
 def parse_space(name: str, source: dict[str, Any], config: Config) -> Space:
-    """Check the tables of a sweep file against a config, as ``load_space``."""
+    """Check the tables of a sweep file against a config, as in ``load_space``."""
     for key in source.keys() - {"parameters", "budget"}:
         raise InputError(f"{name}: unknown table {key!r}: {nearest(key, ['parameters', 'budget'])}")
     if not source.get("parameters"):
-        raise InputError(f"{name}: the space is empty: [parameters] names no key; such as synthesis.bn_weight")
+        raise InputError(f"{name}: [parameters] is empty; name at least one key, such as synthesis.bn_weight")
     parameters = _ordered(name, list(_parameters(name, source)))
     space = Space(name, parameters, _budget(name, source), source)
     _check(space, config)
@@ -97,9 +98,9 @@ def _budget(name: str, source: dict[str, Any]) -> Budget:
         if first["type"] == "extra_forbidden":
             raise InputError(f"{name}: unknown key budget.{key}: {nearest(key, list(Budget.model_fields))}") from None
         if key == "holdout_per_class":
-            message = "at least 1: a sweep is judged on images held out of the training set, never on the test set"
+            message = "must be at least 1: trials are judged on images held out of the training set"
         elif key.endswith(("iterations", "epochs")):
-            message = "expected a whole number from 1 (10), or a share of the config's up to 1.0 (0.5)"
+            message = "expected a whole number such as 10, or a share of the config's value such as 0.5 (at most 1.0)"
         else:
             message = reason(first)
         raise InputError(f"{name}: budget.{key} = {first['input']!r}: {message}") from None
@@ -121,7 +122,7 @@ def _parameters(name: str, source: dict[str, Any]) -> Iterator[Parameter]:
 
 
 def _ordered(name: str, parameters: list[Parameter]) -> tuple[Parameter, ...]:
-    """Put each key behind those that its ``when`` names: TOML does not keep the order of keys of different sections."""
+    """Sort each key after those of its ``when``: TOML does not keep the order of keys from different sections."""
     domains = {parameter.key: parameter.domain for parameter in parameters}
     for parameter in parameters:
         for other, wanted in parameter.when.items():
@@ -129,14 +130,14 @@ def _ordered(name: str, parameters: list[Parameter]) -> tuple[Parameter, ...]:
             domain = domains.get(other)
             if not isinstance(domain, Choices):
                 valid = [key for key, known in domains.items() if isinstance(known, Choices)]
-                raise InputError(f"{where}: names no key of the space with a choice or a grid; {_near(other, valid)}")
+                raise InputError(f"{where}: is not a key of the space with a choice or a grid; {_near(other, valid)}")
             if missing := [value for value in wanted if value not in domain.values]:
-                raise InputError(f"{where} = {missing[0]!r}: never takes that value, only {list(domain.values)}")
+                raise InputError(f"{where} = {missing[0]!r}: is not a value of that key; valid: {list(domain.values)}")
     placed: dict[str, Parameter] = {}
     while waiting := [parameter for parameter in parameters if parameter.key not in placed]:
         ready = next((parameter for parameter in waiting if parameter.when.keys() <= placed.keys()), None)
         if ready is None:
-            raise InputError(f"{name}: {waiting[0].key}: its conditions lead back to itself")
+            raise InputError(f"{name}: {waiting[0].key}: its conditions (when) form a cycle")
         placed[ready.key] = ready
     return tuple(placed.values())
 
@@ -149,9 +150,9 @@ def _domain(where: str, kind: str, values: list[Any], entry: dict[str, Any]) -> 
         raise InputError(f"{where}: {kind} = {values!r}: expected two numbers, [low, high]")
     low, high = values
     if low >= high:
-        raise InputError(f"{where}: {kind} = {values!r}: is empty; the first number must be below the second")
+        raise InputError(f"{where}: {kind} = {values!r}: the first number must be below the second")
     if log and low <= 0:
-        raise InputError(f"{where}: {kind} = {values!r}: a logarithmic range must begin above 0")
+        raise InputError(f"{where}: {kind} = {values!r}: a logarithmic range must start above 0")
     if kind == "int" and not all(type(value) is int for value in values):
         raise InputError(f"{where}: int = {values!r}: expected two whole numbers")
     if type(points) is not int or points < 2:
@@ -160,7 +161,7 @@ def _domain(where: str, kind: str, values: list[Any], entry: dict[str, Any]) -> 
 
 
 def _leaves(table: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, entry) whether keys are written as ``a.b = {...}``, ``"a.b" = {...}`` or as tables."""
+    """Yield (dotted key, entry). Keys may be written as ``a.b = {...}``, as ``"a.b" = {...}`` or as tables."""
     for key, value in table.items():
         nested = isinstance(value, dict) and value and not value.keys() & {*DOMAINS, *_OPTIONS}
         if nested and all(isinstance(inner, dict) for inner in value.values()):
@@ -182,7 +183,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _check(space: Space, config: Config) -> None:
-    """Refuse keys and values that the config does not know, so that no trial can fail for them."""
+    """Check every key and value against the config, so that no trial fails because of them."""
     known = [key for key, _, _ in describe(config)]
     for parameter in space.parameters:
         key, where = parameter.key, f"{space.name}: {parameter.key}"
@@ -190,17 +191,17 @@ def _check(space: Space, config: Config) -> None:
             raise InputError(f"{space.name}: unknown key {key!r}: {_near(key, known)}")
         what = "data" if key.startswith("data.") else DECIDES[key]
         if why := _ELSEWHERE.get(key) or _FIXED.get(what):
-            raise InputError(f"{where}: cannot be swept: {why}")
+            raise InputError(f"{where}: a sweep cannot vary it: {why}")
         for value in parameter.domain.probes():
             registry.create(config.replace({key: value}, space.name))
     swept = {parameter.key for parameter in space.parameters}
     for key, amount in {"synthesis.iterations": "iterations", "student.epochs": "student_epochs"}.items():
         if key in swept and isinstance(getattr(space.budget, amount), int):
-            raise InputError(f"{space.name}: {key}: is fixed by budget.{amount}; make that a share such as 0.5")
+            raise InputError(f"{space.name}: {key}: is fixed by budget.{amount}; set that to a share such as 0.5")
 
 
 def _near(key: str, known: list[str]) -> str:
-    """Return the nearest key, or the keys of its section: all keys would fill the screen."""
+    """Return a hint: the nearest key, or the keys of the same section. All keys would fill the screen."""
     hint = nearest(key, known)
     section = [name for name in known if name.startswith(key.split(".")[0] + ".")]
     return hint if hint.startswith("did") or not section else f"valid: {', '.join(section)}"

@@ -1,6 +1,6 @@
-"""What one trial does: synthesise the proxy in stages, and judge the images after each by short students.
+"""One trial: synthesize the proxy in stages, and judge the images after each stage with short students.
 
-Teacher and class statistics come from the shared store, where ``prepare`` puts them once for all trials.
+Teacher and class statistics come from the shared cache. ``prepare`` writes them there once, for all trials.
 """
 
 import hashlib
@@ -44,19 +44,19 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True)
 class SweepSetup:
-    """All that the trials of a sweep have in common."""
+    """What the trials of a sweep have in common."""
 
     config: Config
-    """As it stands: what is varied, before the budget"""
+    """Config to vary, without the budget"""
     budget: Budget
     objective: SweepObjective
     classes: tuple[str, ...] | None = None
-    """Those of the proxy, if the budget takes a part of them"""
+    """Classes of the proxy, if the budget names a number of classes; None for all"""
     references: dict[str, float] | None = None
-    """What the label-robust score compares with, from ``prepare``"""
+    """Reference accuracies of the label-robust score, from ``prepare``; None for other objectives"""
 
     def proxy(self, values: Values) -> Config:
-        """Return the config of a trial: the values, then the budget's shares of what they say."""
+        """Return the config of a trial: the config with the trial's values, scaled to the budget."""
         config = self.config.replace(values, "a trial")
         changes: dict[str, Any] = {
             "name": "trial",
@@ -80,7 +80,7 @@ class SweepSetup:
         return proxy.replace({"student.epochs": epochs, "student.seeds": self.budget.probe_seeds}, "the budget")
 
     def iterations(self, proxy: Config) -> list[int]:
-        """Return after how many iterations a trial reports: the last time after all of them."""
+        """Return the iterations after which a trial reports. The last report comes after all of them."""
         total, rungs = proxy.synthesis.iterations, self.budget.rungs
         return [max(1, round(total * self.budget.reduction ** (rung - rungs))) for rung in range(1, rungs + 1)]
 
@@ -90,13 +90,13 @@ def _amount(amount: int | float, whole: int) -> int:
 
 
 def prepare(plan: SweepSetup, stop: Stop) -> SweepSetup:
-    """Check the config and put the teacher and the class statistics into the store, once for all trials.
+    """Check the config, and write the teacher and the class statistics to the cache, once for all trials.
 
     Returns:
-        the plan with what only the data tell: the classes of the proxy, and the references of the label-robust score.
+        The setup, completed from the dataset: the classes of the proxy, and the references of the label-robust score.
 
     Raises:
-        InputError: a class is too small, a network does not exist; nothing was started.
+        InputError: a class has too few images, or a network does not exist. No trial was started.
         Interrupted: a stop was requested.
     """
     if plan.budget.classes is not None:
@@ -126,12 +126,12 @@ def run(plan: SweepSetup, values: Values, report: Callable[[Report], None], stop
     """Do one trial, and report after every stage.
 
     Args:
-        plan: of the sweep.
-        values: of the trial.
-        report: takes what was measured; may not return, if the scheduler stops the trial.
-        stop: whether to leave.
+        plan: setup of the sweep.
+        values: values of the trial.
+        report: called with the results of each stage. It may not return, if the scheduler stops the trial.
+        stop: whether a stop was requested.
     """
-    # The first optimiser of a process imports the compiler: seconds that belong to no trial.
+    # The first optimizer of a process imports the compiler, which must not count as time of the trial.
     importlib.import_module("torch._dynamo")
     begun = time.perf_counter()
     config = plan.proxy(values)
@@ -157,18 +157,18 @@ def run(plan: SweepSetup, values: Values, report: Callable[[Report], None], stop
 
 def _open(config: Config, dataset: Dataset, here: Ranks, stop: Stop) -> Session:
     if dataset.holdout is None:
-        raise InputError("a trial is judged on images held out of the training set: set budget.holdout_per_class")
+        raise InputError("trials are judged on images held out of the training set: set budget.holdout_per_class")
     return open_session(config, dataset, here, stop)
 
 
 class _Synthesis:
-    """The groups of a distillation, advanced side by side, so that all classes stand at the same iteration."""
+    """The groups of a distillation, advanced together, so that all classes are at the same iteration."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         method = blocks.check(session.config, session.dataset)
         self.seconds = 0.0
-        """Seconds of synthesis alone"""
+        """Seconds of synthesis, without students"""
         (block,) = partition.plan(session.config, len(session.dataset.classes))
         found = dict(statistics.measure(session, block.classes if method.uses_statistics else []))
         self._groups = [prepare_group(session, method, group, found) for group in block.groups]
@@ -185,7 +185,7 @@ class _Synthesis:
         self.seconds += time.perf_counter() - begun
 
     def images(self) -> DistilledSet:
-        """Return the images as they are, quantised as a block would be."""
+        """Return the current images, quantized like those of a block."""
         data, groups = self._session.config.data, self._groups
         images = quantize(torch.cat([state.images for state in self._states]), data)
         labels = torch.cat([group.labels for group in groups])
@@ -196,7 +196,7 @@ class _Synthesis:
 
 
 def _students(session: Session, distilled: DistilledSet) -> Iterator[tuple[tasks.StudentTask, float]]:
-    with TemporaryDirectory() as labels:  # of regimes that store them; nobody reads them again
+    with TemporaryDirectory() as labels:  # for regimes with stored labels; needed only here
         config = session.config
         for task in tasks.student_tasks(config.student, config.labels.regimes):
             result = train.train(session, task, distilled, SINGLE, Path(labels))
@@ -204,7 +204,7 @@ def _students(session: Session, distilled: DistilledSet) -> Iterator[tuple[tasks
 
 
 def _judge(session: Session, distilled: DistilledSet) -> Report:
-    """Return top-1: the mean, that of each label regime, and that of each student seed."""
+    """Return top-1: the mean over all students, the mean per label regime, and the mean per student seed."""
     config, found = session.config, list(_students(session, distilled))
     measured: Report = {
         regime: fmean(top1 for task, top1 in found if task.regime == regime) for regime in config.labels.regimes
@@ -214,7 +214,7 @@ def _judge(session: Session, distilled: DistilledSet) -> Report:
 
 
 def _w2(session: Session, distilled: DistilledSet) -> float:
-    """Return W2² between the weighted images of a class and its held-out images in feature space, mean of classes."""
+    """Return W2² in feature space between a class's weighted images and its held-out images, mean over classes."""
     from wmdd.distill.barycenter.solve import w2_squared
 
     holdout = session.dataset.validation
@@ -234,7 +234,7 @@ def _features(session: Session, images: Tensor) -> Tensor:
 
 
 def _references(session: Session) -> dict[str, float]:
-    """Measure, on the hold-out, students of the whole training set (the teacher's recipe) and of random real images."""
+    """Return reference top-1 on the hold-out: of networks trained on all images, and of random real images."""
     config = session.config
     whole = []
     for network in config.student.networks:

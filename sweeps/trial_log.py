@@ -1,7 +1,7 @@
-"""The trial log: what a sweep is, and one small JSON file for each trial.  It is the truth; Ray's files are not kept.
+"""The folder of a sweep: its definition, and one small JSON file for each trial. Ray's own files are deleted.
 
-DIR/sweep.json                 the config that is varied, space, objective, search, scheduler, seed: what a sweep is
-DIR/trials/trial-00007.json    values, state, what it reported, its error; written whole, by one process
+DIR/sweep.json                 definition of the sweep: config, space, objective, search, scheduler, seed
+DIR/trials/trial-00007.json    values, state, reports and error of a trial; written whole, by one process
 """
 
 import itertools
@@ -18,8 +18,8 @@ from wmdd.storage.files import flatten, locked, read_json, write_json
 
 State = Literal["running", "done", "stopped", "failed"]
 Report = dict[str, Any]
-"""What a trial reports: ``rung`` (from 1), ``iteration``, ``seconds`` since it began, ``synthesis_seconds``, and what
-was measured: ``top1``, ``w2``, ``lrs``, and ``seeds``: the top-1 of each student seed."""
+"""One report of a trial: ``rung`` (from 1), ``iteration``, ``seconds`` since the trial began, ``synthesis_seconds``.
+The results are ``top1``, ``w2``, ``lrs`` and ``seeds`` (top-1 of each student seed)."""
 
 
 @dataclass
@@ -27,21 +27,21 @@ class Trial:
     """One trial of a sweep."""
 
     number: int
-    """0 is the config as it stands"""
+    """Number from 0; trial 0 is the unchanged config"""
     values: Values
     state: State = "running"
-    """``stopped``: by the scheduler, before its end"""
+    """``done``: complete; ``stopped``: ended early by the scheduler"""
     reports: list[Report] = field(default_factory=list)
     error: str | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the trial is done, stopped or failed."""
         return self.state != "running"
 
     @property
     def last(self) -> Report:
-        """The last report, empty if there is none."""
+        """The last report; empty without a report."""
         return self.reports[-1] if self.reports else {}
 
     @property
@@ -56,18 +56,18 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.trials: list[Trial] = []
-        """In the order of their numbers"""
+        """Trials in the order of their numbers"""
 
     @staticmethod
     def load(path: Path) -> "Log":
         """Read a sweep.
 
         Raises:
-            InputError: the folder holds no sweep.
-            WmddError: a file of it is damaged.
+            InputError: the folder contains no sweep.
+            WmddError: a file of the sweep is damaged.
         """
         if not (path / "sweep.json").exists():
-            raise InputError(f"{path}: holds no sweep (no sweep.json); name the --out of a `wmdd sweep run`")
+            raise InputError(f"{path}: holds no sweep (no sweep.json); name the folder (--out) of a `wmdd sweep run`")
         log = Log(path)
         log._read()
         return log
@@ -81,22 +81,23 @@ class Log:
             try:
                 trial = Trial(**read_json(file))
             except TypeError:
-                raise WmddError(f"{file}: is no trial of this version; delete it to run the trial again") from None
+                raise WmddError(f"{file}: is not a trial of this version; delete it to run the trial again") from None
             trial.values = {key: tuple(v) if isinstance(v, list) else v for key, v in trial.values.items()}
             self.trials.append(trial)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the sweep is: config, space, budget, objective, search, scheduler, seed."""
+        """Definition of the sweep: config, space, budget, objective, search, scheduler, seed."""
         found: dict[str, Any] = read_json(self.path / "sweep.json")
         return found
 
     @contextmanager
     def held(self, identity: dict[str, Any]) -> Iterator[None]:
-        """Bind the folder to a sweep or check that it is bound to this one, and keep other processes out.
+        """Bind the folder to a sweep, or check that it is bound to this one, and lock it.
 
         Raises:
-            InputError: another process runs it, or the folder belongs to another sweep; the message names what differs.
+            InputError: another process runs the sweep, or the folder belongs to another sweep. The message names the
+                differences.
         """
         file = self.path / "sweep.json"
         if not file.exists() and self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir()):
@@ -107,7 +108,7 @@ class Log:
             )
         with ExitStack() as held:
             try:
-                held.enter_context(locked(self.path / ".lock", stop=lambda: True))  # waits for nobody
+                held.enter_context(locked(self.path / ".lock", stop=lambda: True))  # does not wait
             except Interrupted:
                 raise InputError(f"{self.path}: another process is running this sweep; wait for it") from None
             if not file.exists():
@@ -116,7 +117,7 @@ class Log:
             yield
 
     def write(self, trial: Trial) -> None:
-        """Keep a trial, new or changed."""
+        """Write a new or changed trial."""
         if trial.number == len(self.trials):
             self.trials.append(trial)
         self.trials[trial.number] = trial
@@ -127,10 +128,10 @@ class Log:
 
 
 def savings(trials: list[Trial]) -> tuple[int, float, float] | None:
-    """Return how many trials the scheduler stopped, the seconds all took, and those they would have taken to the end.
+    """Return the number of stopped trials, the seconds of all trials, and the estimated seconds without stopping.
 
-    The latter is an estimate: a stopped trial would have taken what the others took on average.  None if no trial was
-    stopped or none came to its end.
+    The estimate gives every stopped trial the mean time of the complete ones. None if no trial was stopped or none is
+    complete.
     """
     stopped = [trial.seconds for trial in trials if trial.state == "stopped"]
     done = [trial.seconds for trial in trials if trial.state == "done"]
@@ -141,7 +142,7 @@ def savings(trials: list[Trial]) -> tuple[int, float, float] | None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return what differs of two sweeps and may not when one goes on: all but where and how fast it is done."""
+    """Return the differing keys that forbid resuming one sweep as the other: all but places and speed."""
     one, other = flatten(old), flatten(new)
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     free = {f"config.{key}" for key, what in DECIDES.items() if what == "nothing"}

@@ -224,7 +224,7 @@ def test_a_budget_buys_the_first_epochs_of_the_stored_labels_and_no_more(
     assert everything.cost["label_bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     assert few.metrics != everything.metrics, "its third epoch saw the views of the first again"
     assert few.updates == everything.updates
-    with pytest.raises(InputError, match=r"labels.budget = 0.001 pays for 8 bytes, one epoch of logits takes 612"):
+    with pytest.raises(InputError, match=r"labels.budget = 0.001 allows 8 bytes, but one epoch of logits takes 612"):
         spent(config.model_copy(update={"labels": LabelsConfig(budget=0.001)}), "budget", **parts)
 
 

@@ -222,6 +222,6 @@ def test_what_cannot_be_computed_is_refused() -> None:
     with pytest.raises(InputError, match="ema"):
         asked("student.ema=1")
     for single in ("student.batch_size=1", "ipc=1"):
-        with pytest.raises(InputError, match="teacher_mode = batch: a batch of one image has no statistics"):
+        with pytest.raises(InputError, match="teacher_mode = batch: one image has no batch statistics"):
             tasks.check(asked("labels.teacher_mode=batch", single), 1)
     tasks.check(asked("labels.teacher_mode=batch", "ipc=2"), 1)

@@ -38,27 +38,30 @@ def test_the_shipped_spaces_are_those_that_are_promised():
         ("synthesis.start = { choice = ['noise', 'rael'] }", "synthesis.start = 'rael'"),
         ("synthesis.crop_scale = { choice = [[0.9, 0.1]] }", "the smallest crop 0.9 exceeds the largest 0.1"),
         ("method = { choice = ['wmdd', 'sre3l'] }", "no such method"),
-        ("synthesis.lr = { loguniform = [0, 1] }", "must begin above 0"),
-        ("synthesis.lr = { uniform = [2, 1] }", "is empty; the first number must be below the second"),
+        ("synthesis.lr = { loguniform = [0, 1] }", "must start above 0"),
+        ("synthesis.lr = { uniform = [2, 1] }", "the first number must be below the second"),
         ("synthesis.lr = { choice = [] }", "expected a list that is not empty"),
         ("synthesis.lr = { unifrom = [1, 2] }", "expected one of loguniform, uniform, int, choice, grid"),
         ("synthesis.lr = { uniform = [1, 2], wen = { seed = [1] } }", "unknown option 'wen': did you mean 'when'?"),
-        ("data.resolution = { choice = [8, 16] }", "cannot be swept: trials are judged on images of one data set"),
-        ("student.seeds = { choice = [1, 2] }", "cannot be swept: budget.student_seeds decides it"),
-        ("synthesis.jitter = { int = [0, 2], when = { synthesis.start = ['real'] } }", "names no key of the space"),
+        ("data.resolution = { choice = [8, 16] }", "a sweep cannot vary it: all trials are judged on the same images"),
+        ("student.seeds = { choice = [1, 2] }", "a sweep cannot vary it: budget.student_seeds decides it"),
+        ("synthesis.jitter = { int = [0, 2], when = { synthesis.start = ['real'] } }", "is not a key of the space"),
         (
             "synthesis.start = { choice = ['real'] }\n"
             "synthesis.jitter = { int = [0, 2], when = { synthesis.start = ['noise'] } }",
-            "never takes that value",
+            "is not a value of that key",
         ),
-        ("[budget]\niterations = 0.5", "the space is empty"),
+        ("[budget]\niterations = 0.5", "[parameters] is empty"),
         (
             "synthesis.lr = { uniform = [1, 2] }\n[budgte]\niterations = 1",
             "unknown table 'budgte': did you mean 'budget'?",
         ),
         ("synthesis.lr = { uniform = [1, 2] }\n[budget]\niteration = 1", "unknown key budget.iteration: did you mean"),
-        ("synthesis.lr = { uniform = [1, 2] }\n[budget]\niterations = 1.5", "a share of the config's up to 1.0"),
-        ("synthesis.lr = { uniform = [1, 2] }\n[budget]\nholdout_per_class = 0", "never on the test set"),
+        (
+            "synthesis.lr = { uniform = [1, 2] }\n[budget]\niterations = 1.5",
+            "a share of the config's value such as 0.5",
+        ),
+        ("synthesis.lr = { uniform = [1, 2] }\n[budget]\nholdout_per_class = 0", "held out of the training set"),
         ("synthesis.iterations = { int = [1, 9] }\n[budget]\niterations = 5", "is fixed by budget.iterations"),
     ],
 )
@@ -77,7 +80,7 @@ def test_the_nearest_space_is_offered():
 
 
 def test_the_test_set_is_refused_as_an_objective():
-    with pytest.raises(InputError, match="a recipe chosen on it proves nothing"):
+    with pytest.raises(InputError, match="a recipe chosen on the test set proves nothing"):
         objective_of("test-top1")
 
 
@@ -119,7 +122,7 @@ def test_conditions_that_lead_back_to_themselves_are_refused(tmp_path):
         + "synthesis.start = { choice = ['real'], when = { barycenter.weights = ['free'] } }\n"
         + "barycenter.weights = { choice = ['free'], when = { synthesis.start = ['real'] } }"
     )
-    with pytest.raises(InputError, match="lead back"):
+    with pytest.raises(InputError, match="form a cycle"):
         load_space(str(path), load_config("digits"))
 
 

@@ -227,7 +227,7 @@ def test_sweeps_join_a_running_cluster_and_leave_it_running_whatever_becomes_of_
         assert len(page.rows(run.Sweep.from_identity(log.identity), log)) == 3
 
         said = finish(start("regularization", tmp_path / "two", *options, "--gpus", "2"), 2)
-        assert "--gpus 2: a trial asks for 2 GPUs, the largest node of the cluster has 1: use --gpus 1 or less" in said
+        assert "--gpus 2: a trial needs 2 GPUs, the largest node of the cluster has 1: use --gpus 1 or less" in said
 
         # A trial that was given a GPU never works on the CPU.
         said = finish(start("regularization", tmp_path / "one", *options, "--trials", "1", "--gpus", "1"), 1)
@@ -240,13 +240,13 @@ def test_the_wrong_folder_and_too_many_gpus_get_one_clear_line(make, tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="is not empty and holds no sweep"):
         run.run(sweep, tmp_path / "full", 2, ONE)
-    with pytest.raises(InputError, match="--gpus 64: a trial asks for 64 GPUs, this machine has"):
+    with pytest.raises(InputError, match="--gpus 64: a trial needs 64 GPUs, this machine has"):
         run.run(sweep, tmp_path / "new", 2, TrialResources(cpus=1, gpus=64))
     with pytest.raises(InputError, match="--cpus 9999"):
         run.run(sweep, tmp_path / "new", 2, TrialResources(cpus=9999, gpus=0))
     with pytest.raises(InputError, match="the largest node of the cluster has none: leave --gpus out"):
         ray_cluster._check({"CPU": 1.0}, TrialResources(cpus=1, gpus=1), "the largest node of the cluster has")
-    with pytest.raises(InputError, match="nobody answers"):
+    with pytest.raises(InputError, match="no cluster answers"):
         run.run(sweep, tmp_path / "new", 2, ONE, "127.0.0.1:1")
     with pytest.raises(InputError, match="expected HOST:PORT"):
         run.run(sweep, tmp_path / "new", 2, ONE, "cluster")
@@ -292,7 +292,7 @@ def test_a_damaged_trial_is_named(make, tmp_path):
     with log.held(make(SPACE).identity()):
         log.write(trial_log.Trial(0, {}))
     (log.path / "trials" / "trial-00000.json").write_text(json.dumps({"nonsense": 1}))
-    with pytest.raises(WmddError, match=r"trial-00000.json: is no trial of this version; delete it"):
+    with pytest.raises(WmddError, match=r"trial-00000.json: is not a trial of this version; delete it"):
         Log.load(log.path)
 
 

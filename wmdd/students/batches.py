@@ -1,4 +1,4 @@
-"""Augmented batches of distilled images, which follow from the seed."""
+"""Augmented batches of distilled images, which depend on the seed alone."""
 
 from dataclasses import dataclass
 
@@ -15,18 +15,18 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Batch:
-    """How one update sees the distilled set."""
+    """Images and random choices of one update."""
 
     images: Tensor
     """[b] int64, positions in the set"""
     draws: augment.Draws
-    """crop and flip of each image"""
+    """Crop and flip of each image"""
     partners: Tensor
-    """[b] int64, position in the batch that each image is mixed with"""
+    """[b] int64, position in the batch of each image's partner in the mix"""
     box: Tensor
     """[4] int64, the CutMix box: top, bottom, left, right; empty for other mixes"""
     share: float
-    """λ, the share that an image keeps of itself"""
+    """λ, the share of the image itself in the mix"""
 
 
 def batches(
@@ -38,16 +38,16 @@ def batches(
     settings: LabelsConfig,
     device: torch.device = _CPU,
 ) -> list[Batch]:
-    """Draw the batches of one epoch, on the CPU whatever the device, so that they are the same everywhere.
+    """Draw the batches of one epoch. They are drawn on the CPU, so that they are the same on every device.
 
     Args:
-        seed: of the student.
-        epoch: from 0.
-        count: images in the distilled set.
-        size: height and width, in pixels.
-        batch_size: images of one update; a rest of one image joins the batch before it (BatchNorm needs two).
+        seed: random seed of the student.
+        epoch: number of the epoch, from 0.
+        count: number of images in the distilled set.
+        size: height and width of the images, in pixels.
+        batch_size: images per update. A single remaining image joins the previous batch, because BatchNorm needs two.
         settings: crops, flips and mixing.
-        device: where the batches shall lie: all are copied there at once, as every copy makes the host wait.
+        device: device of the batches. All are copied at once: every copy makes the host wait.
     """
     source = generator("student", seed, "epoch", epoch)
     order = torch.randperm(count, generator=source)
@@ -74,12 +74,12 @@ def batches(
 
 
 def augmented_batch(images: Tensor, batch: Batch, config: Config) -> Tensor:
-    """Return the batch as a student sees it: [b, channels, H, W] float32, cropped, flipped, mixed.
+    """Return the cropped, flipped and mixed images of a batch: [b, channels, H, W] float32.
 
     Args:
-        images: the whole set, [N, channels, H, W] uint8.
-        batch: what to do; on the same device.
-        config: normalisation and kind of mixing.
+        images: images of the whole set, [N, channels, H, W] uint8.
+        batch: batch to compute, on the same device.
+        config: config with normalization and kind of mixing.
     """
     seen = augment.warp(normalize(images[batch.images], config.data), batch.draws)
     others = seen[batch.partners]

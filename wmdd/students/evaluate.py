@@ -1,4 +1,4 @@
-"""The students of a distilled set: which are missing, their training, and one record each."""
+"""The students of a distilled set: train the missing ones, and write one record for each."""
 
 import logging
 import os
@@ -29,14 +29,15 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(session: Session, folder: RunFolder, tasks: list[StudentTask]) -> None:
-    """Train and measure the students that have no record yet; each record is a file of its own.
+    """Train and measure the students that have no record yet; each record is a separate file.
 
-    Records of an earlier recipe are moved to ``RUN/superseded``: unlike students are never averaged, and none is lost.
-    Whoever is to train all students looks at all records; whoever trains a part of them, at the records of that part.
+    Records of another recipe are moved to ``RUN/superseded``, so that different students are never averaged and none is
+    lost. A process that trains all students checks all records. A process that trains a part checks only the records of
+    that part.
 
     Raises:
         WmddError: blocks of the set are missing or damaged.
-        Interrupted: a stop was requested; finished students are kept, and one in training goes on next time.
+        Interrupted: a stop was requested. Finished students are kept; the student in training resumes next time.
     """
     config, ranks = session.config, session.ranks
     if ranks.main:
@@ -44,9 +45,9 @@ def evaluate(session: Session, folder: RunFolder, tasks: list[StudentTask]) -> N
     distilled = DistilledSet.load(folder.path)
 
     def recipe(regime: str, view: str) -> dict[str, object]:
-        # All that two students must have in common to be compared.
-        beside = {"teacher": session.teacher.sha256, "arithmetic": ranks.arithmetic.facts}
-        return recipe_settings(config, regime, view, len(distilled)) | beside
+        # Two students can be compared only if all of this is equal.
+        circumstances = {"teacher": session.teacher.sha256, "arithmetic": ranks.arithmetic.facts}
+        return recipe_settings(config, regime, view, len(distilled)) | circumstances
 
     if ranks.main:
         mine = None if set(student_tasks(config.student, config.labels.regimes)) <= set(tasks) else tasks
@@ -58,7 +59,7 @@ def evaluate(session: Session, folder: RunFolder, tasks: list[StudentTask]) -> N
         return any(record.protocol == protocol and record.artefact == distilled.sha256 for record in records)
 
     missing = [position for position, task in enumerate(tasks) if not done(task)]
-    if ranks.main:  # left by a kill after the record was written
+    if ranks.main:  # checkpoints that remain after a kill between record and removal
         for position in set(range(len(tasks))) - set(missing):
             folder.student_checkpoint(_name(tasks[position])).unlink(missing_ok=True)
     team = ranks.team(config.student.ranks, "student.ranks")
@@ -68,7 +69,7 @@ def evaluate(session: Session, folder: RunFolder, tasks: list[StudentTask]) -> N
         for task in todo:
             with folder.locked(_name(task), session.stop) if team.size == 1 else nullcontext():
                 if team.size == 1 and done(task):
-                    advance(updates[task])  # another process was faster
+                    advance(updates[task])  # another process has trained it
                     continue
                 own, labels = recipe(task.regime, task.view), folder.path / "labels"
                 unrounded = {key: value for key, value in own.items() if key != "arithmetic"}
@@ -91,24 +92,24 @@ def _name(task: StudentTask) -> str:
 
 
 def record_file(folder: RunFolder, task: StudentTask) -> Path:
-    """Return where the record of a student lies: one file each, written whole."""
+    """Return the file of a student's record, which is written whole."""
     return folder.path / "records" / f"{_name(task)}.jsonl"
 
 
 def is_begun(folder: RunFolder, task: StudentTask) -> bool:
-    """Return whether a student was trained, or is in training."""
+    """Return whether a student has a record or a checkpoint."""
     return record_file(folder, task).exists() or folder.student_checkpoint(_name(task)).exists()
 
 
 def set_aside(folder: RunFolder, wanted: Callable[[Record], bool], tasks: Sequence[StudentTask] | None = None) -> None:
-    """Move the records that are not wanted, or cannot be read, to ``RUN/superseded``.
+    """Move records that are not wanted, or cannot be read, to ``RUN/superseded``.
 
-    Several processes may do so at once, beside others that write records.
+    Several processes may do so at once, while others write records.
 
     Args:
-        folder: of the run.
-        wanted: whether a record stays.
-        tasks: the students whose records are looked at; None for all that there are.
+        folder: run folder.
+        wanted: returns whether a record stays.
+        tasks: students whose records are checked; None for all records of the folder.
     """
     moved = 0
     with folder.locked(_RECORDS):
@@ -122,19 +123,19 @@ def set_aside(folder: RunFolder, wanted: Callable[[Record], bool], tasks: Sequen
                 other = records[0].protocol[:8] if records else "unreadable"
                 target = folder.path / "superseded" / f"{path.stem}-{other}.jsonl"
                 target.parent.mkdir(exist_ok=True)
-                with suppress(FileNotFoundError):  # where there are no locks, another process may have been faster
+                with suppress(FileNotFoundError):  # without locks, another process may move it first
                     os.replace(path, target)
                     moved += 1
     if moved:
-        logger.warning(f"{moved} records of another student recipe are moved to {folder.path / 'superseded'}")
+        logger.warning(f"{moved} records of another student recipe were moved to {folder.path / 'superseded'}")
 
 
 _RECORDS = "records"
-"""Lock of a run under which its records are written and moved."""
+"""Name of the lock under which the records of a run are written and moved."""
 
 
 def _read(path: Path) -> tuple[list[Record], list[str]]:
-    """Return the records and the problems of a file; neither when there is none."""
+    """Return the records and the problems of a file; both are empty if the file does not exist."""
     try:
         return read_records(path)
     except InputError:
@@ -178,9 +179,9 @@ def _record(
 
 
 def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict[str, object]:
-    """Return the part of a student's recipe that the config decides, for a distilled set of so many images."""
+    """Return the part of a student's recipe that the config decides, for a distilled set of ``images`` images."""
     seen = config_for_view(config, view, images)
-    # How long it trains follows from the view: the epochs of a fixed number of updates depend on the set.
+    # The view decides the training length: with a fixed number of updates, the epochs depend on the set.
     unused = {"epochs" if base_view(view) == "updates" else "updates"}
     storage = {"encoding", "top_k", "budget"}
     unused |= storage - {"stored": {"encoding", "top_k"}, "budget": storage}.get(regime, set())
@@ -198,10 +199,10 @@ def recipe_settings(config: Config, regime: str, view: str, images: int) -> dict
 
 
 def is_of_recipe(record: Record, config: Config, images: int) -> bool:
-    """Return whether a student was trained as the config says, on a distilled set of so many images.
+    """Return whether a student was trained as the config says, on a distilled set of ``images`` images.
 
-    Its teacher is not looked at, which the config alone does not tell; its arithmetic must be one that the config may
-    mean on some machine.
+    The teacher is not compared, because the config does not contain its SHA-256. The arithmetic must be one that the
+    config permits on some machine.
     """
     used = Arithmetic.from_facts(record.recipe.get("arithmetic"))
     if used and not permits(config.compute, used):

@@ -1,7 +1,7 @@
-"""How logits lie on disk: all of them in fp16, the largest with the mass of the rest, or all in 8 bits.
+"""Encodings of stored logits: all in fp16, the k largest and the mass of the rest, or all in 8 bits.
 
-Logits are stored and not probabilities: at a temperature of 20 a softmax is nearly flat, and its k largest values hold
-little of it.
+Logits are stored instead of probabilities. At a temperature of 20 a softmax is nearly flat, so its k largest values
+contain little of its mass.
 """
 
 import math
@@ -13,11 +13,12 @@ from wmdd.config.schema import LabelsConfig
 
 
 def encode(logits: Tensor, settings: LabelsConfig) -> dict[str, Tensor]:
-    """Return the tensors that stand for logits [N, C].
+    """Return logits [N, C] as encoded tensors.
 
-    ``fp16``: ``logits`` [N, C].  ``topk``: the k largest, ``values`` [N, k] fp16 at ``places`` [N, k], and ``rest`` [N]
-    fp16, the one logit that gives all other classes together the mass they have at the student's temperature T:
-    T log(Σ exp(z / T) / (C − k)).  ``int8``: ``steps`` [N, C] uint8 between ``low`` [N] and ``high`` [N], both fp16.
+    - ``fp16``: ``logits`` [N, C].
+    - ``topk``: the k largest as ``values`` [N, k] fp16 at ``places`` [N, k], and ``rest`` [N] fp16. ``rest`` is the one
+      logit that preserves the mass of all other classes at the student's temperature T: T log(Σ exp(z / T) / (C − k)).
+    - ``int8``: ``steps`` [N, C] uint8 between ``low`` [N] and ``high`` [N], both fp16.
     """
     if settings.encoding == "fp16":
         return {"logits": logits.half()}
@@ -35,7 +36,7 @@ def encode(logits: Tensor, settings: LabelsConfig) -> dict[str, Tensor]:
 
 
 def decode(stored: dict[str, Tensor], classes: int) -> Tensor:
-    """Return logits [N, C] float32 from what ``encode`` made of them."""
+    """Return logits [N, C] float32 from the tensors of ``encode``."""
     if "logits" in stored:
         return stored["logits"].float()
     if "values" in stored:
@@ -46,7 +47,7 @@ def decode(stored: dict[str, Tensor], classes: int) -> Tensor:
 
 
 def row_bytes(classes: int, settings: LabelsConfig) -> int:
-    """Return the bytes that the logits of one image take."""
+    """Return the size of one image's logits, in bytes."""
     row = encode(torch.zeros(1, classes), settings)
     return sum(part.numel() * part.element_size() for part in row.values())
 

@@ -9,13 +9,13 @@ from wmdd.students import batches
 
 
 def importance_of(distilled: DistilledSet) -> Tensor:
-    """Return how much each image counts, [N]: its barycenter weight, on average 1."""
+    """Return the weight of each image in the loss, [N]: its barycenter weight, scaled to mean 1."""
     weights = distilled.weights.float()
     return weights * (len(weights) / weights.sum())
 
 
 def mixed(importance: Tensor, batch: batches.Batch) -> Tensor:
-    """Return how much each mixed image of a batch counts, [b]."""
+    """Return the weight in the loss of each mixed image of a batch, [b]."""
     own = importance[batch.images]
     return batch.share * own + (1 - batch.share) * own[batch.partners]
 
@@ -23,7 +23,7 @@ def mixed(importance: Tensor, batch: batches.Batch) -> Tensor:
 def hard_loss(
     logits: Tensor, classes: Tensor, batch: batches.Batch, team: Team, importance: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy with the classes of both images of a mix, summed over this rank's images."""
+    """Return the cross-entropy with the classes of both images of a mix, summed over this rank's images."""
 
     def part(images: Tensor) -> Tensor:
         wanted = team.shard(classes[images])
@@ -38,7 +38,10 @@ def hard_loss(
 
 
 def soft_loss(logits: Tensor, wanted: Tensor, temperature: float, importance: Tensor | None = None) -> Tensor:
-    """KL divergence at a temperature, summed over images, times T² so that gradients keep their size (Hinton 2015)."""
+    """Return the KL divergence at a temperature, summed over images.
+
+    The factor T² keeps the size of the gradients (Hinton 2015).
+    """
     student = functional.log_softmax(logits / temperature, dim=1)
     teacher = functional.softmax(wanted / temperature, dim=1)
     if importance is None:
@@ -47,6 +50,6 @@ def soft_loss(logits: Tensor, wanted: Tensor, temperature: float, importance: Te
 
 
 def squared_error(logits: Tensor, wanted: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Squared error between logits, mean over classes, summed over images (Shao et al. 2024, EDC)."""
+    """Return the squared error between logits, mean over classes, summed over images (Shao et al. 2024, EDC)."""
     errors = functional.mse_loss(logits, wanted, reduction="none").mean(1)
     return errors.sum() if importance is None else errors @ importance

@@ -20,20 +20,20 @@ from wmdd.teacher.obtain import Teacher
 class SoftLabels:
     """The teacher's logits for every batch of a student's training, online or stored.
 
-    Stored logits lie in one file an epoch.  A student of the regime ``budget`` visits as many epochs as its budget pays
-    for in turn; they are the first ones of ``stored``, and the same files.
+    Stored logits have one file per epoch. A student of the regime ``budget`` has files for as many epochs as its budget
+    allows, and visits them in turn. They are the first files of the regime ``stored``.
 
     Args:
-        config: of the run, as the student sees it (``tasks.config_for_view``).
-        distilled: the set.
-        teacher: who labels.
+        config: config of the run for this student's view (``tasks.config_for_view``).
+        distilled: distilled set to label.
+        teacher: teacher that labels.
         regime: ``soft``, ``stored`` or ``budget``.
-        seed: of the student.
-        ranks: device and precision.
-        folder: where stored labels lie.
+        seed: random seed of the student.
+        ranks: ranks of the job, with device and precision.
+        folder: parent folder of the stored labels.
 
     Raises:
-        InputError: the budget does not pay for one epoch.
+        InputError: the budget is smaller than one epoch of labels.
     """
 
     def __init__(
@@ -50,38 +50,40 @@ class SoftLabels:
         self._predict = ranks.compiled(teacher.network.predict)
         self._count, self._classes = len(distilled), len(distilled.classes)
         self.stored = regime in STORED
-        """Whether logits come from files"""
+        """Whether the logits are read from files"""
         self._epochs = stored_epochs(config, regime, self._count, self._classes) if self.stored else 0
         made_from = [distilled.sha256, teacher.sha256, config.fingerprint("labels"), ranks.arithmetic.facts, seed]
         self.identity = digest(made_from)
-        """Names what these labels were made from"""
+        """Digest of all that decides these labels"""
         self.folder = folder / self.identity[:16]
         if self.stored:
             sweep(self.folder)
 
     def online(self, views: Tensor, team: Team = SINGLE) -> Tensor:
-        """Return the teacher's logits [b / ranks, C] float32 for this rank's rows of a batch as the student sees it.
+        """Return the teacher's logits [b / ranks, C] float32 for this rank's rows of an augmented batch.
 
-        With the statistics of the batch each rank labels all of it: a share would have others.
+        With ``labels.teacher_mode = batch`` every rank labels the whole batch: a part has other statistics.
         """
         of_batch = self._config.labels.teacher_mode == "batch"
         with torch.inference_mode(), self._ranks.autocast():
             logits = self._predict(views if of_batch else team.shard(views), of_batch)
-        return (team.shard(logits) if of_batch else logits).clone()  # outside: a loss may keep it for its gradient
+        return (
+            team.shard(logits) if of_batch else logits
+        ).clone()  # a clone made outside of inference mode, so that a loss can keep it for its gradient
 
     def file(self, epoch: int) -> Path:
         """Return the file of one epoch's logits."""
         return self.folder / f"epoch-{epoch:05d}.safetensors"
 
     def source_epoch(self, epoch: int) -> int:
-        """Return the epoch whose views and labels a student sees in this one."""
+        """Return the epoch whose views and labels a student gets in epoch ``epoch``."""
         return epoch % self._epochs if self.stored else epoch
 
     def store(self, images: Tensor, epoch: int, stop: Callable[[], bool] = lambda: False) -> None:
         """Write one epoch's logits, in the order in which the epoch visits the images.
 
         Raises:
-            Interrupted: a stop was requested; nothing of this epoch is written.
+            Interrupted: a stop was requested. No file was written.
         """
         logits = []
         for batch in self._plan(epoch):
@@ -98,18 +100,19 @@ class SoftLabels:
         """
         logits = decode(read_tensors(self.file(epoch)), self._classes)
         if len(logits) != self._count:
-            raise WmddError(f"{self.file(epoch)}: holds labels of {len(logits)} images, the set has {self._count}")
+            raise WmddError(f"{self.file(epoch)}: contains labels of {len(logits)} images, the set has {self._count}")
         sizes = [len(batch.images) for batch in self._plan(epoch)]
         return [part.to(self._ranks.device) for part in logits.split(sizes)]
 
     def cost(self, labelled: int, team: Team = SINGLE) -> dict[str, float]:
-        """Return the bytes on disk and the FLOPs that the labels of a finished student took.
+        """Return the bytes on disk and the FLOPs of the labels of a finished student.
 
-        ``label_bytes``: of the stored files, 0 online.  ``teacher_bytes``: of its weights, which online labels need
-        beside the images.  ``labelling_flops``: of the teacher's forward passes over ``labelled`` views (stored: over
-        each once), by every rank of the team where each labels whole batches.
+        - ``label_bytes``: size of the stored files; 0 for online labels.
+        - ``teacher_bytes``: size of the teacher's weights, which online labels need in addition to the images; else 0.
+        - ``labelling_flops``: FLOPs of the teacher's forward passes over ``labelled`` views. Stored views are labeled
+          once. Every rank counts if each labels whole batches.
         """
-        from torch.utils.flop_counter import FlopCounterMode  # imports triton, which takes half a second
+        from torch.utils.flop_counter import FlopCounterMode  # imports triton, which is slow
 
         files = [self.file(epoch) for epoch in range(self._epochs)]
         side, channels = self._config.data.resolution, self._config.data.channels
@@ -131,18 +134,18 @@ class SoftLabels:
 
 
 STORED = ("stored", "budget")
-"""Regimes whose logits come from files"""
+"""Regimes whose logits are read from files"""
 
 
 _HEADER_BYTES = 512
-"""Bytes that a file of logits holds besides them, at most."""
+"""Largest size of the header of a file of logits."""
 
 
 def stored_epochs(config: Config, regime: str, images: int, classes: int) -> int:
-    """Return how many epochs of logits a student of a stored regime has on disk.
+    """Return the number of epochs of logits that a student of a stored regime has on disk.
 
     Raises:
-        InputError: ``labels.budget`` does not pay for one.
+        InputError: ``labels.budget`` is smaller than one epoch.
     """
     if regime != "budget":
         return config.student.epochs
@@ -150,12 +153,12 @@ def stored_epochs(config: Config, regime: str, images: int, classes: int) -> int
     epoch = epoch_bytes(config.labels, images, classes)
     if budget < epoch:
         raise InputError(
-            f"labels.budget = {config.labels.budget:g} pays for {budget:,.0f} bytes, one epoch of logits takes"
+            f"labels.budget = {config.labels.budget:g} allows {budget:,.0f} bytes, but one epoch of logits takes"
             f" {epoch:,}; use labels.budget >= {config.labels.budget * epoch / budget:.2g}, or labels.encoding=topk"
         )
     return min(config.student.epochs, int(budget / epoch))
 
 
 def epoch_bytes(settings: LabelsConfig, images: int, classes: int) -> int:
-    """Return the bytes that one epoch of stored logits takes, at most."""
+    """Return the largest size of one epoch of stored logits, in bytes."""
     return images * row_bytes(classes, settings) + _HEADER_BYTES

@@ -1,4 +1,4 @@
-"""The students of a run: which there are, and how long each trains."""
+"""The students of a run: their list, and the training length of each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from wmdd.students import soft_labels
 
 @dataclass(frozen=True)
 class StudentTask:
-    """One student: architecture, label regime, seed, and how long and on what it trains (``student.views``)."""
+    """One student: architecture, label regime, seed, and view (training length and augmentation; ``student.views``)."""
 
     network: str
     regime: str
@@ -36,7 +36,7 @@ def student_tasks(settings: StudentConfig, regimes: tuple[str, ...]) -> list[Stu
 
 
 def config_for_view(config: Config, view: str, images: int) -> Config:
-    """Return the config under which a student of a view trains: its number of epochs and its augmentation."""
+    """Return the config of a student of a view, with the view's number of epochs and augmentation."""
     if base_view(view) == "updates":
         return config.replace(
             {"student.epochs": -(-update_count(config, view, images) // updates_per_epoch(config, images))}
@@ -49,14 +49,14 @@ def config_for_view(config: Config, view: str, images: int) -> Config:
 
 
 def update_count(config: Config, view: str, images: int) -> int:
-    """Return the optimiser steps of one student on a set of so many images."""
+    """Return the optimizer steps of one student on a set of ``images`` images."""
     whole = config.student.epochs * updates_per_epoch(config, images)
     once = config.student.updates if base_view(view) == "updates" else whole
     return once if view == base_view(view) else 2 * once
 
 
 def checkpoint_bytes(config: Config, classes: int) -> int:
-    """Return the bytes of the largest student's checkpoint: its weights, their average, and AdamW's two moments."""
+    """Return the size in bytes of the largest student's checkpoint: weights, average weights, AdamW's two moments."""
     copies = 4 if config.student.ema else 3
     sizes = [sum(weight.numel() for weight in network.parameters()) for network in _outlines(config, classes)]
     return 4 * copies * max(sizes)
@@ -70,7 +70,7 @@ def _outlines(config: Config, classes: int) -> list[nn.Module]:
 
 
 def updates_per_epoch(config: Config, images: int) -> int:
-    """Return the optimiser steps of one epoch (``batches.batches``)."""
+    """Return the optimizer steps of one epoch (``batches.batches``)."""
     size = config.student.batch_size
     return len(range(size, images - 1, size)) + 1
 
@@ -80,7 +80,7 @@ def reads_stored_labels(
 ) -> list[Tensor]:
     """Return the logits of one epoch from its file, which is written first if it is missing."""
 
-    # In a team each rank may write the file: they write the same bytes, each under a name of its own first.
+    # In a team each rank may write the file: all write the same bytes, to temporary files with different names.
     def write() -> None:
         if not soft.file(epoch).exists():
             soft.store(images, epoch, stop)
@@ -90,17 +90,17 @@ def reads_stored_labels(
 
 
 def check(config: Config, classes: int) -> None:
-    """Build every student architecture once, and see whether a budget pays for labels.
+    """Build every student architecture once, and check the budget of stored labels.
 
     Raises:
-        InputError: no such network, or it cannot take images that small, or ``labels.budget`` is too small, or a
-            teacher that goes by the statistics of its batch would get one image.
+        InputError: a network does not exist or cannot take images that small, ``labels.budget`` is too small, or a
+            teacher with ``teacher_mode = batch`` would get a batch of one image.
     """
     images = classes * config.ipc
     for regime in config.labels.regimes:
         soft_labels.stored_epochs(config, regime, images, classes)
     if config.labels.teacher_mode == "batch" and min(config.student.batch_size, images) == 1:
         raise InputError(
-            "labels.teacher_mode = batch: a batch of one image has no statistics; use larger ones, or teacher_mode=eval"
+            "labels.teacher_mode = batch: one image has no batch statistics; use larger batches, or teacher_mode=eval"
         )
     _outlines(config, classes)

@@ -34,19 +34,20 @@ from wmdd.students.tasks import (
 
 @dataclass(frozen=True)
 class Result:
-    """What a student reached at its last epoch."""
+    """Accuracy and cost of a trained student."""
 
     judged: Judgement
+    """Accuracy after the last epoch"""
     updates: int
-    """Optimiser steps"""
+    """Number of optimizer steps"""
     cost: dict[str, float]
-    """What training, labelling and validation took (``Meter.read``, ``SoftLabels.cost``), and bytes of the images"""
+    """Cost of training, labeling and validation (``Meter.read``, ``SoftLabels.cost``), and size of the images"""
     best: dict[str, float] = field(default_factory=dict)
-    """``epoch`` and ``top1`` of the best epoch that was validated; empty without ``student.validate_every``"""
+    """``epoch`` and ``top1`` of the best validated epoch; empty without ``student.validate_every``"""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """top1, top5 (fractions), loss"""
+        """``top1``, ``top5`` (fractions) and ``loss``"""
         return self.judged.metrics
 
 
@@ -62,21 +63,21 @@ def train(
 ) -> Result:
     """Train one student and measure it.
 
-    AdamW with a (smoothed) cosine schedule per epoch.  ``hard``: cross-entropy with the mixed classes.  Else: KL
-    divergence to the teacher's logits for the same mixed batch at temperature T, times T², or their squared error
-    (``labels.loss``).  Initialisation and batches follow from the student's seed alone, so students of one seed on
-    different sets are pairs.
+    The optimizer is AdamW, with a (smoothed) cosine schedule per epoch. The loss of the regime ``hard`` is the
+    cross-entropy with the mixed classes. Other regimes use the teacher's logits for the same mixed batch
+    (``labels.loss``): KL divergence at temperature T, times T², or squared error. Initialization and batches depend on
+    the student's seed alone, so students of one seed on different sets are pairs.
 
     Args:
-        session: session of the run; its config is the recipe, its teacher labels the batches of soft regimes. A stop
-            request is noticed before every update, by a team about once a second.
-        task: which student.
-        distilled: the set it trains on.
-        team: ranks that train it together; each takes its share of every batch.
-        folder: folder of stored soft labels, if the config asks for them.
+        session: session of the run. Its config is the recipe; its teacher labels the batches of soft regimes. A stop
+            request is noticed before every update, by a team about once per second.
+        task: student to train.
+        distilled: distilled set to train on.
+        team: ranks that train the student together; each takes its share of every batch.
+        folder: parent folder of stored soft labels.
         advance: called with the number of updates done.
-        checkpoint: written when it is due and at a stop; training resumes from it.
-        log_file: gets a line for each epoch (``EpochLog``).
+        checkpoint: checkpoint of the student, written when due and at a stop; training resumes from it.
+        log_file: file that gets one line per epoch (``EpochLog``).
 
     Raises:
         Interrupted: a stop was requested.
@@ -93,7 +94,7 @@ def train(
         soft = soft_labels.SoftLabels(config, distilled, session.teacher, task.regime, task.seed, ranks, folder)
     images, classes = distilled.images.to(ranks.device), distilled.labels.to(ranks.device)
     importance = importance_of(distilled).to(ranks.device) if config.labels.weighted else None
-    # Not torch's AveragedModel, whose counter makes the host wait for the device in every update.
+    # Not torch's AveragedModel: its counter makes the host wait for the device in every update.
     weights, follow = list(network.parameters()), get_ema_multi_avg_fn(settings.ema)
     average = [weight.detach().clone() for weight in weights] if settings.ema else []
     parts = {"network": network, "optimizer": optimizer}
@@ -135,7 +136,7 @@ def train(
         nonlocal validated, judging, best
         begun = meter.read()["seconds"]
         shown = averaged_copy(network, average, team)
-        # Decoding may draw random numbers; those of the training stay as they are.
+        # Decoding may draw random numbers; the random state of the training must not change.
         with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
             judged = session.validation(shown, team)
         log.add_validation(epoch, judged.metrics)
@@ -151,7 +152,7 @@ def train(
             validate(epoch)
 
     try:
-        validate_on_the_way()  # a stop may have come while an epoch was validated
+        validate_on_the_way()  # the last stop may have interrupted a validation
         for epoch in range(done // steps, settings.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _smoothed_cosine(epoch, settings)
@@ -204,9 +205,9 @@ def train(
 
 
 def averaged_copy(network: nn.Module, average: list[Tensor], team: Team) -> nn.Module:
-    """Return what is validated: a copy of a network in evaluation mode, with its averaged weights if it has any.
+    """Return a copy of the network for validation: in evaluation mode, with the averaged weights if there are any.
 
-    All ranks of the team get the buffers of its first rank.
+    All ranks of the team get the buffers of the first rank.
     """
     shown = copy.deepcopy(network).eval()
     for weight, mean in zip(shown.parameters(), average or network.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""The frozen teacher: trained here or loaded strictly, kept in the store, named by the SHA-256 of its weights."""
+"""The frozen teacher: trained here or imported, kept in the cache, identified by the SHA-256 of its weights."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -29,18 +29,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen classifier whose outputs are the data's classes in order."""
+    """A frozen classifier whose outputs are the dataset's classes in order."""
 
     network: FrozenNetwork
     sha256: str
-    """Of its weights file in the store: the teacher's name"""
+    """SHA-256 of the weights file in the cache, which identifies the teacher"""
     facts: dict[str, Any]
-    """Network, origin, top-1 and top-5 (fractions) and what they were measured on, seconds of training, bytes"""
+    """Network, origin, top-1 and top-5 (fractions), the images of that accuracy, seconds of training, bytes"""
     epochs: Path | None = None
     """Log of its training in the cache (``EpochLog``); it may be missing"""
 
     def observe(self, images: Tensor, ranks: Ranks, batch_size: int) -> Observation:
-        """Return what the network sees in normalised images [N, channels, H, W], batch by batch, on the CPU."""
+        """Return the network's observation of normalized images [N, channels, H, W], on the CPU."""
         parts = []
         for part in images.split(batch_size):
             shown = part.to(ranks.device).contiguous(memory_format=torch.channels_last)
@@ -58,20 +58,20 @@ def get_or_train_teacher(
     stop: Callable[[], bool],
     bound: Mapping[str, Any] | None = None,
 ) -> Teacher:
-    """Return the teacher from the cache; it is trained or imported there first if it is not yet known.
+    """Return the teacher from the cache. A teacher that the cache lacks is trained or imported first.
 
     Args:
-        config: network, weights or training.
-        dataset: what it is trained on.
-        validation: measures it.
-        ranks: device and arithmetic.
-        stop: whether to leave between two epochs of training.
-        bound: what is known of the teacher that images were made with (``Teacher.facts``); it is taken in whatever
-            arithmetic it was trained. The same on all ranks.
+        config: config of the run, with the teacher's network, weights and training.
+        dataset: dataset of the run, to train on.
+        validation: measures the teacher's accuracy.
+        ranks: ranks of the job, with device and arithmetic.
+        stop: whether a stop was requested.
+        bound: facts (``Teacher.facts``) of the teacher of existing images, the same on all ranks. This teacher is used
+            whatever its arithmetic.
 
     Raises:
-        InputError: no such network, or weights that do not fit it, or the teacher is not the one that ``bound`` names.
-        Interrupted: a stop was requested; training goes on from its checkpoint next time.
+        InputError: the network does not exist, the weights do not fit it, or the teacher is not that of ``bound``.
+        Interrupted: a stop was requested. Training resumes from its checkpoint next time.
     """
     kept = ranks.broadcast_from_main(_kept(bound["sha256"]) if ranks.main and bound else None)
     if kept:
@@ -79,8 +79,8 @@ def get_or_train_teacher(
     else:
         if bound and (trained := Arithmetic.from_facts(bound.get("arithmetic"))) not in (None, ranks.arithmetic):
             raise InputError(
-                f"the images were made with the teacher {bound['sha256'][:12]}, which the cache does not hold; it was"
-                f" trained in {trained}, and cannot be trained again in {ranks.arithmetic}; bring it back (WMDD_CACHE)"
+                f"the images were made with the teacher {bound['sha256'][:12]}, which is not in the cache; it was"
+                f" trained in {trained}, and cannot be trained again in {ranks.arithmetic}; restore it (WMDD_CACHE)"
             )
         folder, origin = _entry(config, dataset, ranks.arithmetic)
         if not ranks.broadcast_from_main(ranks.main and _is_complete(folder)):
@@ -93,7 +93,7 @@ def get_or_train_teacher(
     if bound and bound["sha256"] != known["sha256"]:
         raise InputError(
             f"the images were made with the teacher {bound['sha256'][:12]}, the cache now holds"
-            f" {known['sha256'][:12]}; bring the first one back (WMDD_CACHE), or use another --out"
+            f" {known['sha256'][:12]}; restore the first teacher (WMDD_CACHE), or use another --out"
         )
     network = create_network(config, known["all_outputs"])
     weights.restore(network, read_tensors(file))
@@ -110,7 +110,7 @@ def _add(
     origin: Path | None,
     stop: Callable[[], bool],
 ) -> None:
-    """Put the teacher into the cache, unless another process is faster."""
+    """Add the teacher to the cache, unless another process has done so."""
     if ranks.main:
         cache.prepare(folder)
     with locked(folder / ".lock", stop) if ranks.main else nullcontext():
@@ -125,20 +125,20 @@ def _add(
 def is_stored(
     config: Config, dataset: Dataset, arithmetics: Sequence[Arithmetic], bound: Mapping[str, Any] | None = None
 ) -> bool:
-    """Return whether the cache holds this teacher in one of these arithmetics; if ``bound``, that one."""
+    """Return whether the cache contains the teacher of ``bound``, else the config's in one of these arithmetics."""
     if bound:
         return _kept(bound["sha256"]) is not None
     return any(_is_complete(_entry(config, dataset, arithmetic)[0]) for arithmetic in arithmetics)
 
 
 def name_of_stored(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Path, str | None]:
-    """Return the teacher's folder in the store, and the SHA-256 of its weights if it is there."""
+    """Return the teacher's folder in the cache, and the SHA-256 of its weights; None if it is not there."""
     folder, _ = _entry(config, dataset, arithmetic)
     return folder, read_json(folder / _FACTS)["sha256"] if _is_complete(folder) else None
 
 
 def _entry(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Path, Path | None]:
-    """Return the teacher's folder in the cache, and the file it is imported from if it is not trained here."""
+    """Return the teacher's folder in the cache, and its weights file; None if it is trained here."""
     settings = config.teacher
     origin = weights.locate(settings.weights, settings.network)
     made = arithmetic.facts if origin is None else sha256(origin)
@@ -146,7 +146,7 @@ def _entry(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Pa
 
 
 def _kept(sha: str) -> str | None:
-    """Return the key under which the cache holds a teacher, whole; None if it does not."""
+    """Return the cache key of a complete teacher with this SHA-256; None if the cache lacks it."""
     for entry in cache.entries("teachers"):
         if not entry.current:
             continue
@@ -186,7 +186,7 @@ def _make(
     origin: Path | None,
     stop: Callable[[], bool],
 ) -> None:
-    """Train or import the teacher and put it into the store, with what is to be known of it."""
+    """Train or import the teacher, measure it, and write its weights and facts to the cache."""
     meter = Meter(ranks.device)
     checkpoint = Checkpoint(folder / "checkpoint.safetensors", folder.name, config.compute.checkpoint_seconds)
     outputs = None
@@ -220,6 +220,6 @@ def _make(
         "all_outputs": weights.output_count(state, file),
         "outputs": outputs,
     }
-    write_json(folder / _FACTS, facts)  # last: it is what makes the entry count
+    write_json(folder / _FACTS, facts)  # written last: this file makes the entry complete
     checkpoint.remove()
     logger.info(f"teacher {name}: top-1 {accuracy['top1']:.1%} ({validation.on}), SHA-256 {facts['sha256'][:12]}")

@@ -24,7 +24,7 @@ from wmdd.runtime.team import Team
 
 
 def create_network(config: Config, classes: int) -> nn.Module:
-    """Return an untrained teacher with so many outputs."""
+    """Return an untrained teacher with ``classes`` outputs."""
     data, settings = config.data, config.teacher
     return create.create(settings.network, classes, data.channels, data.resolution, settings.stem)
 
@@ -39,10 +39,10 @@ def train(
     stop: Callable[[], bool],
     log_file: Path | None = None,
 ) -> nn.Module:
-    """Train on the decoded images with crops and flips, cosine to zero.
+    """Train on the decoded images with crops and flips; the learning rate follows a cosine to zero.
 
-    Checkpoints are written when they are due, at a stop, and after the last update: a stop while the teacher is judged
-    costs no training.  ``log_file`` gets a line for each epoch (``EpochLog``).
+    Checkpoints are written when due, at a stop, and after the last update. A stop during the teacher's validation thus
+    loses no training. ``log_file`` gets one line per epoch (``EpochLog``).
     """
     settings, data = config.teacher, config.data
     torch.manual_seed(seed_of(settings.seed, "teacher"))
@@ -112,9 +112,9 @@ def train(
 
 
 def to_gpu_if_it_fits(images: Tensor, device: torch.device) -> Tensor:
-    """Return the images on a GPU if they take up no more than a quarter of its free memory, else where they are.
+    """Return the images on the GPU if they fit in a quarter of its free memory, else unchanged.
 
-    Else every batch is copied there, for which the host waits.
+    Images elsewhere are copied batch by batch, and the host waits for every copy.
     """
     if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
         return images.to(device)
