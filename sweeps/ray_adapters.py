@@ -21,6 +21,10 @@ _TIME = "share"
 """ASHA's time: the share of its iterations that a trial has done, in units of the first report."""
 
 
+_MEASURED = "measured"
+"""Names of what the trial itself reported; Ray adds values of its own."""
+
+
 def work(config: dict[str, Any], plan: trial.SweepSetup) -> None:
     """Do one trial in a Ray process."""
     from ray import tune
@@ -30,7 +34,7 @@ def work(config: dict[str, Any], plan: trial.SweepSetup) -> None:
     scale = plan.budget.reduction
 
     def report(measured: Report) -> None:
-        tune.report({**measured, _TIME: scale ** (measured["rung"] - 1)})
+        tune.report({**measured, _TIME: scale ** (measured["rung"] - 1), _MEASURED: list(measured)})
 
     trial.run(plan, config["values"], report)
 
@@ -104,7 +108,7 @@ def recorder(log: Log, rungs: int, stop: Callable[[], bool], ended: Callable[[Tr
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             known = log.trials[trial.config["number"]]
             if "rung" in result and len(known.reports) < result["rung"]:
-                known.reports.append({key: result[key] for key in _REPORTED if key in result})
+                known.reports.append({key: result[key] for key in result[_MEASURED]})
                 log.write(known)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -125,9 +129,6 @@ def recorder(log: Log, rungs: int, stop: Callable[[], bool], ended: Callable[[Tr
             ended(known)
 
     return Recorder()
-
-
-_REPORTED = ("rung", "iteration", "seconds", "synthesis_seconds", "top1", "hard", "soft", "seeds", "lrs", "w2")
 
 
 def stopper(stop: Callable[[], bool]) -> Any:

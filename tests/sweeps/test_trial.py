@@ -104,7 +104,7 @@ def test_the_budget_scales_what_the_values_say(make):
     assert proxy.data.holdout_per_class == 40
 
 
-@pytest.mark.parametrize("name", ["lrs", "w2", "time"])
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_every_objective_is_reported_at_every_rung(make, name):
     sweep = make(SPACE, ("labels.regimes=['hard','soft']",), objective=name)
     found = reports(prepared(sweep))

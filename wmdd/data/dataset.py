@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from wmdd.config.schema import DECIDES, Config, DataConfig
 from wmdd.data import lister
-from wmdd.data.decoding import in_order
+from wmdd.data.decoding import decoders, in_order
 from wmdd.data.listing import Catalogue, Fault, ListedCatalogue, listed_in_memory, open_listing
 from wmdd.data.pixels import fit
 from wmdd.data.shards import Shards
@@ -127,6 +128,12 @@ class ImageSet:
             WmddError: a process died.
         """
         return in_order(self.decode, batches, workers)
+
+    def decoders(
+        self, workers: int
+    ) -> AbstractContextManager[Callable[[Sequence[Sequence[int]]], Iterator[torch.Tensor]]]:
+        """Return ``batches`` as a function, with processes that live as long as the context (``decoding.decoders``)."""
+        return decoders(self.decode, workers)
 
     def _place(self, position: int) -> tuple[int, int]:
         """Return the place of an image's class in the catalogue, and its row there."""

@@ -1,8 +1,11 @@
 """Decoding: images are decoded ahead of use, in worker processes, in a fixed order."""
 
 import atexit
+import itertools
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -50,27 +53,58 @@ def in_order(function: Callable[[Batch], Result], batches: Sequence[Batch], work
     """Return ``function(batch)`` for each batch, worked out by one DataLoader of ``workers`` processes (0: here)."""
     if not workers or not batches:
         return map(function, batches)
-    stream = _loaded(function, batches, workers)
-    _streams.add(stream)
-    return stream
+    return _loaded(function, batches, min(cpus.processes(workers), len(batches)))
 
 
-_streams: "WeakSet[Iterator[Any]]" = WeakSet()
+_streams: "WeakSet[Generator[Any, None, None]]" = WeakSet()
 
 
 @atexit.register
 def _close_streams() -> None:
     """End decoders in order when a program ends by an error: Python would send them SIGTERM and wait."""
     for stream in list(_streams):
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
 
 
-def _loaded(function: Callable[[Batch], Result], batches: Sequence[Batch], workers: int) -> Iterator[Result]:
+@contextmanager
+def decoders(
+    function: Callable[[Batch], Result], workers: int
+) -> Iterator[Callable[[Sequence[Batch]], Iterator[Result]]]:
+    """Yield ``in_order`` for one function, with processes that live as long as the context.
+
+    The processes start with the first batches. Results must be read to their end before the next batches are given.
+    """
+    if not workers:
+        yield lambda batches: map(function, batches)
+        return
+    waiting: deque[Batch] = deque()
+    # The loader always asks for a few batches more than are read: it gets None where there is none.
+    plan = (waiting.popleft() if waiting else None for _ in itertools.count())
+    stream = _loaded(lambda batch: None if batch is None else function(batch), plan, cpus.processes(workers))
+
+    def decode(batches: Sequence[Batch]) -> Iterator[Result]:
+        waiting.extend(batches)
+        for _ in batches:
+            yield next(result for result in stream if result is not None)
+
+    try:
+        yield decode
+    finally:
+        stream.close()
+
+
+def _loaded(function: Callable[[Any], Any], batches: Iterable[Any], processes: int) -> Generator[Any, None, None]:
+    stream = _results(function, batches, processes)
+    _streams.add(stream)
+    return stream
+
+
+def _results(function: Callable[[Any], Any], batches: Iterable[Any], processes: int) -> Generator[Any, None, None]:
     loader = torch.utils.data.DataLoader(
         _Guarded(function),
         batch_size=None,
         sampler=batches,
-        num_workers=min(cpus.processes(workers), len(batches)),
+        num_workers=processes,
         collate_fn=_unchanged,
         generator=torch.Generator(),  # else it would draw its seed from the global one
         worker_init_fn=_outlast_signals,

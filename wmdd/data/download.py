@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from wmdd.data.sources import folder_of, unnested
+from wmdd.data.sources import BUILT_IN, folder_of, unnested
 from wmdd.errors import InputError, WmddError, nearest
 
 TINY_ARCHIVE = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
@@ -37,10 +37,10 @@ def fetch(name: str, root: Path | None = None) -> Path:
         "imagenet-1k": _fetch_imagenet,
     }
     place = folder_of(name, root)
-    if name == "digits":  # comes with scikit-learn
+    if name in BUILT_IN:
         return place
     if name not in makers:
-        raise InputError(f"{name}: no such data set; {nearest(name, ['digits', *makers])}")
+        raise InputError(f"{name}: no such data set; {nearest(name, [*BUILT_IN, *makers])}")
     try:
         place.mkdir(parents=True, exist_ok=True)
         makers[name](place)

@@ -10,7 +10,7 @@ import re
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -291,7 +291,7 @@ class Arrays(Source):
 
 def in_memory(config: DataConfig) -> bool:
     """Return whether the data set is read as a whole, and so is listed by every process for itself."""
-    return config.source in ("digits", "cifar10") and config.format == "auto"
+    return config.source in ARRAYS and config.format == "auto"
 
 
 def open_source(config: DataConfig) -> Source:
@@ -300,16 +300,16 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         InputError: it is not there, or not laid out as expected; the message says what would help.
     """
-    if config.source == "digits" and in_memory(config):
-        return _digits()
     root = folder_of(config.source, config.root)
     remedy = "give its place with data.root=..."
-    if config.source not in ("folder", "digits"):
+    if config.source not in ("folder", *BUILT_IN):
         remedy = f"run `wmdd data fetch {config.source}`, or {remedy}"
+    if in_memory(config) and config.source in BUILT_IN:
+        return ARRAYS[config.source](root, remedy)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; {remedy}")
     if in_memory(config):
-        return _cifar10(root, remedy)
+        return ARRAYS[config.source](root, remedy)
     root = unnested(config.source, root)
     if not (root / "train").is_dir():
         raise InputError(f"{root}: has no folder 'train'; {remedy}")
@@ -388,7 +388,7 @@ def _is_whole(head: bytes, tail: bytes, size: int) -> bool | None:
     return None
 
 
-def _digits() -> Source:
+def _digits(root: Path, remedy: str) -> Source:
     # load_digits reads this file; scikit-learn itself takes more than a second to import.
     package = importlib.util.find_spec("sklearn")
     (folder,) = (package and package.submodule_search_locations) or ["sklearn"]
@@ -417,3 +417,9 @@ def _cifar10(root: Path, remedy: str) -> Source:
         "test": (test.data, np.asarray(test.targets)),
     }
     return Arrays("cifar10", list(train.classes), splits)
+
+
+ARRAYS: dict[str, Callable[[Path, str], Source]] = {"digits": _digits, "cifar10": _cifar10}
+"""Sources whose images fit in memory, each by a function of its folder and of what to do where files are missing"""
+BUILT_IN = ("digits",)
+"""Those of them that come with a library and need no folder"""

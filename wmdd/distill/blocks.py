@@ -1,9 +1,8 @@
 """Blocks: find the missing ones, distill their groups, assemble their files."""
 
 import hashlib
-import itertools
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,12 +14,14 @@ from wmdd.distill.barycenter.pool import Pending, solvers
 from wmdd.distill.checkpoints import finished_group
 from wmdd.distill.groups import distill_group, submitted
 from wmdd.distill.methods import base, registry
+from wmdd.distill.queue import GroupQueue
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.records.provenance import provenance
 from wmdd.runs.folder import RunFolder
 from wmdd.runs.partition import Block, Group, is_spread
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.progress_bars import progress
+from wmdd.runtime.team import Team
 from wmdd.session import Session
 from wmdd.storage.files import FORMAT, expect, read_tensors, write_json, write_tensors
 
@@ -51,19 +52,48 @@ def check(config: Config, dataset: Dataset) -> base.Method:
 def distill(session: Session, folder: RunFolder, blocks: list[Block]) -> None:
     """Write every missing block. Complete blocks are not touched.
 
-    Statistics are measured one group ahead of the synthesis. The barycenters of that next group are computed during
-    the synthesis. Memory thus holds the statistics of two groups at most.
+    The groups of all missing blocks form one queue. Statistics are measured one group ahead of the synthesis. The
+    barycenters of that next group are computed during the synthesis. Memory thus holds the statistics of two groups at
+    most. A block is assembled when its last group is done.
 
     Raises:
+        InputError: a complete block was made with another teacher, or the method refuses the data.
         Interrupted: a stop was requested. Finished groups and checkpoints are kept.
     """
-    method = check(session.config, session.dataset)
-    for block in blocks:
-        lock = folder.locked(f"block-{block.index:05d}", session.stop) if session.ranks.main else nullcontext()
-        with lock:
-            # Rank 0 decides for all: machines may see a change in a shared folder at different times.
-            if session.ranks.broadcast_from_main(session.ranks.main and _must_write(session, folder, block)):
-                _distill_block(session, folder, method, block)
+    config, ranks = session.config, session.ranks
+    method = check(config, session.dataset)
+    team = ranks.team(config.synthesis.split_class, "synthesis.split_class")
+    # Rank 0 decides for all: machines may see a change in a shared folder at different times.
+    wanted = ranks.broadcast_from_main(
+        [block.index for block in blocks if _must_write(session, folder, block)] if ranks.main else []
+    )
+    if not wanted:
+        return
+    owners = {group.index: block for block in blocks if block.index in wanted for group in block.groups}
+    groups = [group for block in blocks if block.index in wanted for group in block.groups]
+    missing = ranks.broadcast_from_main(
+        [group.index for group in groups if finished_group(session, folder, group) is None] if ranks.main else []
+    )
+    todo = [group for group in groups if group.index in missing]
+
+    def is_done(group: Group) -> bool:
+        return folder.sidecar(owners[group.index].index) is not None or bool(finished_group(session, folder, group))
+
+    queue = GroupQueue(folder, ranks, team, todo, is_done, session.stop)
+    try:
+        for group in _distilled(session, folder, method, team, queue, todo):
+            queue.release(group)
+            block = owners[group.index]
+            if team.rank == 0 and all(finished_group(session, folder, each) for each in block.groups):
+                _assemble_once(session, folder, method, block)
+    finally:
+        queue.close()
+    ranks.barrier()
+    if ranks.main:
+        for block in blocks:
+            if block.index in wanted:
+                _assemble_once(session, folder, method, block)
+    ranks.barrier()
 
 
 def _must_write(session: Session, folder: RunFolder, block: Block) -> bool:
@@ -76,6 +106,9 @@ def _must_write(session: Session, folder: RunFolder, block: Block) -> bool:
     reason = folder.damaged(block.index)
     if reason:
         logger.warning(f"{reason}: the block is distilled again")
+        with folder.locked(f"block-{block.index:05d}", session.stop):
+            if folder.damaged(block.index):  # and another process has not mended it since
+                folder.sidecar_file(block.index).unlink(missing_ok=True)
     if reason or sidecar is None:
         folder.check_arithmetic(session.ranks.arithmetic)
         return True
@@ -87,42 +120,56 @@ def _must_write(session: Session, folder: RunFolder, block: Block) -> bool:
     return False
 
 
-def _distill_block(session: Session, folder: RunFolder, method: base.Method, block: Block) -> None:
+def _distilled(
+    session: Session, folder: RunFolder, method: base.Method, team: Team, queue: GroupQueue, todo: Sequence[Group]
+) -> Iterator[Group]:
+    """Distill the groups that the queue hands out, and yield each when its file is written.
+
+    Args:
+        session: session of the run.
+        folder: run folder.
+        method: method of the run.
+        team: this rank's team.
+        queue: queue of missing groups.
+        todo: all missing groups, for the progress bars.
+    """
     config, ranks = session.config, session.ranks
-    team = ranks.team(config.synthesis.split_class, "synthesis.split_class")
-    missing = ranks.broadcast_from_main(
-        [group.index for group in block.groups if finished_group(session, folder, group) is None]
-    )
-    todo = [group for group in team.deal(block.groups) if group.index in missing]
+    train = session.dataset.train
     classes = [index for group in todo for index in group.classes] if method.uses_statistics else []
-    images = sum(len(session.dataset.train.of_class(index)) for index in classes)
+    images = sum(len(train.of_class(index)) for index in classes)
     steps = method.synthesis().iterations * len(todo) if method.objective() else 0
     with (
-        progress(f"statistics, block {block.index}", images, "images") as measured,
-        progress(f"{config.method}, block {block.index}", steps, "iterations") as optimized,
+        progress("statistics", -(-images // team.count), "images") as measured,
+        progress(config.method, -(-steps // team.count), "iterations") as optimized,
         solvers(config.compute.workers, session.stop) as submit,
+        train.decoders(config.compute.workers) as decode,
     ):
-        # One stream over the whole block: the decoders work ahead while a group is synthesized.
-        stream = statistics.measure(session, classes, measured)
 
-        def measure_group(group: Group) -> tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]:
+        def measure_next() -> tuple[Group, statistics.StatisticsByClass, dict[int, Pending]] | None:
+            group = queue.next()
+            if group is None:
+                return None
+            own = group.classes if method.uses_statistics else ()
             with within_memory(ranks.device, "lower statistics.batch_size"):
-                found = team.together(lambda: dict(itertools.islice(stream, len(group.classes) if classes else 0)))
+                found = team.together(lambda: dict(statistics.measure(session, own, measured, decode)))
             return group, found, submitted(session, method, group, found, submit)
 
-        # ``ready`` is released before the next group is measured, so that memory never holds three.
-        groups = map(measure_group, todo)
-        ready = next(groups, None)
+        # ``ready`` is released before the group after ``following`` is measured, so that memory never holds three.
+        ready = measure_next()
         while ready:
-            following = next(groups, None)
             if any(team.anyone(session.stop())):
                 raise Interrupted(f"stopped before group {ready[0].index}")
+            following = measure_next() if queue.ahead else None
             distill_group(session, folder, method, team, *ready, optimized)
-            ready = following
-    ranks.barrier()
-    if ranks.main:
-        _assemble(session, folder, method, block)
-    ranks.barrier()
+            yield ready[0]
+            ready = following or measure_next()
+
+
+def _assemble_once(session: Session, folder: RunFolder, method: base.Method, block: Block) -> None:
+    """Assemble a block, unless another process was faster."""
+    with folder.locked(f"block-{block.index:05d}", session.stop):
+        if folder.sidecar(block.index) is None:
+            _assemble(session, folder, method, block)
 
 
 def _assemble(session: Session, folder: RunFolder, method: base.Method, block: Block) -> None:

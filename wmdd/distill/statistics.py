@@ -81,6 +81,10 @@ class ClassStatistics:
         return self.within + share * self.between
 
 
+Decode = Callable[[Sequence[Sequence[int]]], Iterator[Tensor]]
+"""Decodes batches of images, by their positions: uint8 [b, channels, H, W] each"""
+
+
 StatisticsByClass = Mapping[int, ClassStatistics]
 """Statistics of each class, by class index; empty for methods that use none"""
 
@@ -121,7 +125,10 @@ def key(config: Config, dataset: Dataset, teacher: str, arithmetic: Arithmetic) 
 
 
 def measure(
-    session: Session, classes: Sequence[int], advance: Callable[[int], None] = lambda images: None
+    session: Session,
+    classes: Sequence[int],
+    advance: Callable[[int], None] = lambda images: None,
+    decode: Decode | None = None,
 ) -> Iterator[tuple[int, ClassStatistics]]:
     """Yield (class index, statistics) in the order of ``classes``, from the cache or from one pass over their images.
 
@@ -132,6 +139,7 @@ def measure(
         session: session of the run.
         classes: indices of the classes to measure.
         advance: called with the number of images done.
+        decode: decodes batches of the training images; None starts processes for these classes alone.
 
     Raises:
         Interrupted: a stop was requested between two batches. The statistics of finished classes stay in the cache.
@@ -147,7 +155,7 @@ def measure(
         cache.prepare(folder)
         sweep(folder)
     cache.note_use(folder)
-    fresh = _compute(session, missing, advance)
+    fresh = _compute(session, missing, advance, decode)
     for index in classes:
         seconds = known[index]
         if seconds is None:
@@ -161,7 +169,9 @@ def measure(
         yield index, found
 
 
-def _compute(session: Session, classes: Sequence[int], advance: Callable[[int], None]) -> Iterator[ClassStatistics]:
+def _compute(
+    session: Session, classes: Sequence[int], advance: Callable[[int], None], decode: Decode | None
+) -> Iterator[ClassStatistics]:
     config, dataset, ranks = session.config, session.dataset, session.ranks
     size = config.statistics.batch_size
     plan: list[list[int]] = []
@@ -171,7 +181,7 @@ def _compute(session: Session, classes: Sequence[int], advance: Callable[[int], 
         batches = [images[start : start + size] for start in range(0, len(images), size)]
         plan += batches
         sizes.append(len(batches))
-    decoded = iter(dataset.train.batches(plan, config.compute.workers))
+    decoded = decode(plan) if decode else dataset.train.batches(plan, config.compute.workers)
     for index, count in zip(classes, sizes, strict=True):
         source = generator(config.seed, "statistics", dataset.classes[index])
         features: list[Tensor] = []

@@ -60,7 +60,11 @@ class RunFolder:
 
     def locked(self, name: str, stop: Callable[[], bool] = lambda: False) -> AbstractContextManager[None]:
         """Hold a lock of this run (``files.locked``): one process does the work, the others wait and find it done."""
-        return locked(self.path / "locks" / name, stop)
+        return locked(self.lock_file(name), stop)
+
+    def lock_file(self, name: str) -> Path:
+        """Return a lock file of this run."""
+        return self.path / "locks" / name
 
     def sweep(self) -> None:
         """Delete the temporary files of killed processes (``files.sweep``)."""

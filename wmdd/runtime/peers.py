@@ -80,6 +80,17 @@ class Peers:
         except RuntimeError as error:
             raise PeerLost(f"rank {self._rank} of {self._size}: the rank that keeps the job's store is gone") from error
 
+    def ticket(self, queue: str) -> int:
+        """Return the next number of a queue, from 0: each number is given to one rank of the job.
+
+        Raises:
+            PeerLost: the rank that keeps the store is gone.
+        """
+        try:
+            return int(self._store.add(f"queue/{queue}", 1)) - 1
+        except RuntimeError as error:
+            raise PeerLost(f"rank {self._rank} of {self._size}: the rank that keeps the job's store is gone") from error
+
     def missing(self) -> list[int]:
         """Return the ranks that are gone, after a short watch."""
         watch = _Watch(self._store, self._rank, self._size)

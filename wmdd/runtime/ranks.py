@@ -1,5 +1,6 @@
 """Ranks, devices and random numbers that do not depend on how the work is spread."""
 
+import itertools
 import json
 import logging
 import os
@@ -69,6 +70,15 @@ class Ranks:
             Interrupted: a stop was asked for while waiting.
         """
         return value if self.peers is None else self.peers.broadcast_from_main(value)
+
+    def tickets(self, queue: str) -> Iterator[int]:
+        """Yield numbers of a queue without end: each number goes to one rank of the job, lower ones first.
+
+        Args:
+            queue: name of the queue; a name is used once in a job.
+        """
+        for own in itertools.count():
+            yield own if self.peers is None else self.peers.ticket(queue)
 
     def team(self, size: int, key: str) -> Team:
         """Return this rank's team when the job is cut into teams of ``size`` consecutive ranks; all ranks must ask.

@@ -13,7 +13,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from wmdd.errors import InputError, Interrupted, WmddError
 
@@ -214,31 +214,44 @@ def expect(paths: Iterable[Path], stop: Callable[[], bool] = lambda: False, seco
 
 @contextmanager
 def locked(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Hold a lock file: of the processes of one machine one works at a time.
+    """Hold a lock file: one process of a machine works at a time.
 
-    The kernel frees the lock of a process that dies.  Where the file system knows no locks nobody waits: work may then
-    be done twice, which writes the same bytes.
+    The kernel frees the lock of a process that dies. Where the file system has no locks, no process waits: work may
+    then be done twice, which writes the same bytes.
 
     Raises:
         Interrupted: a stop was requested while another process held the lock.
+        WmddError: the file cannot be locked.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive its owner on another machine
-    while True:
-        try:
-            lock.acquire(timeout=0.5)
-            break
-        except Timeout:
-            if stop():
-                raise Interrupted(f"stopped while another process holds {path}") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise WmddError(f"{path}: cannot be locked: {error.strerror}") from error
-            break
+    while (lock := try_lock(path, 0.5)) is None:
+        if stop():
+            raise Interrupted(f"stopped while another process holds {path}")
     try:
         yield
     finally:
         lock.release()
+
+
+def try_lock(path: Path, seconds: float = 0.0) -> BaseFileLock | None:
+    """Return a lock file that this process now holds, or None if another process holds it.
+
+    Args:
+        path: lock file.
+        seconds: how long to wait for the other process.
+
+    Raises:
+        WmddError: the file cannot be locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive its owner on another machine
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise WmddError(f"{path}: cannot be locked: {error.strerror}") from error
+    return lock
 
 
 def _patiently(read: Callable[[], T]) -> T:
