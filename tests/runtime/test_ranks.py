@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from wmdd import pipeline
 from wmdd.config.loading import load_config
 from wmdd.config.schema import ComputeConfig, Config, SynthesisConfig
+from wmdd.distill import blocks as blocks_module
 from wmdd.distill.synthesis import objective as objective_module
 from wmdd.distill.synthesis.engine import Problem, State, synthesize
 from wmdd.distill.synthesis.objective import Objective, evaluate, own_rows
@@ -30,6 +31,7 @@ from wmdd.errors import Interrupted, WmddError
 from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
 from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.folder import RunFolder
 from wmdd.runtime import memory
 from wmdd.runtime import ranks as ranks_module
 from wmdd.runtime.arithmetic import Hardware, resolve
@@ -38,6 +40,7 @@ from wmdd.runtime.placement import Placement
 from wmdd.runtime.progress_bars import observed_by
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE, Team
+from wmdd.session import Session
 
 pytestmark = pytest.mark.ranks
 
@@ -68,6 +71,36 @@ def test_blocks_and_ranks_together_write_the_same_bytes(ungrouped: Config, tmp_p
     share = pipeline.Share(("teacher", "distill"))
     pipeline.run(ungrouped, tmp_path / "one", share=share)
     in_ranks(2, lambda: pipeline.run(ungrouped.model_copy(update={"blocks": 3}), tmp_path / "two", share=share))
+    assert blocks_of(tmp_path / "two") == blocks_of(tmp_path / "one")
+
+
+def test_a_slow_rank_takes_fewer_groups_of_all_blocks_and_no_byte_changes(ungrouped: Config, tmp_path: Path) -> None:
+    share = pipeline.Share(("teacher", "distill"))
+    # Every block has one group: dealt block by block, one rank would do them all.
+    blocks = ungrouped.replace({"blocks": 4, "student.baselines": ()})
+    pipeline.run(blocks, tmp_path / "one", share=share)
+    distill_group = blocks_module.distill_group
+
+    def work() -> int:
+        done = 0
+
+        def counted(session: Session, *arguments: Any) -> None:
+            nonlocal done
+            done += 1
+            if session.ranks.rank == 0:  # leaves its first group to the other rank's last one
+                while sum(path.exists() for path in finished) < 2:
+                    time.sleep(0.01)
+            distill_group(session, *arguments)
+
+        folder = RunFolder(tmp_path / "two")
+        finished = [folder.sidecar_file(block) for block in range(4)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks_module, "distill_group", counted)
+            pipeline.run(blocks, folder.path, share=share)
+        return done
+
+    shares = in_ranks(2, work)
+    assert sum(shares) == 4 and 1 <= shares[0] < shares[1], shares
     assert blocks_of(tmp_path / "two") == blocks_of(tmp_path / "one")
 
 
