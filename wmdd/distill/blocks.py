@@ -1,6 +1,7 @@
 """Blocks: find the missing ones, distill their groups, assemble their files."""
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 
