@@ -10,6 +10,7 @@ from wmdd.records.convergence import Convergence, base_view, convergence
 from wmdd.records.files import read_records, write_records
 from wmdd.records.schema import Record, SpeedRecord
 from wmdd.report.comparison import SETTING
+from wmdd.storage.files import digest
 
 Row = tuple[Any, ...]
 """Setting, method and name of a row of a table."""
@@ -150,15 +151,20 @@ def _tuning(students: Sequence[Record]) -> Iterator[str]:
 
 
 def _recipes(students: Sequence[Record]) -> Iterator[str]:
-    """One recipe of students in a setting."""
-    settings: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    """One recipe of students in a setting; one teacher, or one for each distillation seed."""
+    settings: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in students:
-        settings[tuple(getattr(record, key) for key in SETTING)].add(record.protocol)
-    for setting, protocols in settings.items():
-        if len(protocols) > 1:
-            at = dict(zip(SETTING, setting, strict=True))
-            place = f"{at['dataset']}, IPC {at['ipc']}, {at['network']}, {at['regime']} labels, {at['view']}"
-            yield f"{place}: students of {len(protocols)} recipes in one setting"
+        settings[tuple(getattr(record, key) for key in SETTING)].append(record)
+    for setting, own in settings.items():
+        at = dict(zip(SETTING, setting, strict=True))
+        place = f"{at['dataset']}, IPC {at['ipc']}, {at['network']}, {at['regime']} labels, {at['view']}"
+        recipes = {digest({key: value for key, value in one.recipe.items() if key != "teacher"}) for one in own}
+        if len(recipes) > 1:
+            yield f"{place}: students of {len(recipes)} recipes in one setting"
+        pairs = {(one.distillation_seed, str(one.recipe.get("teacher"))) for one in own}
+        teachers = {teacher for _, teacher in pairs}
+        if len(teachers) > 1 and not len(pairs) == len(teachers) == len({seed for seed, _ in pairs}):
+            yield f"{place}: {len(teachers)} teachers that some sets share; use one, or one for each distillation seed"
 
 
 def _states(students: Sequence[Record]) -> dict[Row, Convergence]:

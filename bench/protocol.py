@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from wmdd import pipeline
 from wmdd.config.loading import load_config
@@ -73,9 +73,21 @@ class Protocol(_Part):
     convergence_sets: Count = 0
     """Sets of each method, from the first on, whose students also train twice as long: from three students on, the
     report says whether they have converged."""
+    teacher_seeds: Positive = 1
+    """1: all sets share one teacher, and nothing is said about others. As many as ``distillation_seeds``: each set has
+    a teacher of its own, whose luck the intervals then contain; methods are paired by it."""
     student_seeds: Positive = 1
     """Students of each distilled set, architecture, regime and view.  No two of a method share a seed: a method that
     always selects the same images has as many students as the others, and not one of them several times."""
+
+    @model_validator(mode="after")
+    def _teachers_are_one_or_one_for_each_set(self) -> "Protocol":
+        if self.teacher_seeds not in (1, self.distillation_seeds):
+            raise ValueError(
+                f"teacher_seeds = {self.teacher_seeds}: sets that share one of several teachers are not independent;"
+                f" use 1, or one for each of the {self.distillation_seeds} distillation_seeds"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,8 @@ def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[
     for ipc, entry, seed in product(protocol.ipc, protocol.methods, range(protocol.distillation_seeds)):
         students = f"student.seeds={protocol.student_seeds}", f"student.first_seed={seed * protocol.student_seeds}"
         varied = [f"ipc={ipc}", f"seed={seed}", *students]
+        if protocol.teacher_seeds > 1:
+            varied.append(f"teacher.seed={load_config(protocol.config, common).teacher.seed + seed}")
         if seed < protocol.convergence_sets:
             own_views = load_config(protocol.config, common).student.views
             varied += [f"student.views={list(with_twice(own_views))}"]

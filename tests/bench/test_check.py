@@ -65,7 +65,8 @@ FAULTS: dict[str, tuple[Callable[[list[Record]], list[Record]], str]] = {
         "some students were measured on held-out",
     ),
     "another test set": (lambda r: changed(r, 0, test_images=(3, 4)), "unlike numbers of test images"),
-    "two recipes": (lambda r: changed(r, 0, protocol="other"), "students of 2 recipes"),
+    "two recipes": (lambda r: changed(r, 0, recipe=RECIPE | {"lr": 0.5}), "students of 2 recipes"),
+    "two teachers": (lambda r: changed(r, 0, recipe=RECIPE | {"teacher": "5" * 64}), "2 teachers that some sets share"),
     "no mark": (lambda r: changed(r, 0, convergence=None), "is converged (+0.2) and bears no mark"),
     "an unconverged row without its mark": (improving, "is improving (+5.2) and bears the mark 'converged'"),
     "convergence that was not measured": (

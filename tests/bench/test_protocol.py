@@ -266,3 +266,16 @@ def test_sre2l_and_cda_are_tuned_on_images_held_out_with_the_same_number_of_tria
     assert all(cell.config.data.holdout_per_class for cell in cells)
     trials = [entry.method for entry in protocol.methods]
     assert trials.count("sre2l") == trials.count("cda") == 8
+
+
+def test_each_set_may_have_a_teacher_of_its_own_and_sharing_some_is_refused(tmp_path: Path) -> None:
+    cells = table(tmp_path, distillation_seeds=3, teacher_seeds=3, methods=["random", "wmdd"])
+
+    assert [(c.config.method, c.config.seed, c.config.teacher.seed) for c in cells] == [
+        (method, seed, seed) for method in ("random", "wmdd") for seed in range(3)
+    ]
+    assert {c.config.teacher.seed for c in table(tmp_path, methods=["random"])} == {0}
+    file = tmp_path / "two.toml"
+    file.write_text('name = "x"\nconfig = "digits"\nmethods = ["random"]\nteacher_seeds = 2\n')
+    with pytest.raises(InputError, match="teacher_seeds = 2: sets that share one of several teachers"):
+        protocols.load_protocol(str(file))

@@ -14,6 +14,7 @@ from bench import published as shipped
 from wmdd.errors import InputError
 from wmdd.records.bitmaps import pack
 from wmdd.records.files import write_records
+from wmdd.records.intervals import paired, welch
 from wmdd.records.schema import Record, SpeedRecord
 from wmdd.report import published
 from wmdd.report.collect import Report, collect
@@ -287,3 +288,28 @@ def test_one_set_has_no_p_value_over_test_images_either(tmp_path: Path) -> None:
     table = named(report, "Other test images")
     assert "p, McNemar" not in table.columns
     assert "(this set only)" in cells(table, "Over sets and images")[0][0]
+
+
+def taught(method: str, values: list[float], teachers: list[str]) -> list[Record]:
+    made = []
+    for seed, (value, teacher) in enumerate(zip(values, teachers, strict=True)):
+        recipe = RECIPE | {"teacher": teacher}
+        about = {"distillation_seed": seed, "student_seed": seed, "artefact": f"{method}-{seed}"}
+        made.append(student(method, value, recipe=recipe, protocol=digest(recipe), **about))
+    return made
+
+
+def test_methods_whose_sets_each_have_a_teacher_of_their_own_are_paired_by_it(tmp_path: Path) -> None:
+    own, random, teachers = [0.90, 0.80, 0.71, 0.60], [0.88, 0.79, 0.68, 0.58], ["t0", "t1", "t2", "t3"]
+    report = report_of(tmp_path, *taught("wmdd", own, teachers), *taught("random", random, teachers))
+
+    row = report.accuracy[report.accuracy["method"] == "wmdd"].iloc[0]
+    assert row["p"] == pytest.approx(paired(own, random).p) and row["p"] < 0.05 < welch(own, random).p
+    table = named(report, "Accuracy")
+    assert "Each set has a teacher of its own; differences are paired by it." in table.caption
+    assert table.terms["teacher"] == "4, one for each set"
+
+
+def test_teachers_that_some_sets_share_are_still_unlike(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"teacher is t0 in .* and t1"):
+        report_of(tmp_path, *taught("wmdd", [0.9, 0.8, 0.7], ["t0", "t1", "t0"]))

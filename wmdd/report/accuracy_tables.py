@@ -131,6 +131,7 @@ def accuracy(report: "Report") -> Table:
                if any(row["scope"] == "sets" for row in rows) else "")
             + (" This set only: over the students of the one set and the other's sets."
                if any(row["scope"] == "this set" for row in rows) else "")
+            + _about_teachers(learned)
             + (" Converged: the mean of three students moves by less than one point when they train twice as long."
                if checked else " Whether students have converged was not checked." if learned else "")
             + (" Labels made online take no bytes but need the teacher, whose bytes stand in a column of their own."
@@ -308,6 +309,14 @@ def _setting(row: Row) -> list[str]:
     ipc = "all" if pd.isna(row["ipc"]) else str(row["ipc"])
     regime = NONE if pd.isna(row["regime"]) else row["regime"]
     return [row["dataset"], ipc, row["network"], regime, _view(row), row["method"]]
+
+
+def _about_teachers(recipes: list[dict[str, Any]]) -> str:
+    """Return what the intervals say about other teachers."""
+    if any("one for each set" in str(recipe.get("teacher")) for recipe in recipes):
+        return " Each set has a teacher of its own; differences are paired by it."
+    known = any(recipe.get("teacher") for recipe in recipes)
+    return " One teacher: nothing is said about others." if known else ""
 
 
 def _marked(row: Row) -> str:

@@ -15,7 +15,7 @@ from wmdd.config.schema import DECIDES, DEFAULTS, decides
 from wmdd.records.convergence import base_view, convergence
 from wmdd.records.likeness import complete, refuse_unlike
 from wmdd.records.schema import Record, SpeedRecord
-from wmdd.report.comparison import REFERENCE, SETTING, compare
+from wmdd.report.comparison import REFERENCE, SETTING, compare, several_teachers
 from wmdd.report.runs import MissingRun, Run
 from wmdd.runs.baselines import baseline_folders
 from wmdd.storage.files import digest, flatten
@@ -36,15 +36,15 @@ def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
         {key: getattr(record, key) for key in taken}
         | {"name": run.name, "baseline": run.baseline or record.method == REFERENCE}
         | {"images": record.artefact or record.config, "seeded": record.seeded, "run": run, "record": record}
+        | {"teacher": record.recipe.get("teacher")}
         for run in runs
         for record in run.records
         if record.kind == "student"
     ]
-    frame = pd.DataFrame(rows, columns=[*taken, "name", "baseline", "images", "seeded", "run", "record"]).sort_values(
-        "time"
-    )
+    columns = [*taken, "name", "baseline", "images", "seeded", "run", "record", "teacher"]
+    frame = pd.DataFrame(rows, columns=columns).sort_values("time")
     for setting, group in frame.groupby(SETTING):
-        refuse_unlike(f"students of {where(setting)}", _recipes(group))
+        refuse_unlike(f"students of {where(setting)}", _recipes(group, several_teachers(group)))
     # A baseline that several runs measured on the same images makes one row, whatever the runs are called.
     for _, group in frame[frame["baseline"].astype(bool)].groupby([*SETTING, "method"]):
         if (group.groupby("distillation_seed")["images"].nunique() == 1).all():
@@ -62,9 +62,10 @@ def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
     return latest
 
 
-def _recipes(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
+def _recipes(group: pd.DataFrame, several: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     for run, record in zip(group["run"], group["record"], strict=True):
-        yield run.label, complete(record.recipe) | {"evaluated_on": record.evaluated_on}
+        recipe = complete(record.recipe) | {"evaluated_on": record.evaluated_on}
+        yield run.label, recipe | ({"teacher": "one for each set"} if several else {})
 
 
 def _distillations(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -79,7 +80,9 @@ def distillation(run: Run) -> dict[str, Any]:
     selected = run.baseline and not run.optimized
     scope = "data" if selected else "images"
     used = [sidecar.get("arithmetic") for _, sidecar in sorted(run.blocks.items())]
-    keys = {"method", "ipc", *(key for key in DECIDES if decides(key, scope))} - {"seed", "external.sha256"}
+    # The teacher's seed is not looked at: where teachers differ, the recipes of the students say so.
+    seeds = {"seed", "teacher.seed", "external.sha256"}
+    keys = {"method", "ipc", *(key for key in DECIDES if decides(key, scope))} - seeds
     settings = {key: config.get(key, DEFAULTS[key]) for key in sorted(keys)}
     return settings | ({"arithmetic": used[0]} if used and not selected else {})
 
@@ -126,13 +129,20 @@ def _about(group: pd.DataFrame, spent: dict[str, dict[str, Any]]) -> dict[str, A
     return {
         **{key: sum(found) / len(found) if found else None for key, found in sizes.items()},
         "device_seconds": sum(known) / len(known) if known else None,
-        "recipe": {"evaluated_on": records[0].evaluated_on, **_test_images(records), **flatten(records[0].recipe)},
+        "recipe": {"evaluated_on": records[0].evaluated_on, **_test_images(records), **_recipe(group)},
         "teacher": records[0].recipe.get("teacher"),
         "tuned_on": records[0].tuned_on,
         "trials": records[0].trials,
         **_bn_weight(group["run"].iloc[0]),
         "origins": origins(zip(group["run"], records, strict=True)),
     }
+
+
+def _recipe(group: pd.DataFrame) -> dict[str, Any]:
+    """Return the recipe of the students of a row, flat."""
+    teachers = group["teacher"].nunique()
+    recipe: dict[str, Any] = flatten(group["record"].iloc[0].recipe)
+    return recipe | ({"teacher": f"{teachers}, one for each set"} if teachers > 1 else {})
 
 
 def _test_images(records: Sequence[Record]) -> dict[str, int]:

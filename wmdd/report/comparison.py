@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
-from wmdd.records.intervals import Difference, adjusted_level, holm
-from wmdd.records.samples import Sample, Scope, compared, sample_of
+from wmdd.records.intervals import Difference, adjusted_level, holm, paired
+from wmdd.records.samples import FEWEST, Sample, Scope, compared, sample_of
 from wmdd.runs.baselines import RANDOM
 
 SETTING = ["dataset", "classes", "resolution", "ipc", "network", "regime", "view"]
@@ -39,6 +39,8 @@ class _Cell:
     baseline: bool
     sets: dict[str, list[float]]
     """Top-1 of the students of each distilled set."""
+    seeds: dict[int, float]
+    """Mean of each distillation seed."""
     fixed: bool
     """Whether no seed changes the images."""
     row: dict[str, Any]
@@ -88,7 +90,8 @@ def compare(students: "pd.DataFrame") -> "pd.DataFrame":
     rows: list[dict[str, Any]] = []
     for setting, group in students.groupby(SETTING):
         cells = _cells(dict(zip(SETTING, setting, strict=True)), group)
-        _adjust([_comparison(cell, cells, reference) for reference in _REFERENCES for cell in cells])
+        by_teacher = several_teachers(group)
+        _adjust([_comparison(cell, cells, reference, by_teacher) for reference in _REFERENCES for cell in cells])
         for index, cell in enumerate(cells):
             same = next((other for other in cells[:index] if other.images == cell.images), None)
             cell.row["same_as"] = same.method if same and same.method != cell.method else None
@@ -117,12 +120,17 @@ def _cells(setting: dict[str, Any], group: "pd.DataFrame") -> list[_Cell]:
         row |= {"sets": len(sizes), "students": max(sizes), "n": sum(sizes)}
         seeds = zip(own["images"], own["student_seed"], own["metrics"], strict=True)
         row["values"] = {(images, int(seed)): metrics["top1"] for images, seed, metrics in seeds}
-        cells.append(_Cell(method, name, baseline, sets, fixed, row))
+        tops = own["metrics"].map(lambda metrics: metrics["top1"])
+        means = {int(seed): float(mean) for seed, mean in tops.groupby(own["distillation_seed"]).mean().items()}
+        cells.append(_Cell(method, name, baseline, sets, means, fixed, row))
     return sorted(cells, key=lambda cell: (cell.method == REFERENCE, cell.baseline, cell.method, cell.name))
 
 
-def _comparison(cell: _Cell, cells: list[_Cell], reference: str) -> _Comparison | None:
-    """Return a method beside a reference of its name, or of no name; None where there is none but itself."""
+def _comparison(cell: _Cell, cells: list[_Cell], reference: str, by_teacher: bool) -> _Comparison | None:
+    """Return a method beside a reference of its name, or of no name; None where there is none but itself.
+
+    Sets of one seed that share a teacher of their own are pairs.
+    """
     found = {other.name: other for other in cells if other.method == reference}
     other = found.get(cell.name) or found.get("")
     if other is None and reference == CORESET:
@@ -131,6 +139,10 @@ def _comparison(cell: _Cell, cells: list[_Cell], reference: str) -> _Comparison 
         return None
     pair = frozenset((cell.images, other.images))
     difference, scope = compared(cell.sample, other.sample)
+    shared = sorted(cell.seeds.keys() & other.seeds.keys())
+    if by_teacher and len(shared) >= FEWEST:
+        difference = paired(*([one.seeds[seed] for seed in shared] for one in (cell, other)))
+        scope = "sets" if difference.error > 0 else "none"
     return _Comparison(cell.row, _REFERENCES[reference], pair, difference, SAME if len(pair) == 1 else scope)
 
 
@@ -151,6 +163,14 @@ def _adjust(comparisons: Iterable[_Comparison | None]) -> None:
         elif one.scope == "this set":
             found["low"], found["high"] = one.found.bounds()
         one.row.update({f"{one.prefix}{key}": value for key, value in found.items()})
+
+
+def several_teachers(group: "pd.DataFrame") -> bool:
+    """Return whether every distillation seed of a setting has a teacher of its own, the same for all methods."""
+    if "teacher" not in group or group["teacher"].nunique() < 2:
+        return False
+    by_seed = group.groupby("distillation_seed")["teacher"]
+    return bool((by_seed.nunique() == 1).all() and by_seed.first().is_unique)
 
 
 def sample_of_values(values: Mapping[tuple[str, int], float], fixed: bool) -> Sample:
