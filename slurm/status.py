@@ -205,11 +205,17 @@ _TAIL_BYTES = 20_000
 
 
 def mending(run: Path, found: Status) -> list[str]:
-    """Return what to do about the tasks that are over without their result, and the command; nothing if all is well."""
+    """Return what to do about tasks that are held, or over without their result, and the command; else nothing."""
     lost = [row for row in found.rows if row.over]
+    # After a failed launch, for example.  Nothing more happens to such a task by itself.
+    held = [row for row in found.rows if row.state in ("pending", "requeued") and "held" in row.why.lower()]
+    lines = []
+    if held:
+        tasks = ",".join(row.task for row in held)
+        lines += [f"{len(held)} tasks are held ({held[0].why}); release them with:", f"scontrol release {tasks}"]
     if not lost:
-        return []
-    lines = [f"{len(lost)} tasks are over without their result"]
+        return lines
+    lines.append(f"{len(lost)} tasks are over without their result")
     for state in dict.fromkeys(row.state for row in lost):
         if state in _REMEDIES:
             nodes = sorted({node for row in lost if row.state == state for node in row.bad_nodes})

@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,18 @@ def finish(run: Path, seconds: float = 400) -> None:
 def log(run: Path, job: str) -> str:
     """Return all that the ranks of a job said; of all jobs, of an array's, or of one of its tasks (``4711_3_``)."""
     return "\n".join(file.read_text() for file in sorted((run / "slurm" / "jobs").glob(f"*/*/{job}*_log.out")))
+
+
+@contextmanager
+def node_down(node: str, state: str = "down") -> Iterator[None]:
+    """Take a node away for the length of the block, with what runs there; ``drain`` leaves that running."""
+    ask("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test")
+    try:
+        yield
+    finally:
+        # It may have come back by itself, and then refuses to be resumed.
+        resume = ["/usr/bin/env", "scontrol", "update", f"nodename={node}", "state=resume"]
+        subprocess.run(resume, capture_output=True)
 
 
 def step_of(task: str) -> str:

@@ -16,7 +16,7 @@ from slurm.submit import submit as hand_in
 from wmdd.config.schema import Config
 from wmdd.errors import InputError
 
-from .conftest import ask, finish, log, profile, submit, wait
+from .conftest import ask, finish, log, node_down, profile, submit, wait
 
 fork = multiprocessing.get_context("fork")
 
@@ -53,6 +53,27 @@ def test_a_queue_that_takes_no_more_is_one_line(cluster: LocalCluster, digits: C
     finally:
         ask("scontrol", "update", "partitionname=main", "state=up")
     assert ask("squeue", "-h") == ""
+
+
+def test_nodes_that_are_away_today_refuse_nothing(
+    cluster: LocalCluster, digits: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SLURM counts a drained node as one that does not exist."""
+    stages = dict.fromkeys(STAGES, profile(nodes=cluster.nodes).stages["distill"])
+    with node_down(cluster.node_names[-1], "drain"):
+        launched = submit(digits, tmp_path / "run", ("distill",), 1, Profile(name="all", stages=stages))
+        assert ask("squeue", "-h", "-o", "%i %T") == f"{launched['distill'].job} PENDING"
+        assert "nodes are down or drained; submitted anyway" in caplog.text
+        ask("scancel", launched["distill"].job)
+
+
+def test_a_task_that_slurm_holds_is_named_with_the_command_that_releases_it(
+    cluster: LocalCluster, digits: Config, tmp_path: Path
+) -> None:
+    job = submit(digits, tmp_path / "run", ("distill",), 1)["distill"].job
+    ask("scontrol", "hold", job)
+    assert mending(tmp_path / "run", status(tmp_path / "run"))[-1] == f"scontrol release {job}"
+    ask("scancel", job)
 
 
 def test_missing_programs_are_named(
