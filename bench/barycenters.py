@@ -1,6 +1,7 @@
-"""Barycenters of many classes beside POT's free-support solver, from the same starts: ``python -m bench.barycenters``.
+"""Barycenters of many classes, compared with POT's free-support solver: ``python -m bench.barycenters``.
 
-Features are generated as ReLU networks make them: non-negative, about half of them zero, in clusters within the class.
+Both start from the same points. The generated features resemble those of ReLU networks: non-negative, about half of
+them zero, clustered within a class.
 """
 
 import statistics
@@ -29,16 +30,16 @@ from wmdd.runtime.log import results
 from wmdd.runtime.progress_bars import progress
 
 MIXTURE_MODES = 12
-"""Clusters of a class."""
+"""Number of clusters in a class."""
 Spectrum = Literal["decaying", "flat"]
 
 
 def features(images: int, dimension: int, spectrum: Spectrum, seed: int) -> torch.Tensor:
     """Generate the features [n, D] of one class: the positive part of a mixture of 12 Gaussians.
 
-    ``decaying``: clusters of unequal size; within them 20 directions of variance 1, 1/2, 1/3, ..., and white noise.
-    ``flat``: clusters of equal size and white noise alone, the same in all directions; the hardest case for a solver
-    that relies on structure.
+    - ``decaying``: clusters of unequal size, with 20 directions of variance 1, 1/2, 1/3, ... and white noise.
+    - ``flat``: clusters of equal size, with white noise alone. This is the hardest case for a solver that relies on
+      structure.
     """
     draw = np.random.default_rng(seed)
     centres = 0.8 * draw.normal(size=(MIXTURE_MODES, dimension))
@@ -59,26 +60,26 @@ def compare(
     repeats: int = 5,
     advance: Callable[[int], None] = lambda classes: None,
 ) -> dict[str, dict[str, float]]:
-    """Solve each class by ``wmdd`` in ``workers`` processes and by POT in one, each from one start, the same.
+    """Solve each class with ``wmdd`` in ``workers`` processes and with POT in one, both from the same start.
 
-    The classes are dealt to the repeats, in each of which the two take turns at who begins. ``wmdd``'s time always
-    holds the drawing of the starts, the exact W2² and the choice of the nearest images. POT's holds
+    The classes are split among the repeats. Who begins alternates between repeats. The time of ``wmdd`` always includes
+    drawing the starts, the exact W2², and choosing the nearest images. The time of POT includes
 
-    - in ``ratio``: its loop and the drawing of the same starts, by the same function;
+    - in ``ratio``: its loop, and drawing the same starts with the same function;
     - in ``ratio_strict``: its loop alone;
-    - in ``ratio_same_results``: all that ``wmdd``'s holds, the last two by ``ot.emd2`` and scipy's assignment.
+    - in ``ratio_same_results``: all that the time of ``wmdd`` includes, with ``ot.emd2`` and scipy's assignment.
 
     Args:
-        cloud: returns the features [n, D] of a class, by its index, which also seeds the starts.
+        cloud: returns the features [n, D] of a class. Its argument is the class index, which also seeds the starts.
         classes: number of classes.
         count: number K of atoms of each class.
         workers: number of processes of ``wmdd``.
-        repeats: number of parts of the classes; each part is timed by itself.
+        repeats: number of parts of the classes; each part is timed separately.
         advance: called with the number of classes done.
 
     Returns:
-        for ``wmdd`` and ``pot`` the metrics of a speed: classes per second (POT's with the drawing) and mean W2²; for
-        ``wmdd`` also ratios of the times, medians and extremes over the repeats, and of W2², its mean over classes.
+        Metrics of ``wmdd`` and ``pot``: classes per second (POT's with drawing the starts) and mean W2². ``wmdd`` also
+        has the ratios of the times (median and extremes over the repeats), and the mean relative excess of W2².
     """
     settings = BarycenterConfig(starts=1)
     seconds: dict[str, list[float]] = {"wmdd": [], "pot": [], "loop": [], "same": []}
@@ -148,15 +149,15 @@ def _rates(sizes: list[int], seconds: list[float]) -> dict[str, float]:
 
 def main(
     classes: Annotated[int, typer.Option(min=1)] = 1000,
-    images: Annotated[int, typer.Option(min=2, help="Of each class.")] = 1300,
-    dimension: Annotated[int, typer.Option(min=1, help="Of the features.")] = 512,
-    ipc: Annotated[str, typer.Option(metavar="K,K,...", help="Atoms of each class.")] = "10,50",
-    spectrum: Annotated[str, typer.Option(help="decaying or flat: the directions within a cluster.")] = "decaying",
+    images: Annotated[int, typer.Option(min=2, help="Number of images in each class.")] = 1300,
+    dimension: Annotated[int, typer.Option(min=1, help="Dimension of the features.")] = 512,
+    ipc: Annotated[str, typer.Option(metavar="K,K,...", help="Numbers of atoms per class to time.")] = "10,50",
+    spectrum: Annotated[str, typer.Option(help="Variances within a cluster: decaying or flat.")] = "decaying",
     workers: Annotated[int, typer.Option(min=1, help="Processes of wmdd; POT has one.")] = 2,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Append the records to a file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the features.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File to append the records to.")] = None,
 ) -> None:
-    """Time the barycenters of generated classes beside POT's."""
+    """Time the barycenters of generated classes, compared with POT."""
     if spectrum not in ("decaying", "flat"):
         raise InputError(f"--spectrum {spectrum}: valid: decaying, flat")
     parts = [part.strip() for part in ipc.split(",")]
@@ -169,7 +170,7 @@ def main(
         return features(images, dimension, chosen, seed * 1_000_003 + index)
 
     table = Table("IPC", "engine", "classes/s", "least", "most", "ratio", "least", "most", "mean W2²")
-    table.caption = "ratio: POT's time, with the drawing of the starts, to ours"
+    table.caption = "ratio: time of POT, including drawing the starts, divided by the time of wmdd"
     for count in counts:
         with progress(f"barycenters, IPC {count}", classes, "classes") as advance:
             found = compare(cloud, classes, count, workers, advance=advance)
@@ -200,7 +201,7 @@ def main(
                 files.append(out, speed)
         own = found["wmdd"]
         typer.echo(
-            f"IPC {count}: {own['ratio']:.2f} times as fast as POT's loop with the drawing of the starts "
+            f"IPC {count}: {own['ratio']:.2f} times as fast as POT's loop including drawing the starts "
             f"({own['ratio_strict']:.2f} without, {own['ratio_same_results']:.2f} with W2² and nearest images too), "
             f"W2² {own['w2_excess']:+.2%} ± {own['w2_excess_error']:.2%} (standard error)"
         )

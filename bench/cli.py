@@ -10,13 +10,13 @@ from wmdd.cli_options import ConfigArgument, SetOption
 from wmdd.runtime.signals import STOPS, stop_on
 
 app = typer.Typer(
-    help="Compare methods under one protocol, and measure speeds.", no_args_is_help=True, rich_markup_mode=None
+    help="Compare methods under one protocol, and measure speed.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
 @app.callback()
 def bench() -> None:
-    """Compare methods under one protocol, and measure speeds."""
+    """Compare methods under one protocol, and measure speed."""
 
 
 @app.command(
@@ -29,26 +29,33 @@ def protocol(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="PROTOCOL", help="Shipped protocols (digits, tiny-10, tiny-imagenet) or TOML files, in this order."
+            metavar="PROTOCOL",
+            help="Shipped protocols (such as digits, tiny-10, tiny-imagenet) or TOML files. They run in this order.",
         ),
     ],
     override: SetOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the runs; with several, of one folder for each. runs/NAME by default."),
+        typer.Option(help="Folder of the runs; of several protocols, their parent folder. Default: runs/NAME."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at a time here, each on its own GPU.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Number of concurrent runs on this machine, each on its own GPU.")
+    ] = 1,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="Stop after so many minutes as SIGTERM does; the same command goes on."),
+        typer.Option(min=0, help="Time limit in minutes: then the runs checkpoint. The same command resumes them."),
     ] = None,
     slurm: Annotated[
         str | None,
-        typer.Option(metavar="PROFILE", help="Submit the runs instead; the same command reports them later."),
+        typer.Option(
+            metavar="PROFILE", help="SLURM profile: submit the runs to a cluster. The same command reports them later."
+        ),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only list what is done and what is left.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print how much work is done and how much is left; run nothing.")
+    ] = False,
 ) -> None:
-    """Run what is missing of protocols, and report them together: paired by seed, with intervals."""
+    """Run the missing runs of protocols, and report all of them: differences paired by seed, with intervals."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes  # imports count
     from bench import protocol as protocols
     from bench import remaining
@@ -59,7 +66,9 @@ def protocol(
     from wmdd.runtime.log import results
 
     if slurm and minutes is not None:
-        raise InputError("--minutes is for this machine; the times of jobs are set in the profile of --slurm")
+        raise InputError(
+            "--minutes limits runs on this machine; the profile of --slurm sets the time limit of its jobs"
+        )
     chosen = [protocols.load_protocol(file) for file in files]
     folders = protocols.folders(chosen, out)
     tables = [protocols.cells(one, folder, override or []) for one, folder in zip(chosen, folders, strict=True)]
@@ -90,15 +99,21 @@ def throughput(
     config: ConfigArgument,
     override: SetOption = None,
     stage: Annotated[
-        str, typer.Option(metavar="NAME,NAME", help="What to time.")
+        str, typer.Option(metavar="NAME,NAME", help="Stages to time.")
     ] = "synthesis,statistics,students,barycenters",
-    repeats: Annotated[int, typer.Option(min=1, help="Of each engine, in turns with the reference.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0, help="That one repeat shall last.")] = 0.5,
-    reference: Annotated[bool, typer.Option(help="Time the same work done plainly, and compare results.")] = True,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
-    profile: Annotated[Path | None, typer.Option(metavar="DIR", help="Write traces and tables of kernels.")] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed repeats per engine, alternating with the plain reference.")
+    ] = 5,
+    seconds: Annotated[float, typer.Option(min=0, help="Target duration of one repeat, in seconds.")] = 0.5,
+    reference: Annotated[
+        bool, typer.Option(help="Also time a plain reference implementation, and compare its results.")
+    ] = True,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File to append the records to.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for profiler traces and tables of kernels.")
+    ] = None,
 ) -> None:
-    """Time each stage on one device: rates, memory, MFU, and how they compare to the same work done plainly."""
+    """Time each stage on one device: rate, memory, MFU, and speed compared with a plain reference."""
     from bench import throughput as speeds
     from wmdd.config.loading import load_config
     from wmdd.runtime.log import results
@@ -116,13 +131,15 @@ def groups(
     override: SetOption = None,
     most: Annotated[
         int | None,
-        typer.Option(min=1, help="Classes of the largest group; by default as many as make up 1,000 images."),
+        typer.Option(min=1, help="Number of classes in the largest group; by default as many as make up 1,000 images."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each size, in turns.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0, help="That one repeat of the largest group shall last.")] = 2.0,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats per group size; the sizes take turns.")] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Target duration of one repeat of the largest group, in seconds.")
+    ] = 2.0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File to append the records to.")] = None,
 ) -> None:
-    """Time synthesis of 1, 2, 4, 8, ... classes together, and suggest synthesis.classes_per_group."""
+    """Time the synthesis of 1, 2, 4, 8, ... classes in one group, and suggest synthesis.classes_per_group."""
     from bench import group_size as study
     from wmdd.config.loading import load_config
     from wmdd.runtime.log import results
@@ -137,27 +154,33 @@ def groups(
 )
 @stop_on(*STOPS)
 def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Distilled images, one sub-folder a class.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of distilled images, with one sub-folder per class.")
+    ],
     config: Annotated[
-        str, typer.Option(metavar="CONFIG", help="Preset or TOML file: data set, teacher, labels and students.")
+        str,
+        typer.Option(metavar="CONFIG", help="Preset or TOML file that sets dataset, teacher, labels and students."),
     ],
     override: SetOption = None,
     layout: Annotated[
-        str, typer.Option(metavar="auto|classes|numbered", help="What the sub-folders are called.")
+        str,
+        typer.Option(
+            metavar="auto|classes|numbered", help="Names of the sub-folders: class names, numbers, or detect them."
+        ),
     ] = "auto",
-    ipc: Annotated[int | None, typer.Option(help="Images of each class; read off the folder by default.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name in the report; the folder's by default.")] = None,
+    ipc: Annotated[int | None, typer.Option(help="Images per class; by default as many as the folder has.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the set in the report; the folder's by default.")] = None,
     baselines: Annotated[
-        str, typer.Option(metavar="METHOD,...", help="Methods measured beside it; an empty text for none.")
+        str, typer.Option(metavar="METHOD,...", help="Methods to compare the set with; an empty text for none.")
     ] = "random,medoids",
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
 ) -> None:
-    """Measure a distilled set that others made, beside random real images and a real coreset, and report it."""
+    """Measure a distilled set from elsewhere, compare it with real images at the same IPC, and write a report."""
     from bench.evaluate import config_of
     from wmdd import pipeline
 
-    beside = [method.strip() for method in baselines.split(",") if method.strip()]
-    pipeline.run(config_of(folder, config, override or [], layout, ipc, name, beside), out)
+    chosen = [method.strip() for method in baselines.split(",") if method.strip()]
+    pipeline.run(config_of(folder, config, override or [], layout, ipc, name, chosen), out)
 
 
 @app.command(
@@ -167,23 +190,25 @@ def evaluate(
 def scaling(
     config: ConfigArgument,
     override: SetOption = None,
-    ranks: Annotated[str, typer.Option(metavar="N,N", help="Numbers of ranks.")] = "1,2",
+    ranks: Annotated[str, typer.Option(metavar="N,N", help="Numbers of ranks to time.")] = "1,2",
     mode: Annotated[
-        str, typer.Option(help="strong: the same groups for all; weak: as many for each rank; both.")
+        str,
+        typer.Option(help="strong: the same total work for every size; weak: the same work per rank; or both."),
     ] = "strong",
-    repeats: Annotated[int, typer.Option(min=1, help="Of each number of ranks, in turns.")] = 3,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Add the records to this file.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats per number of ranks; the sizes take turns.")] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File to append the records to.")] = None,
     slurm: Annotated[
-        str | None, typer.Option(metavar="PROFILE", help="Run all sizes in one job of a cluster, on the same nodes.")
+        str | None,
+        typer.Option(
+            metavar="PROFILE", help="SLURM profile: run all sizes in one job of a cluster, on the same nodes."
+        ),
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder on a shared disk, whose finished steps are kept; with --slurm runs/scaling by default."
-        ),
+        typer.Option(help="Folder that keeps finished steps, on a shared disk. Default with --slurm: runs/scaling."),
     ] = None,
 ) -> None:
-    """Time synthesis over more and more ranks: efficiency, and where the time goes."""
+    """Time the synthesis on several numbers of ranks: rate, efficiency, and time of each phase."""
     from bench import scaling as study
     from wmdd import launchers
     from wmdd.config.loading import load_config
@@ -200,13 +225,13 @@ def scaling(
 @app.command(epilog="Example:  wmdd bench plan imagenet-1k --gpus 64 --from speeds.jsonl")
 def plan(
     config: ConfigArgument,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the run.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that share the run.")],
     override: SetOption = None,
     source: Annotated[
-        Path, typer.Option("--from", metavar="FILE.jsonl", help="Records of `wmdd bench throughput --out`.")
+        Path, typer.Option("--from", metavar="FILE.jsonl", help="File of speeds, from `wmdd bench throughput --out`.")
     ] = Path("speeds.jsonl"),
 ) -> None:
-    """Project the GPU-hours and the wall time of a whole run from measured speeds."""
+    """Project GPU-hours and wall time of a whole run from measured speeds."""
     from bench import projection
     from wmdd.config.loading import load_config
     from wmdd.runtime.log import results
@@ -219,9 +244,11 @@ def plan(
 @app.command(epilog="Example:  wmdd bench power bench/results/digits-wmdd.jsonl --difference 1")
 def power(
     places: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of records, or run folders.")],
-    difference: Annotated[float, typer.Option(min=0.01, help="True difference to be found, in points of top-1.")] = 1.0,
+    difference: Annotated[
+        float, typer.Option(min=0.01, help="Difference from random images to detect, in points of top-1.")
+    ] = 1.0,
 ) -> None:
-    """Say which differences to random images the measured sets could find, and how many sets find a given one."""
+    """Print the smallest detectable difference from random images, and the number of sets that a given one needs."""
     from bench import power as study
     from wmdd.runtime.log import results
 
@@ -231,12 +258,14 @@ def power(
 @app.command(epilog="Example:  wmdd bench compare fp32.jsonl bf16.jsonl --margin 1")
 def compare(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="File of records, or run folder.")],
-    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The same methods under another recipe.")],
+    second: Annotated[
+        Path, typer.Argument(metavar="SECOND", help="File or folder with the same methods under another recipe.")
+    ],
     margin: Annotated[
-        float | None, typer.Option(min=0.01, help="Test equivalence within so many points of top-1.")
+        float | None, typer.Option(min=0.01, help="Margin of a test of equivalence, in points of top-1.")
     ] = None,
 ) -> None:
-    """Compare the same methods under two recipes or precisions: paired where the images are the same."""
+    """Compare the same methods under two recipes or precisions; differences are paired if the images are the same."""
     from bench import recipes
     from wmdd.runtime.log import results
 
@@ -249,10 +278,10 @@ def compare(
 def check(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of records.")],
     mark: Annotated[
-        bool, typer.Option("--mark", help="First write into each record whether its row has converged.")
+        bool, typer.Option("--mark", help="Before the check, write into each record whether its row has converged.")
     ] = False,
 ) -> None:
-    """Check files of records: seeds, last epoch, hold-out, one revision, versions, convergence; exit code 1 if not."""
+    """Check that files of records can be published: seeds, test images, revisions, convergence. Exit code 1 if not."""
     from bench import check as checks
 
     found = []
@@ -264,4 +293,4 @@ def check(
         typer.echo(problem)
     if found:
         raise typer.Exit(1)
-    typer.echo(f"{len(files)} files keep all rules")
+    typer.echo(f"{len(files)} files follow all rules")

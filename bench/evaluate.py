@@ -1,4 +1,4 @@
-"""What a distilled set from elsewhere is worth: its images as a method of a run, beside real ones."""
+"""``wmdd bench evaluate``: a distilled set from elsewhere as the method of a run, compared with real images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,19 +17,19 @@ def config_of(
     name: str | None = None,
     baselines: Sequence[str] = ("random", "medoids"),
 ) -> Config:
-    """Return the config of a run that measures the images of a folder; nothing but the folder's files is read.
+    """Return the config of a run that measures the images of a folder. The dataset is not read.
 
     Args:
-        folder: a distilled set, one sub-folder a class.
-        source: preset or file: data set, teacher, labels and students.
-        overrides: ``key=value`` strings applied to it.
-        layout: as in ``external.layout``.
-        ipc: images of each class; None reads it off the folder.
-        name: of the run; None takes the folder's.
-        baselines: methods measured beside it, at the same IPC by the same students.
+        folder: folder of the distilled set, with one sub-folder per class.
+        source: preset or file of the config, with dataset, teacher, labels and students.
+        overrides: ``key=value`` strings for the config.
+        layout: value of ``external.layout``.
+        ipc: images per class; None counts those of the folder.
+        name: name of the run; None uses the folder's.
+        baselines: methods to compare the set with, at the same IPC and with the same students.
 
     Raises:
-        InputError: the folder holds no images, or the config, the layout or a baseline is wrong.
+        InputError: the folder contains no images, or the config, the layout or a baseline is wrong.
     """
     found = external_folder.images_per_class(folder) if ipc is None else ipc
     given = ["method=external", f"ipc={found}", f"external.layout={layout}"]

@@ -1,4 +1,4 @@
-"""``wmdd bench groups``: how fast groups of more and more classes are synthesised, and which size that suggests."""
+"""``wmdd bench groups``: speed of the synthesis for several group sizes, and a suggested size."""
 
 import logging
 import math
@@ -27,44 +27,44 @@ from wmdd.runtime.progress_bars import progress
 logger = logging.getLogger(f"wmdd.{__name__}")
 
 TOLERANCE = 0.05
-"""Share of the best rate that a smaller group may cost: it leaves more groups to share out."""
+"""Share of the best rate that a smaller group may lose: smaller groups can be spread over more ranks."""
 MAX_IMAGES = 1000
-"""Images of the largest group that is tried unless told otherwise: ten times the default group."""
+"""Images in the largest group by default: ten times the default group."""
 
 
 def run(
     config: Config, most: int | None = None, repeats: int = 5, seconds: float = 2.0
 ) -> tuple[list[SpeedRecord], list[str]]:
-    """Time the synthesis of groups of more and more classes, in turns.
+    """Time the synthesis of groups of 1, 2, 4, 8, ... classes, in turns.
 
     Args:
-        config: what is synthesised, and where.
-        most: classes of the largest group; by default as many as make up ``MAX_IMAGES`` images.  The data set's classes
-            limit it.
-        repeats: of each size.
-        seconds: that one repeat of the largest group shall last; the others do as many iterations.
+        config: config of the run.
+        most: number of classes in the largest group; by default as many as make up ``MAX_IMAGES`` images. It is limited
+            to the classes of the dataset.
+        repeats: timed repeats per group size.
+        seconds: target duration of one repeat of the largest group; the others do the same number of iterations.
 
     Returns:
-        one record of each size, in order, and what they suggest, one sentence each.
+        One record for each size, in order, and the suggestion, one sentence per line.
 
     Raises:
-        InputError: config or data are wrong, the method optimises nothing, or not even one class fits in memory.
+        InputError: config or dataset is wrong, the method optimizes no images, or one class does not fit in memory.
     """
     objective = registry.create(config).objective()
     if objective is None:
-        raise InputError(f"method = {config.method!r} optimises no images: groups make no difference to it")
+        raise InputError(f"method = {config.method!r} optimizes no images, so its speed does not depend on groups")
     if config.synthesis.split_class > 1:
         raise InputError(
-            f"synthesis.split_class = {config.synthesis.split_class}: groups are timed on one device, with whole"
+            f"synthesis.split_class = {config.synthesis.split_class}: groups are timed on one device, which needs whole"
             " classes; use synthesis.split_class=1"
         )
-    # Every size is compiled for itself, as a run compiles its one; torch would give up after eight.
+    # Every size is compiled separately, as in a run. By default torch stops compiling after eight sizes.
     compiled = torch._dynamo.config.patch(recompile_limit=64)
     with open_bench(config) as bench, compiled:
         classes = len(bench.dataset.classes)
         tried = sizes(min(most or max(1, MAX_IMAGES // config.ipc), classes))
         works = fitting(tried, lambda size: work_of(bench, size))
-        # The largest comes first, for the first one's pace decides how many steps all do.
+        # The largest comes first: the first contestant's speed decides the number of steps.
         contestants = {str(size): work.contestants[OWN] for size, work in reversed(works.items())}
         first = works[1]
         with progress("timing groups", (repeats + 1) * len(works), "repeats") as advance:
@@ -80,16 +80,16 @@ def sizes(most: int) -> list[int]:
 
 
 def work_of(bench: BenchSession, size: int) -> Workload:
-    """Return the synthesis of a run's first group, were its groups of ``size`` classes."""
+    """Return the synthesis of a run's first group, with groups of ``size`` classes."""
     config = bench.config.replace({"synthesis.classes_per_group": size, "blocks": 1})
     return replace(synthesis_of(replace(bench, config=config), with_reference=False), step_flops=None)
 
 
 def fitting(tried: Sequence[int], work: Callable[[int], Workload]) -> dict[int, Workload]:
-    """Return the work of every size up to the first that the device's memory does not hold.
+    """Return the workload of every size that fits in the device's memory.
 
     Raises:
-        InputError: it holds none.
+        InputError: no size fits.
     """
     found: dict[int, Workload] = {}
     for size in tried:
@@ -102,7 +102,7 @@ def fitting(tried: Sequence[int], work: Callable[[int], Workload]) -> dict[int, 
         found[size] = made
     if not found:
         raise InputError(
-            "not even one class fits in the device's memory: use a smaller ipc, or share each class among several"
+            "a single class does not fit in the device's memory: use a smaller ipc, or split each class among several"
             " devices (synthesis.split_class)"
         )
     return found
@@ -115,32 +115,32 @@ def suggested(rates: Mapping[int, float]) -> int:
 
 
 def advice(config: Config, objective: Objective, rates: Mapping[int, float], classes: int) -> list[str]:
-    """Return the suggestion, its grounds, how far it lets a run be shared out, and what else it changes.
+    """Return the suggestion, its reason, the possible number of ranks, and its effect on the images.
 
     Args:
-        config: of the run.
-        objective: of its method.
-        rates: classes in a group -> median rate.
-        classes: of the data set.
+        config: config of the run.
+        objective: objective of the method.
+        rates: number of classes in a group -> median rate.
+        classes: number of classes in the dataset.
     """
     size, best = suggested(rates), max(rates, key=lambda size: rates[size])
     groups = math.ceil(classes / size)
-    # A block holds at least one group: a run with more blocks than groups is refused.
+    # A run with more blocks than groups is an error.
     fewer_blocks = f" --set blocks={groups}" if config.blocks > groups else ""
     lines = [
         f"Suggestion: --set synthesis.classes_per_group={size}{fewer_blocks}",
-        f"The smallest group whose median rate is within {TOLERANCE:.0%} of the best, that of {best} classes.",
-        f"Groups: {groups}, for {classes} classes; at most as many ranks, or blocks, have work.",
-        "The value is part of the recipe: crops, flips and rolls are drawn for each group, so another value makes other"
+        f"It is the smallest group whose median rate is within {TOLERANCE:.0%} of the best rate (at {best} classes).",
+        f"Groups: {groups}, for {classes} classes. No more ranks, or blocks, than groups have work.",
+        "The value is part of the recipe: crops, flips and rolls are drawn for each group, so another value gives other"
         " images.",
     ]
     if coupled := couplings(objective):
-        lines.append(f"Here it also changes what is minimised: {'; '.join(coupled)}.")
+        lines.append(f"With this objective it also changes what is minimized: {'; '.join(coupled)}.")
     return lines
 
 
 def couplings(objective: Objective) -> list[str]:
-    """Return what binds the classes of a group together; nothing where the objective is a plain sum over classes."""
+    """Return the terms that couple the classes of a group; none if the objective is a plain sum over classes."""
     reasons = {
         "BatchNorm moments are matched over all images of a group (bn_target = global)": (
             objective.bn and not objective.per_class
@@ -152,7 +152,7 @@ def couplings(objective: Objective) -> list[str]:
 
 
 def tell(found: Sequence[SpeedRecord], told: Sequence[str], out: Path | None, console: Console) -> None:
-    """Add the records to a file, if one is named, and print table, footnotes and suggestion."""
+    """Append the records to ``out``, if given, and print table, footnotes and suggestion."""
     if out:
         for record in found:
             files.append(out, record)
@@ -165,7 +165,7 @@ def table(found: Sequence[SpeedRecord]) -> Table:
     """Return the records as a table for the terminal."""
     title = f"Synthesis of {found[0].dataset} in groups, IPC {found[0].setup['ipc']}"
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    cuda = found[0].setup["device"] == "cuda"  # on a CPU the memory is that of the whole process
+    cuda = found[0].setup["device"] == "cuda"  # on a CPU only the memory of the whole process is known
     for column in ("Classes", "Images", found[0].unit, "Step", *(["Memory"] if cuda else [])):
         shown.add_column(column, justify="right")
     for record in found:

@@ -1,4 +1,4 @@
-"""``wmdd bench plan``: what a whole run would take on so many GPUs, projected from measured speeds."""
+"""``wmdd bench plan``: GPU-hours and wall time of a whole run, projected from measured speeds."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ PUBLISHED = {
     "tiny-imagenet": (200, 100_000),
     "imagenet-1k": (1000, 1_281_167),
 }
-"""Source -> classes and training images of the whole data set: a run can be planned where its images are not."""
+"""Source -> classes and training images of the whole dataset: a run can be planned without its images."""
 
 
 @dataclass(frozen=True)
@@ -39,38 +39,38 @@ class Component:
     title: str
     work: float
     unit: str
-    """Of the work"""
+    """Unit of the work"""
     record: SpeedRecord
-    """The measurement that it rests on"""
+    """Measurement that the projection uses"""
     gpu_hours: float
     wall_hours: float
-    """The parts are dealt whole: the GPU with most of them decides"""
+    """Hours of the GPU with most work: groups and students are not split"""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a component needs of a record to rest on it."""
+    """Requirements on the record that a component uses."""
 
     stage: str
     network: str
     setup: dict[str, Any]
-    """Keys that must agree"""
+    """Keys of the setup with their required values"""
 
 
 def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path) -> tuple[list[Component], list[str]]:
     """Project a run.
 
     Args:
-        config: of the run.
-        gpus: that share it.
-        measured: speeds of one GPU.
-        source: the file they come from, for messages.
+        config: config of the run.
+        gpus: number of GPUs that share the run.
+        measured: measured speeds of one GPU.
+        source: file of the speeds, for messages.
 
     Returns:
-        its components, and the assumptions.
+        The components of the run, and the assumptions.
 
     Raises:
-        InputError: a component has no fitting record; the message names the command that measures it.
+        InputError: a component has no fitting record. The message contains the command that measures it.
     """
     method = registry.create(config)
     classes, images = size_of(config)
@@ -81,7 +81,7 @@ def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path
         return find(config, need, measured, source)
 
     def dealt(title: str, unit: str, pieces: Sequence[float], record: SpeedRecord, per_hour: float) -> None:
-        # As a run deals them: every gpus-th piece to the same GPU.
+        # A run deals its pieces in the same way: every gpus-th piece to the same GPU.
         most = max(sum(pieces[first::gpus]) for first in range(min(gpus, len(pieces))))
         work = sum(pieces)
         parts.append(Component(title, work, unit, record, work / per_hour, most / per_hour))
@@ -119,7 +119,7 @@ def size_of(config: Config) -> tuple[int, int]:
     """Return the number of classes and of training images of a run.
 
     Raises:
-        InputError: the images must be listed to know, and are not there.
+        InputError: the numbers depend on the images, and these are missing.
     """
     data = config.data
     if data.source in PUBLISHED and name_of(data) != "synthetic":
@@ -133,10 +133,10 @@ def size_of(config: Config) -> tuple[int, int]:
 
 
 def find(config: Config, need: Need, measured: Sequence[SpeedRecord], source: Path) -> SpeedRecord:
-    """Return the latest record of this package's engine that fits.
+    """Return the latest fitting record of this package's engine.
 
     Raises:
-        InputError: there is none; the message says what it must be and how to measure it.
+        InputError: no record fits. The message names the first unmet requirement and the command to measure it.
     """
     fits: list[tuple[str, Callable[[SpeedRecord], bool]]] = [
         (f"stage {need.stage}", lambda one: one.kind == "throughput" and one.stage == need.stage),
@@ -150,8 +150,8 @@ def find(config: Config, need: Need, measured: Sequence[SpeedRecord], source: Pa
         before, left = left, [one for one in left if test(one)]
         if not left:
             reason = f"{source} has no record of {need.stage}" + (f" with {wish}" if before != list(measured) else "")
-            asked = f"wmdd bench throughput CONFIG --stage {need.stage} --out {source}"
-            raise InputError(f"{reason}: measure it with `{asked}`, with the keys of this run")
+            command = f"wmdd bench throughput CONFIG --stage {need.stage} --out {source}"
+            raise InputError(f"{reason}: measure it with `{command}`, with the keys of this run")
     return max(left, key=lambda one: one.time)
 
 
@@ -160,26 +160,26 @@ def _has(key: str, value: Any) -> Callable[[SpeedRecord], bool]:
 
 
 def precision_of(config: Config) -> str:
-    """Return the precision that a GPU computes in: ``auto`` is bf16 there."""
+    """Return the precision on a GPU, where ``auto`` is bf16."""
     return "bf16" if config.compute.precision == "auto" else config.compute.precision
 
 
 def assumptions(config: Config, gpus: int, parts: Sequence[Component], images: int, classes: int) -> list[str]:
-    """Return what the projection takes for granted, one sentence each."""
+    """Return the assumptions of the projection, one sentence each."""
     hardware = sorted({str(part.record.provenance.get("device")) for part in parts})
     sets = sorted({part.record.dataset for part in parts})
     told = [
-        f"every GPU is as fast as the one measured ({', '.join(hardware)}; images: {', '.join(sets)}), and none waits"
+        f"every GPU is as fast as the measured one ({', '.join(hardware)}; images: {', '.join(sets)}), and none waits"
         " for another",
-        f"{images:,} training images in {classes:,} classes of equal size; each GPU decodes with its own CPU cores, as"
-        " many as when it was measured, from storage that is not slowed by the others",
-        f"whole groups and whole students are dealt to {gpus} GPUs; the one with most decides",
-        "the components follow one another; a run overlaps decoding and synthesis",
-        "students learn as fast under every label regime as under the one measured (soft, if there is one)",
+        f"{images:,} training images in {classes:,} classes of equal size; each GPU has as many CPU cores for decoding"
+        " as the measured one, and storage is not slowed down by the other GPUs",
+        f"{gpus} GPUs share whole groups and whole students; the GPU with most work decides the wall time",
+        "the components run one after the other; a real run overlaps decoding and synthesis",
+        "students train at the same speed under every label regime; the measured one is soft, if the run has it",
         "not counted: training the teacher, start-up, queues, validation of students, distilling the baselines",
     ]
     if config.data.source == "imagenet-1k" and any(part.record.dataset == "synthetic" for part in parts):
-        told.append("generated images decode like photographs")
+        told.append("generated images decode as fast as photographs")
     return told
 
 
@@ -227,9 +227,9 @@ def read(path: Path) -> list[SpeedRecord]:
     """Return the speeds of a file of records.
 
     Raises:
-        InputError: there is no such file, or a line of it cannot be read.
+        InputError: the file does not exist, or a line of it cannot be read.
     """
     found, problems = files.read_records(path, SpeedRecord)
     if problems:
-        raise InputError(f"{problems[0]}; mend or delete the line")
+        raise InputError(f"{problems[0]}; fix or delete the line")
     return found

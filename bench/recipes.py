@@ -1,4 +1,4 @@
-"""``wmdd bench compare``: the same methods under two recipes or two precisions, and whether they are equivalent."""
+"""``wmdd bench compare``: the same methods under two recipes or two precisions, with a test of equivalence."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,29 +27,31 @@ class RecipeEffect:
     setting: str
     method: str
     found: Difference
-    """First less second."""
+    """First minus second."""
     scope: Scope
     shared: bool
-    """Whether both are measured on the same images: differences are then paired by set, else sets are independent."""
+    """Whether both were measured on the same images: differences are then paired by set, otherwise not."""
     sets: tuple[int, int]
+    """Number of distilled sets, first and second"""
     equivalent: Equivalence | None
+    """Result of the test of equivalence; None without a margin or with too few sets"""
 
 
 def effects(
     first: Path, second: Path, margin: float | None = None
 ) -> tuple[list[RecipeEffect], dict[str, tuple[str, str]]]:
-    """Compare what two places measured of the same methods in the same settings.
+    """Compare two measurements of the same methods in the same settings.
 
     Args:
         first: file of records, or folder of runs.
-        second: another one.
-        margin: difference that does not matter, a fraction; None claims no equivalence.
+        second: another file or folder.
+        margin: largest difference that does not matter, as a fraction; None for no test of equivalence.
 
     Returns:
-        the effects, and the keys of the recipes that differ with their values in the first shared setting.
+        The effects, and the differing keys of the recipes with their values in the first shared setting.
 
     Raises:
-        InputError: a place holds nothing to report, or the two share no method in any setting.
+        InputError: a file or folder contains no results, or the two share no method in any setting.
     """
     one, other = (_rows(place) for place in (first, second))
     shared = [key for key in one if key in other]
@@ -76,7 +78,8 @@ def _effect(key: tuple[Any, ...], one: dict[str, Any], other: dict[str, Any], ma
     fixed = bool(one["fixed"] and other["fixed"])
     shared = images[0] == images[1] and (len(images[0]) > 1 or fixed)
     if shared:
-        # Of a choice that no seed changes, students of one seed are pairs; else the means of each set.
+        # A selection without random choices has one set: its students of one seed are pairs. Else the pairs are the
+        # means of each set.
         keys = [sorted(row["values"]) for row in (one, other)]
         units = sorted(set(keys[0]) & set(keys[1])) if fixed else [(name, None) for name in sorted(images[0])]
         values = [[_mean(row["values"], unit) for unit in units] for row in (one, other)]
@@ -112,20 +115,20 @@ def print_effects(
         table.add_row(one.setting, one.method, *cells)
     console.print(table)
     keys = "; ".join(f"{key}: {pair[0]} and {pair[1]}" for key, pair in differing.items())
-    console.print(f"Recipes differ in: {keys}." if keys else "The recipes of the students are alike.", markup=False)
-    console.print("Intervals and p: 95 %, each comparison for itself, over distilled sets.", markup=False)
+    console.print(f"Recipes differ in: {keys}." if keys else "The recipes of the students are equal.", markup=False)
+    console.print("Intervals (95 %) and p are over distilled sets, not adjusted for several comparisons.", markup=False)
     if margin is not None:
         console.print(
-            f"Equivalent: two one-sided tests at 5 % show a difference below {100 * margin:g} points; the margin is to"
-            " be chosen before the measurement. Not decided is no evidence of equivalence.",
+            f"Equivalent: two one-sided tests at 5 % show a difference below {100 * margin:g} points. Choose the margin"
+            " before the measurement. Not decided is no evidence of equivalence.",
             markup=False,
         )
 
 
 def verdict(one: RecipeEffect) -> str:
-    """Return what a comparison with a margin has shown."""
+    """Return the result of a comparison with a margin."""
     if one.equivalent is None:
-        return "one set: nothing"
+        return "too few sets"
     if one.equivalent.holds:
         return "equivalent"
     return "different" if one.found.p <= 0.05 else "not decided"

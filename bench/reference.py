@@ -1,8 +1,8 @@
-"""The method written plainly: the oracle of the tests and the baseline of every speed ratio.
+"""Plain implementation of the method: the oracle of the tests and the baseline of every speed ratio.
 
-Eager fp32, contiguous layout, forward hooks on the BatchNorm layers, torchvision's crop, the terms added up one after
-the other, as a careful reader of the paper would write it.  It shares no code with the engine and is not slowed down on
-purpose: gradients are taken for the images alone and nothing is computed twice.
+It is written as a careful reader of the paper would write it: eager fp32, contiguous layout, forward hooks on the
+BatchNorm layers, torchvision's crop, one term after the other. It shares no code with the engine. It is not slow on
+purpose: gradients are computed for the images alone, and nothing is computed twice.
 """
 
 import copy
@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 @dataclass
 class ClassTarget:
-    """What the K images of one class are matched to."""
+    """Targets of the K images of one class."""
 
     label: int
     """Class index"""
@@ -30,9 +30,9 @@ class ClassTarget:
     weights: Tensor
     """[K], sums to one"""
     means: list[Tensor] = field(default_factory=list)
-    """Mean at the input of each BatchNorm layer, [channels]"""
+    """Mean of each BatchNorm input, [channels]"""
     variances: list[Tensor] = field(default_factory=list)
-    """Biased variance, likewise"""
+    """Biased variance of each BatchNorm input, [channels]"""
 
     def double(self) -> "ClassTarget":
         """Return the target in float64."""
@@ -62,7 +62,7 @@ class Probe:
 
 
 def class_moments(probe: Probe, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return mean and biased variance of every BatchNorm input over all images [n, ...] of a class and positions."""
+    """Return mean and biased variance of every BatchNorm input over images [n, ...] of a class and positions."""
     with torch.no_grad():
         probe(images)
     means = [inputs.mean((0, 2, 3)) for inputs in probe.inputs]
@@ -82,9 +82,9 @@ def paper_loss(probe: Probe, images: Tensor, targets: Sequence[ClassTarget], bn_
 
     Args:
         probe: the hooked teacher.
-        images: [C·K, channels, H, W], the classes one after the other.
-        targets: of each class.
-        bn_weight: λ.
+        images: images [C·K, channels, H, W], sorted by class.
+        targets: targets of each class.
+        bn_weight: weight λ of the BatchNorm term.
     """
     probe(images)
     loss = images.new_zeros(())
@@ -102,9 +102,9 @@ def paper_loss(probe: Probe, images: Tensor, targets: Sequence[ClassTarget], bn_
 def upstream_loss(
     probe: Probe, images: Tensor, targets: Sequence[ClassTarget], bn_weight: float, ce_weight: float
 ) -> Tensor:
-    """Return what the public code computes: un-squared norms and a cross-entropy, uniform weights in the moments.
+    """Return the loss of the public code: plain norms (not squared), a cross-entropy, uniform weights in the moments.
 
-    One Frobenius norm over the batch for features; for BatchNorm a 2-norm per class and layer, averaged over classes.
+    Features have one Frobenius norm over the batch. BatchNorm has a 2-norm per class and layer, averaged over classes.
     """
     logits = probe(images)
     feature = torch.linalg.norm(probe.features - torch.cat([target.atoms for target in targets]))
@@ -123,12 +123,12 @@ def upstream_loss(
 
 
 def augmented(images: Tensor, box: Sequence[int], flip: bool, shift: Sequence[int]) -> Tensor:
-    """Return one crop, resized back, one flip and one roll for the whole batch.
+    """Return the batch after one crop (resized to the full size), one flip and one roll.
 
     Args:
-        images: [N, channels, H, W].
+        images: images [N, channels, H, W].
         box: top, left, height, width of the crop, in pixels.
-        flip: mirror left to right.
+        flip: whether to mirror left to right.
         shift: cyclic shift down and right, in pixels.
     """
     top, left, height, width = box
@@ -145,19 +145,19 @@ LossOf = Callable[[Probe, Tensor, Sequence[ClassTarget]], Tensor]
 
 @dataclass(frozen=True)
 class Views:
-    """How an iteration sees the images: torchvision's random resized crop, a flip, a roll."""
+    """Augmentation of an iteration: torchvision's random resized crop, a flip, a roll."""
 
     scale: tuple[float, float]
     """Range of the area that a crop keeps"""
     flip: bool
-    """Mirror with probability one half"""
+    """Whether to mirror with probability one half"""
     jitter: int
     """Largest roll along each axis, in pixels"""
     each: bool = False
-    """A view for each image, or one for the whole batch"""
+    """True for one view per image, False for one view for the whole batch"""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the batch [N, channels, H, W] as one iteration sees it, drawn from torch's global generator."""
+        """Return the augmented batch [N, channels, H, W]. Random numbers come from torch's global generator."""
         if self.each:
             return torch.cat([self._one(image[None]) for image in images])
         return self._one(images)
@@ -180,15 +180,15 @@ def synthesize(
     limits: tuple[Tensor, Tensor] | None,
     advance: Callable[[int], None] = lambda iterations: None,
 ) -> Tensor:
-    """Return the images after so many steps of Adam under a cosine schedule, each seeing them in a new view.
+    """Return the images after ``iterations`` steps of Adam with a cosine schedule, with a new view in each step.
 
     Args:
-        images: [C·K, channels, H, W], the classes one after the other, normalized.
+        images: normalized images [C·K, channels, H, W], sorted by class.
         loss_of: returns the loss of the images; the weights of its network need no gradients.
         views: random crop, flip and roll.
-        iterations: steps.
+        iterations: number of steps.
         lr: peak learning rate.
-        betas: of Adam.
+        betas: betas of Adam.
         limits: smallest and largest pixel value, each [channels, 1, 1]; None leaves pixels free.
         advance: called after each step.
     """
@@ -208,14 +208,14 @@ def synthesize(
 
 
 def pot_barycenter(features: Tensor, count: int, seed: int) -> float:
-    """Return W2² between a class and its barycenter by POT's solver, with POT's own limits, from random points.
+    """Return W2² between a class and its barycenter by POT's solver, with POT's default limits, from random points.
 
-    On one thread, as the engine: both are then spread over processes alike.
+    POT uses one thread, like the engine.
 
     Args:
-        features: [n, D], on the CPU.
+        features: features [n, D], on the CPU.
         count: number K of atoms, each of weight 1/K.
-        seed: of the start.
+        seed: random seed of the start.
     """
     points = features.double().numpy()
     mass, weights = ot.unif(len(points)), ot.unif(count)

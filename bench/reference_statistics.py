@@ -1,9 +1,9 @@
-"""The statistics pass written plainly: two passes over the files of a class, each with a DataLoader of its own.
+"""Plain implementation of the class statistics: two passes over the files of a class, each with its own DataLoader.
 
-As the public code of the paper is built: one pass of the teacher for the features that the barycenter is made of, and
-another one, later, for the inputs of the BatchNorm layers, both through forward hooks, in eager fp32 and contiguous
-layout; images go through torchvision's transforms one by one.  The moments are those of the whole class, exactly.  It
-shares no code with the engine and is not slowed down on purpose.
+The structure is that of the paper's public code. A first pass of the teacher gives the features, a second the inputs of
+the BatchNorm layers. Both use forward hooks, eager fp32 and contiguous layout. Images go through torchvision's
+transforms one by one. The moments are exact over the class. The code shares nothing with the engine, and is not slow on
+purpose.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ from bench.reference import Probe
 
 
 class Files(Dataset[Tensor]):
-    """Images that are read and transformed when they are asked for.
+    """Images that are read and transformed on access.
 
     Args:
         read: returns the image at a position.
-        positions: of the images.
-        transform: PIL image to float tensor.
+        positions: positions of the images.
+        transform: turns a PIL image into a float tensor.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Files(Dataset[Tensor]):
 def transform_of(
     resolution: int, crop_ratio: float, channels: int, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Image.Image], Tensor]:
-    """Return torchvision's usual evaluation transform: resize, centre crop, to [0, 1], normalise."""
+    """Return torchvision's usual evaluation transform: resize, center crop, scale to [0, 1], normalize."""
     return transforms.Compose(
         [
             transforms.Lambda(lambda image: image.convert("L" if channels == 1 else "RGB")),
@@ -56,14 +56,14 @@ def transform_of(
 
 @dataclass(frozen=True)
 class ClassSums:
-    """What the teacher sees in the n images of one class."""
+    """Features and BatchNorm moments of the n images of one class."""
 
     features: Tensor
     """[n, D]"""
     means: list[Tensor]
-    """Of each BatchNorm input over images and positions, [channels]"""
+    """Mean of each BatchNorm input over images and positions, [channels]"""
     variances: list[Tensor]
-    """Biased variance, likewise"""
+    """Biased variance of each BatchNorm input, [channels]"""
 
 
 def class_statistics(
@@ -78,10 +78,10 @@ def class_statistics(
 
     Args:
         probe: the hooked teacher.
-        files: of the class.
-        batch_size: images of one forward pass.
-        workers: processes of each DataLoader.
-        device: where the teacher lies.
+        files: images of the class.
+        batch_size: number of images in one forward pass.
+        workers: number of processes of each DataLoader.
+        device: device of the teacher.
         advance: called with 1 after each batch of each pass.
     """
     features = []

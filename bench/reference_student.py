@@ -1,9 +1,8 @@
-"""The training of a student written plainly: a DataLoader each epoch, the teacher asked in every step.
+"""Plain implementation of a student's training: a new DataLoader in each epoch, a teacher pass in every step.
 
-Every image goes by itself through torchvision's transforms in a process of the DataLoader, which is started anew each
-epoch; a batch is mixed by CutMix and the teacher labels what the student sees (hard labels: the classes of both images
-of a mix).  Eager fp32, contiguous layout, AdamW with torch's own schedule.  It shares no code with the engine and is
-not slowed down on purpose.
+Processes of the DataLoader pass every image separately through torchvision's transforms. A batch is mixed by CutMix,
+and the teacher labels the mixed images. Hard labels are the classes of both images of a mix. The training is eager
+fp32, contiguous layout, AdamW with torch's own schedule. It shares no code with the engine, and is not slow on purpose.
 """
 
 import math
@@ -26,9 +25,9 @@ class Recipe:
     lr: float
     weight_decay: float
     stretch: float
-    """The cosine schedule is that of a training so many times as long"""
+    """Length of the cosine schedule, in multiples of the training"""
     soft: bool
-    """Teacher's logits at a temperature, or classes"""
+    """True for the teacher's logits at a temperature, False for classes"""
     temperature: float
     crop_scale: float
     """Smallest share of the area that a crop keeps"""
@@ -41,12 +40,12 @@ class Recipe:
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """uint8 images that are cropped, flipped and normalised one by one.
+    """uint8 images that are cropped, flipped and normalized one by one.
 
     Args:
-        images: [N, channels, H, W] uint8.
-        labels: [N] int64.
-        recipe: of the student.
+        images: images [N, channels, H, W] uint8.
+        labels: class indices [N] int64.
+        recipe: recipe of the student.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
@@ -80,14 +79,14 @@ def train(
     """Train a student in place.
 
     Args:
-        student: untrained.
+        student: untrained network.
         teacher: frozen classifier.
-        pictures: the distilled images.
-        recipe: how.
-        workers: processes of the DataLoader.
-        device: where both networks lie.
-        updates: at most so many optimiser steps.
-        advance: called after each.
+        pictures: distilled images.
+        recipe: recipe of the student.
+        workers: number of processes of the DataLoader.
+        device: device of both networks.
+        updates: number of optimizer steps.
+        advance: called after each step.
     """
     optimizer = torch.optim.AdamW(student.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -110,7 +109,7 @@ def train(
 
 
 def mix(images: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, float]:
-    """Return the mixed batch, the partner of each image, and the share that each keeps (CutMix, Yun et al. 2019)."""
+    """Return the mixed batch, the partner of each image, and the image's own share (CutMix, Yun et al. 2019)."""
     partners = torch.randperm(len(images), device=images.device)
     if recipe.mix == "none":
         return images, partners, 1.0
@@ -137,17 +136,17 @@ def update(
     others: Tensor,
     share: float,
 ) -> Tensor:
-    """Take one optimiser step on a mixed batch and return its loss.
+    """Take one optimizer step on a mixed batch and return its loss.
 
     Args:
-        student: to be trained.
-        teacher: labels the batch in the soft regime.
-        optimizer: of the student.
-        recipe: regime and temperature.
-        images: [b, channels, H, W], mixed.
-        classes: [b], of each image.
-        others: [b], of the images they are mixed with.
-        share: λ, the share that an image keeps of itself.
+        student: network to train.
+        teacher: classifier that labels the batch in the soft regime.
+        optimizer: optimizer of the student.
+        recipe: recipe with regime and temperature.
+        images: mixed images [b, channels, H, W].
+        classes: class of each image, [b].
+        others: class of each image's partner in the mix, [b].
+        share: λ, the share of the image itself in the mix.
     """
     logits = student(images)
     if recipe.soft:

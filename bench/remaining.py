@@ -1,4 +1,4 @@
-"""``wmdd bench protocol --plan``: what of protocols is done, and how much work is left; nothing is started."""
+"""``wmdd bench protocol --plan``: finished and remaining work of protocols. No run is started."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -17,30 +17,30 @@ from wmdd.students import tasks
 
 @dataclass(frozen=True)
 class Remaining:
-    """What of some cells is done, and what is left."""
+    """Total and remaining work of some runs."""
 
     sets: int = 0
-    """Distilled sets in all"""
+    """Total number of distilled sets"""
     sets_left: int = 0
     iterations_left: int = 0
-    """Images times iterations of the sets that are left, whole: checkpoints are not read"""
+    """Images times iterations of the missing sets, without regard to checkpoints"""
     students: int = 0
-    """Students in all"""
+    """Total number of students"""
     students_left: int = 0
     updates_left: int = 0
-    """Optimiser steps of the students that are left"""
+    """Optimizer steps of the missing students"""
 
     def __add__(self, other: "Remaining") -> "Remaining":
         return Remaining(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
 def remaining_of(cell: ProtocolRun) -> Remaining:
-    """Count what is left of a cell.
+    """Return the work of one run.
 
-    A set whose students are all measured is not needed any more, wherever its images are.
+    A set whose students are all measured counts as done: its images are no longer needed.
 
     Raises:
-        InputError: the number of classes is not known without the images, and they are not there.
+        InputError: the number of classes depends on the images, and these are missing.
     """
     config, folder = cell.config, RunFolder(cell.folder)
     classes, _ = size_of(config)
@@ -61,9 +61,9 @@ def remaining_of(cell: ProtocolRun) -> Remaining:
 
 
 def tell(table: Sequence[ProtocolRun], console: Console) -> None:
-    """Print a line for each method at each IPC, in the order in which they will be done."""
+    """Print a line for each method at each IPC, in the order of the work."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("Runs", overflow="fold")  # a long folder takes more lines, and no room from the figures
+    shown.add_column("Runs", overflow="fold")  # a long name is folded, so that the figures keep their room
     for column in ("Sets done", "Students done", "img·iter left", "Updates left"):
         shown.add_column(column, justify="right", no_wrap=True)
     total = Remaining()

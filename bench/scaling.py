@@ -1,4 +1,4 @@
-"""``wmdd bench scaling``: synthesis over more and more ranks, and where their time goes."""
+"""``wmdd bench scaling``: speed of the synthesis on several numbers of ranks, and the time of each phase."""
 
 import itertools
 import statistics
@@ -30,48 +30,48 @@ from wmdd.storage.files import read_json, write_bytes
 Mode = Literal["strong", "weak"]
 
 PHASES = ("startup", "statistics", "preparation", "warmup", "synthesis")
-"""Where the time of a rank goes, in order; ``waiting`` is the part of ``synthesis`` that it spends on the others."""
+"""Phases of a rank's time, in order. ``waiting`` is the part of ``synthesis`` in which a rank waits for others."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """One number of ranks, and the groups that they share."""
+    """A number of ranks, and the number of groups that they share."""
 
     ranks: int
     groups: int
 
     @property
     def balance(self) -> float:
-        """The efficiency that the dealing of whole groups allows: the rank with most groups decides."""
+        """Upper bound of the efficiency with whole groups: the rank with most groups decides."""
         return self.groups / (self.ranks * -(-self.groups // self.ranks))
 
 
 @dataclass(frozen=True)
 class Point:
-    """What all ranks of one job measured."""
+    """Measurement of one step, by all its ranks."""
 
     work: int
     """Images × iterations"""
     phases: dict[str, float]
-    """Seconds of each phase on its slowest rank, and ``waiting`` on average"""
+    """Seconds of each phase on its slowest rank, and mean seconds of ``waiting``"""
     images: dict[str, str]
     """SHA-256 of each group's images"""
     precision: str
     device: str
     provenance: dict[str, Any]
-    """Circumstances of rank 0, on its own node"""
+    """Provenance of rank 0, from its own node"""
 
     @property
     def rate(self) -> float:
-        """img·iter/s of all ranks together, from the first one's start to the last one's end."""
+        """img·iter/s of all ranks together, from the first start to the last end."""
         return self.work / self.phases["synthesis"]
 
 
 def numbers_of(text: str) -> list[int]:
-    """Return the numbers of ranks that ``1,2,4`` names.
+    """Return the numbers of ranks in a text such as ``1,2,4``.
 
     Raises:
-        InputError: it names none.
+        InputError: the text has another form.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) for part in parts):
@@ -80,10 +80,10 @@ def numbers_of(text: str) -> list[int]:
 
 
 def modes_of(text: str) -> tuple[Mode, ...]:
-    """Return the modes that ``strong``, ``weak`` or ``both`` names.
+    """Return the modes of the text ``strong``, ``weak`` or ``both``.
 
     Raises:
-        InputError: it names none.
+        InputError: the text is another one.
     """
     known: dict[str, tuple[Mode, ...]] = {"strong": ("strong",), "weak": ("weak",), "both": ("strong", "weak")}
     if text not in known:
@@ -92,24 +92,24 @@ def modes_of(text: str) -> tuple[Mode, ...]:
 
 
 def sizes(ranks: Sequence[int], groups: int, mode: Mode, team: int = 1) -> list[Size]:
-    """Return the jobs of a study.
+    """Return the sizes of a study.
 
     Args:
         ranks: numbers of ranks.
-        groups: that the run has.
-        mode: ``strong``: all groups on every number of ranks; ``weak``: as many for each rank.
-        team: ranks that work on one group together.
+        groups: number of groups in the run.
+        mode: ``strong``: all groups on every number of ranks; ``weak``: the same number of groups per rank.
+        team: number of ranks that work on one group together.
 
     Raises:
-        InputError: a number of ranks is no multiple of the team, or some ranks would have no group.
+        InputError: the team does not divide a number of ranks, or some ranks would have no group.
     """
     chosen = sorted(set(ranks))
     if uneven := [size for size in chosen if size % team]:
-        raise InputError(f"--ranks {uneven[0]}: no multiple of synthesis.split_class = {team}")
+        raise InputError(f"--ranks {uneven[0]}: synthesis.split_class = {team} does not divide it")
     most = chosen[-1] // team
     if groups < most:
         raise InputError(
-            f"--ranks {chosen[-1]}: the run has {groups} groups, so {most - groups} ranks would have none; take fewer"
+            f"--ranks {chosen[-1]}: the run has {groups} groups, so {most - groups} ranks would have none; use fewer"
             " ranks, or smaller groups (synthesis.classes_per_group)"
         )
     return [Size(size, groups if mode == "strong" else groups // most * (size // team)) for size in chosen]
@@ -123,25 +123,27 @@ def run(
     launcher: Launcher | None = None,
     folder: Path | None = None,
 ) -> list[SpeedRecord]:
-    """Measure synthesis on each number of ranks, in turns, the largest first.
+    """Measure the synthesis on each number of ranks, in turns, the largest first.
 
-    Every repeat is a step of its own, with all it takes to start.  Threads per rank are the config's for every size.
+    Every repeat is a separate step, and includes the start of its processes. Threads per rank are the config's for
+    every size.
 
     Args:
-        config: config of what is synthesized; ``synthesis.iterations`` decides how long it takes.
+        config: config of the run; ``synthesis.iterations`` decides the duration of a step.
         ranks: numbers of ranks.
         modes: strong, weak or both.
         repeats: number of repeats of each size.
         launcher: starts the steps; on this machine by default.
-        folder: where steps find their config and leave what they measured, on a disk that the launcher's nodes share; a
-            temporary one by default.  Steps that are finished there are not run again.
+        folder: folder of the steps' config and results, on a disk that the launcher's nodes share; a temporary folder
+            by default. Steps that are finished there are not run again.
 
     Returns:
-        one record of each size, in order, for each mode.
+        One record for each size, in order, for each mode.
 
     Raises:
-        InputError: config, data or ranks are wrong, or the folder holds a study of another config; nothing was started.
-        WmddError: a step failed; the message has its last words.
+        InputError: config, dataset or ranks are wrong, or the folder contains a study of another config. No step was
+            started.
+        WmddError: a step failed. The message has its last line.
     """
     dataset = load_dataset(config.data, config.compute.workers)
     method = blocks.check(config, dataset)
@@ -174,10 +176,10 @@ def run(
 
 
 def _config_file(config: Config, folder: Path) -> Path:
-    """Return the file of the config that all steps of a study in a folder share.
+    """Write the config that all steps of a study share, and return its file.
 
     Raises:
-        InputError: the folder holds a study of another config.
+        InputError: the folder contains a study of another config.
     """
     file, content = folder / "config.toml", to_toml(config).encode()
     if file.exists() and file.read_bytes() != content:
@@ -188,10 +190,10 @@ def _config_file(config: Config, folder: Path) -> Path:
 
 
 def collect(folder: Path, size: Size, work: int) -> Point:
-    """Return what the ranks of one job wrote.
+    """Return the measurement of one step, from the files of its ranks.
 
     Raises:
-        WmddError: a rank wrote nothing.
+        WmddError: the file of a rank is missing.
     """
     told = [read_json(folder / f"rank-{rank:05d}.json") for rank in range(size.ranks)]
     phases = {phase: max(rank[phase] for rank in told) for phase in PHASES}
@@ -203,7 +205,7 @@ def collect(folder: Path, size: Size, work: int) -> Point:
 
 
 def efficiency(points: Sequence[Point], ranks: int, base: Sequence[Point], base_ranks: int) -> dict[str, float]:
-    """Return the rate of each rank relative to that of the smallest job, over the pairs of repeats."""
+    """Return the rate per rank relative to that of the smallest size, over the pairs of repeats."""
     return spread(
         [own.rate / ranks / (one.rate / base_ranks) for own, one in zip(points, base, strict=True)], "efficiency"
     )
@@ -252,13 +254,13 @@ def _record(config: Config, mode: Mode, size: Size, points: dict[Size, list[Poin
 
 
 def same_images(jobs: Sequence[dict[str, str]]) -> bool:
-    """Return whether all jobs that synthesised a group ended in the same images of it."""
+    """Return whether all steps that synthesized a group got the same images."""
     known: dict[str, str] = {}
     return all(known.setdefault(group, sha) == sha for job in jobs for group, sha in job.items())
 
 
 def tell(found: Sequence[SpeedRecord], out: Path | None, console: Console) -> None:
-    """Add the records to a file, if one is named, and print them, one mode after the other."""
+    """Append the records to ``out``, if given, and print them, one mode after the other."""
     if out:
         for record in found:
             files.append(out, record)
@@ -300,17 +302,17 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def footnotes(found: Sequence[SpeedRecord]) -> list[str]:
-    """Return what must be known to read the table."""
+    """Return the notes below the table: hardware, setup, meaning of the columns."""
     first, last = found[0], found[-1]
     setup: dict[str, Any] = first.setup
     lines = [
         f"{first.provenance['cpu'] if setup['device'] == 'cpu' else first.provenance['device']},"
-        f" {setup['threads']} thread(s) a rank, {setup['precision']}, {first.dataset}, {first.network},"
+        f" {setup['threads']} thread(s) per rank, {setup['precision']}, {first.dataset}, {first.network},"
         f" {first.resolution} px, {setup['iterations']} iterations; median [least, largest] of"
         f" {first.metrics['repeats']:.0f} repeats in turns",
-        "Efficiency: rate per rank relative to the fewest ranks; Bound: what dealing whole groups allows",
-        "startup: from the start of the process, imports included; waiting: the part of the synthesis that a rank"
-        " spends on the others, on average; decoded: the total where all images are decoded before",
+        "Efficiency: rate per rank relative to the fewest ranks; Bound: largest efficiency with whole groups",
+        "startup: from the start of the process, imports included; waiting: mean time that a rank waits for others"
+        " during the synthesis; decoded: total if all images were decoded beforehand",
     ]
     cpus = first.provenance["cpus"]
     if nodes := last.provenance.get("nodes"):
@@ -320,5 +322,5 @@ def footnotes(found: Sequence[SpeedRecord]) -> list[str]:
             f"{last.ranks} ranks × {setup['threads']} thread(s) share {cpus} CPUs: they cannot all run at once"
         )
     same = "the same" if first.metrics["same_images"] else "NOT the same"
-    lines.append(f"Images: {same} in every job that synthesised a group, bit for bit")
+    lines.append(f"Images: {same} in every step that synthesized a group, bit for bit")
     return lines

@@ -1,9 +1,11 @@
-"""One rank of a scaling study: ``torchrun -m bench.scaling_worker``; does its groups as a run would, and says when.
+"""One rank of a scaling study: ``torchrun -m bench.scaling_worker``. It does its groups as a run would, and times them.
 
-Writes ``FOLDER/rank-00000.json``: seconds of start-up (from the start of the process, imports included), statistics,
-preparation and warm-up; ``own``, the seconds of this rank's synthesis, and ``synthesis``, those until the last rank was
-done; ``decoded``, the seconds of the statistics where the images are decoded before; the SHA-256 of each group's
-images; the circumstances of the process.
+It writes ``FOLDER/rank-00000.json``:
+
+- seconds of start-up (from the start of the process, imports included), statistics, preparation and warm-up;
+- ``own``, the seconds of this rank's synthesis, and ``synthesis``, the seconds until the last rank was done;
+- ``decoded``, the seconds of the statistics on images decoded beforehand;
+- the SHA-256 of each group's images, and the provenance of the process.
 """
 
 import hashlib
@@ -38,7 +40,7 @@ from wmdd.storage.files import write_json
 
 def main(
     config: Annotated[str, typer.Argument(help="TOML file.")],
-    folder: Annotated[Path, typer.Argument(help="Where the rank writes what it measured.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the results.")],
     groups: Annotated[int, typer.Option(help="Number of groups to synthesize, from the first.")],
 ) -> None:
     """Time this rank's share of the groups."""
@@ -54,7 +56,7 @@ def age() -> float:
 
 
 def circumstances(config: Config, job: Ranks) -> dict[str, Any]:
-    """Return the provenance of a measurement on the nodes of this job, with their names where SLURM gives them."""
+    """Return the provenance of a measurement by this job, with the names of its nodes under SLURM."""
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     found = {"world_size": job.size, "cpus": os.cpu_count(), "nodes": nodes}
     return provenance(config.compute, job.arithmetic) | {key: value for key, value in found.items() if value}
@@ -62,22 +64,22 @@ def circumstances(config: Config, job: Ranks) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Decoded(ImageSet):
-    """Training images of which one class is held decoded."""
+    """Training images with one class decoded in memory."""
 
     pixels: torch.Tensor | None = None
     """Images of the class: uint8 [n, channels, H, W]"""
     offset: int = 0
-    """Position of the first of them"""
+    """Position of the first image of the class"""
 
     def batches(self, batches: Sequence[Sequence[int]], workers: int) -> Iterator[torch.Tensor]:
         if self.pixels is None:
-            raise ValueError("no image is held")
+            raise ValueError("no class is decoded")
         for batch in batches:
             yield self.pixels[torch.tensor(batch) - self.offset]
 
 
 def _seconds_decoded(session: Session, classes: Sequence[int]) -> float:
-    """Return the seconds of the statistics of some classes where images are decoded before, one class at a time."""
+    """Return the seconds of the statistics of some classes, on images decoded beforehand, one class at a time."""
     train, size = session.dataset.train, session.config.statistics.batch_size
     seconds = 0.0
     with fresh_store():
@@ -135,7 +137,7 @@ def _measure(config: Config, job: Ranks, groups: int) -> dict[str, Any]:
 
 
 def _line_up(job: Ranks) -> None:
-    # The barrier of a run looks for lost ranks and may return a tenth of a second late: too coarse for a clock.
+    # The barrier of a run looks for lost ranks, and may return too late for a clock.
     if job.size > 1:
         dist.barrier()
 

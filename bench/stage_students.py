@@ -1,4 +1,4 @@
-"""The training of a student: the engine, the plain loop, and how far apart two students are."""
+"""The training of a student: the engine, the plain reference, and the difference of their students."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,17 +22,17 @@ from wmdd.students import batches, tasks, train
 
 
 def students_of(bench: BenchSession, with_reference: bool) -> Workload:
-    """Updates of a student on a set of the run's size; a student's validation is not among them.
+    """Return the workload of a student's updates on a set of the run's size, without validation.
 
-    The images are noise, which takes as long as any.
+    The images are noise, which changes no speed.
 
     Raises:
-        InputError: the reference does not compute what the config asks for.
+        InputError: the reference does not support the config.
     """
     config, job = bench.config, bench.ranks
     if with_reference and (config.labels.teacher_mode, config.labels.loss, config.student.ema) != ("eval", "kl", 0):
         raise InputError(
-            "labels.teacher_mode, labels.loss, student.ema: the plain student has none of these: use --no-reference"
+            "labels.teacher_mode, labels.loss, student.ema: the plain reference has none of them; use --no-reference"
         )
     name = config.student.networks[0]
     regime = "hard" if set(config.labels.regimes) == {"hard"} else "soft"
@@ -114,14 +114,14 @@ def student_difference(
     distilled: DistilledSet,
     recipe: reference_student.Recipe,
 ) -> float:
-    """Return how far the engine's student is from the plain one after the same batches, by what both say of images.
+    """Return the relative difference of the engine's student from the plain one after the same batches.
 
-    ‖logits − plain logits‖ / ‖plain logits − logits of an untrained student‖: the share of what was learned that
-    differs.  The batches are the engine's, because random crops of two programs are never the same ones.
+    It is ‖logits − plain logits‖ / ‖plain logits − logits of an untrained student‖. Both use the engine's batches,
+    because random crops of two programs are never the same.
     """
     config, device = bench.config, bench.ranks.device
     images, owners = distilled.images.to(device), distilled.labels.to(device)
-    # Two updates if they lie in the first epoch: in the second one the learning rate is another.
+    # Two updates at most, and only from the first epoch: the second epoch has another learning rate.
     side, size = images.shape[-1], config.student.batch_size
     plan = batches.batches(0, 0, len(images), side, size, config.labels, device)[:2]
     shown = batches.augmented_batch(images, plan[0], config)

@@ -1,4 +1,4 @@
-"""The synthesis of one group: the engine, the plain loop, and how far apart they are at the start."""
+"""The synthesis of one group: the engine, the plain reference, and the difference of their first gradients."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +19,10 @@ from wmdd.errors import InputError, WmddError
 
 
 def first_group(bench: BenchSession) -> tuple[groups.Prepared, Problem]:
-    """Return the first group of classes as the run would begin it, and what its images are optimized for.
+    """Return the first group of the run, prepared, and its problem.
 
     Raises:
-        InputError: the method optimizes nothing.
+        InputError: the method optimizes no images.
     """
     prepared = groups.prepare(bench, registry.create(bench.config), bench.groups[0], bench.measured)
     if prepared.problem is None:
@@ -31,7 +31,7 @@ def first_group(bench: BenchSession) -> tuple[groups.Prepared, Problem]:
 
 
 def synthesis_of(bench: BenchSession, with_reference: bool) -> Workload:
-    """Iterations of the first group."""
+    """Return the workload of iterations of the first group."""
     config, job = bench.config, bench.ranks
     prepared, problem = first_group(bench)
     objective, settings, target, limits = problem.objective, problem.settings, problem.target, problem.limits
@@ -100,9 +100,9 @@ def start_differences(
 ) -> dict[str, float]:
     """Return the relative differences of the engine's loss and image gradient from the reference's, at ``images``.
 
-    Both see whole images.  The engine takes one step: Adam's first moment is then (1 − β1) times its gradient.  What
-    rounding alone does is ``gradient_rounding``, the distance of the reference's gradient from its own in float64: one
-    input of a ReLU within rounding of zero makes it large, and the other difference with it.
+    Both get whole images. The engine takes one step, so that Adam's first moment is (1 − β1) times its gradient.
+    ``gradient_rounding`` shows the effect of rounding alone: the difference of the reference's gradient from its own in
+    float64. A single ReLU input within rounding of zero makes both differences large.
     """
     whole = settings.replace(
         {"crop_scale": (1.0, 1.0), "flip": False, "jitter": 0, "crop_curriculum": 0.0, "betas": (0.5, 0.9)}
@@ -112,7 +112,7 @@ def start_differences(
     exact = [one.double() for one in targets]
     probe.network.double()
     _, exactly = _plain_gradient(loss_of, probe, images.to(device).double(), exact)
-    probe.network.float()  # exactly what it was
+    probe.network.float()  # exact, because the weights were fp32 before
     if state.first is None:
         raise WmddError("the engine returned no gradient")
     own = torch.tensor(state.curve["total"][0])
@@ -126,7 +126,7 @@ def start_differences(
 def _plain_gradient(
     loss_of: reference.LossOf, probe: reference.Probe, images: Tensor, targets: list[reference.ClassTarget]
 ) -> tuple[Tensor, Tensor]:
-    """Return the plain loss and its gradient by the images."""
+    """Return the plain loss and its gradient with respect to the images."""
     pixels = images.clone().requires_grad_(True)
     loss = loss_of(probe, pixels, targets)
     (gradient,) = torch.autograd.grad(loss, pixels)
@@ -137,7 +137,7 @@ def reference_loss(objective: Objective, weights: Tensor) -> reference.LossOf:
     """Return the plain loss for an objective.
 
     Raises:
-        InputError: the reference has no such objective.
+        InputError: the reference does not support the objective.
     """
     common = objective.per_class and objective.feature == 1 and objective.bn_first == 1
     if common and objective.squared and not objective.ce:
@@ -145,18 +145,18 @@ def reference_loss(objective: Objective, weights: Tensor) -> reference.LossOf:
     if common and not objective.squared and torch.allclose(weights, weights[0, 0]):
         return partial(reference.upstream_loss, bn_weight=objective.bn, ce_weight=objective.ce)
     raise InputError(
-        "the plain reference computes the published objective and the public code's alone (config variants +paper and"
-        " +upstream): time this one with --no-reference"
+        "the plain reference supports only the objectives of the paper and of its public code (config variants +paper"
+        " and +upstream): time this objective with --no-reference"
     )
 
 
 def reference_targets(target: Target, probe: reference.Probe, device: torch.device) -> list[reference.ClassTarget]:
-    """Return the engine's target as the reference wants it: class by class, layer by layer."""
+    """Return the engine's target in the reference's form: class by class, layer by layer."""
     norms = [layer for layer in probe.network.modules() if isinstance(layer, nn.BatchNorm2d)]
     sizes = [layer.num_features for layer in norms]
     target = target.to(device)
     if target.atoms is None:
-        raise InputError("the plain reference needs atoms to match: time this method with --no-reference")
+        raise InputError("the plain reference needs barycenter atoms: time this method with --no-reference")
     owners = target.labels.view(target.weights.shape)[:, 0].tolist()
     return [
         reference.ClassTarget(

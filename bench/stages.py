@@ -1,4 +1,4 @@
-"""What is timed in each stage: the engine through its public functions, beside the same work done plainly."""
+"""The workload of each stage: the engine through its public functions, and the same work by a plain reference."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ from wmdd.runtime.cpus import processes
 
 
 def statistics_of(bench: BenchSession, with_reference: bool) -> Workload:
-    """Batches of real images: decoded, seen by the teacher, summed up.  Every repeat decodes anew."""
+    """Return the workload of class statistics, in batches of real images. Every repeat decodes its images again."""
     config, job = bench.config, bench.ranks
     size = config.statistics.batch_size
     plan = [
@@ -46,7 +46,7 @@ def statistics_of(bench: BenchSession, with_reference: bool) -> Workload:
     check: Callable[[], Checks] = dict
     if with_reference:
         if config.statistics.augment:
-            raise InputError("statistics.augment: the plain reference sees whole images: use --no-reference")
+            raise InputError("statistics.augment: the plain reference uses whole images; use --no-reference")
         probe = reference.Probe(bench.classifier)
         data = config.data
         transform = reference_statistics.transform_of(
@@ -94,13 +94,13 @@ def statistics_of(bench: BenchSession, with_reference: bool) -> Workload:
 
 
 def part(dataset: Dataset, batches: list[list[int]]) -> Dataset:
-    """Return the data set with the training images of these batches alone, which lie at its beginning."""
+    """Return the dataset with the training images of these batches alone. They are its first images."""
     count = sum(len(batch) for batch in batches)
     return replace(dataset, train=dataset.train.first(count))
 
 
 def barycenters_of(bench: BenchSession, with_reference: bool) -> Workload:
-    """Classes whose atoms are found, one after the other in one process, beside POT's solver from one start."""
+    """Return the workload of barycenters, class by class in one process. The baseline is POT's solver, from one start."""
     config = bench.config
     features = [found.features for found in bench.measured.values()]
     names = [bench.dataset.classes[index] for index in bench.measured]
@@ -156,4 +156,4 @@ STAGES: dict[str, Callable[[BenchSession, bool], Workload]] = {
     "students": students_of,
     "barycenters": barycenters_of,
 }
-"""Stage -> what is timed; called with the bench and whether to time the reference as well."""
+"""Stage -> function that returns its workload. The second argument says whether to time the reference too."""

@@ -1,4 +1,4 @@
-"""``wmdd bench throughput``: how fast each stage is on one device, beside the same work done plainly."""
+"""``wmdd bench throughput``: speed of each stage on one device, compared with a plain reference."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,10 @@ from wmdd.runtime.ranks import Ranks
 
 
 def stages_of(text: str) -> list[str]:
-    """Return the stages that ``synthesis,students`` names.
+    """Return the stages in a text such as ``synthesis,students``.
 
     Raises:
-        InputError: there is no such stage.
+        InputError: a stage does not exist.
     """
     wanted = [part.strip() for part in text.split(",") if part.strip()]
     for name in wanted or [text]:
@@ -44,18 +44,18 @@ def run(
     """Time the stages, one after the other, in this process.
 
     Args:
-        config: what the work is, and where and how it runs.
+        config: config of the run.
         stages: names in ``STAGES``.
-        repeats: of each engine, in turns with the reference.
-        seconds: that one repeat shall last.
+        repeats: timed repeats per engine, alternating with the reference.
+        seconds: target duration of one repeat.
         with_reference: whether to time the plain reference and compare results.
-        folder: where profiles go, if they are wanted.
+        folder: folder of the profiles; None for no profiles.
 
     Returns:
-        one record of each stage and engine.
+        One record for each stage and engine.
 
     Raises:
-        InputError: config, data or stage is wrong, or the reference has no such objective.
+        InputError: config, dataset or stage is wrong, or the reference does not support the objective.
     """
     found: list[SpeedRecord] = []
     peaks: dict[str, float] = {}
@@ -79,10 +79,10 @@ def records_of(
     """Return one record of each engine that was timed.
 
     Args:
-        bench: what the workload shares with others.
-        workload: what was timed.
+        bench: session of the benchmark.
+        workload: workload that was timed.
         samples: engine -> its repeats.
-        peaks: precision -> FLOP/s of a matrix product; measured and added where it is wanted and missing.
+        peaks: precision -> FLOP/s of a matrix product. Missing values are measured and added.
     """
     checked = workload.check()
     baseline = next((name for name in samples if name != OWN), None)
@@ -125,7 +125,7 @@ def _circumstances(config: Config, job: Ranks, engine: str, precision: str) -> d
 
 
 def tell(found: Sequence[SpeedRecord], out: Path | None, console: Console) -> None:
-    """Add the records to a file, if one is named, and print table and footnotes."""
+    """Append the records to ``out``, if given, and print table and footnotes."""
     if out:
         for record in found:
             files.append(out, record)
@@ -139,7 +139,7 @@ def table(found: Sequence[SpeedRecord]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, title="Throughput", title_justify="left", pad_edge=False)
     shown.add_column("Stage")
     shown.add_column("Engine")
-    # On a CPU the memory is that of the whole process, and says little beside another engine's.
+    # On a CPU only the memory of the whole process is known, which does not compare engines.
     cuda = any(record.setup["device"] == "cuda" for record in found)
     for column in ("Rate", "Step", *(["Memory"] if cuda else []), "MFU", "× baseline"):
         shown.add_column(column, justify="right")
@@ -170,11 +170,11 @@ _COMPARED = {
     "moment_difference": "moments",
     "student_difference": "logits after the first updates",
 }
-"""Metric -> what differs between engine and reference, relative to the reference."""
+"""Metric -> name of the quantity that engine and reference are compared by."""
 
 
 def footnotes(found: Sequence[SpeedRecord]) -> list[str]:
-    """Return what must be known to read the table: hardware, units, what is compared, what MFU means."""
+    """Return the notes below the table: hardware, units, compared results, meaning of MFU."""
     if not found:
         return []
     seen = found[0].provenance
@@ -192,14 +192,14 @@ def footnotes(found: Sequence[SpeedRecord]) -> list[str]:
             lines.append(f"{record.stage}: relative difference from the reference: {', '.join(differ)}")
         if "gradient_rounding" in record.metrics:
             own = record.metrics["gradient_rounding"]
-            lines.append(f"{record.stage}: the reference's own gradient is {own:.1e} from its float64")
+            lines.append(f"{record.stage}: relative difference of the reference's gradient from its float64: {own:.1e}")
     distances = [f"{record.engine} {number(record.metrics['w2'])}" for record in found if "w2" in record.metrics]
     if distances:
         lines.append(f"barycenters: mean W2²: {', '.join(distances)}")
     peaks = {record.setup["precision"]: record.metrics["peak_flops"] for record in found if "mfu" in record.metrics}
     if peaks:
-        told = ", ".join(f"{peak / 1e12:.3g} TFLOP/s ({precision})" for precision, peak in peaks.items())
-        lines.append(f"MFU: operations of the networks against a matrix product measured here: {told}")
+        rates = ", ".join(f"{peak / 1e12:.3g} TFLOP/s ({precision})" for precision, peak in peaks.items())
+        lines.append(f"MFU: FLOP/s of the networks, relative to a matrix product measured here: {rates}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""How speeds are measured: steps by the clock of the device, contestants in turns, memory, arithmetic, profiles."""
+"""Measurement of speed: steps by the device's clock, contestants in turns, memory, FLOPs, energy, profiles."""
 
 import os
 import re
@@ -26,11 +26,11 @@ MAX_STEPS = 2000
 
 
 class Stopwatch:
-    """Notes when each step ends; on CUDA through events, so that no step waits for the one before it.
+    """Records the end of each step. On CUDA it uses events, so that no step waits for the previous one.
 
     Args:
-        device: where the work runs.
-        warm: steps at the beginning that do not count.
+        device: device of the work.
+        warm: number of steps at the beginning that do not count.
     """
 
     def __init__(self, device: torch.device, warm: int = 0) -> None:
@@ -41,7 +41,7 @@ class Stopwatch:
             self._mark()
 
     def __call__(self, steps: int = 1) -> None:
-        """Note the end of a step; the argument is ignored, so that it fits where an engine tells its progress."""
+        """Record the end of a step. The argument is ignored; with it, a stopwatch fits as progress callback."""
         self._warm -= 1
         if self._warm <= 0:
             self._mark()
@@ -63,7 +63,7 @@ class Stopwatch:
 
 
 Run = Callable[[int, Stopwatch], None]
-"""Does so many steps and tells the stopwatch at the end of each, the warm ones included."""
+"""Does a number of steps, and calls the stopwatch at the end of each, including warm-up steps."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,17 @@ class TimedRun:
     """One repeat of one contestant."""
 
     asked: int
-    """Steps that it was asked to do; one that takes two passes tells of twice as many"""
+    """Number of requested steps. A contestant with two passes reports twice as many"""
     steps: list[float]
     """Seconds of each step"""
     peak: int | None
-    """Bytes of the device's allocator at most; on a CPU of the whole process; None where it cannot be told"""
+    """Peak bytes of the device's allocator; on a CPU of the whole process; None if unknown"""
     joules: float | None = None
-    """Energy of the device or CPU package, warm-up included, whoever else used it; None where no counter is readable"""
+    """Energy of the device or CPU package, including warm-up and other processes; None without a readable counter"""
 
     @property
     def seconds(self) -> float:
-        """Of all steps together."""
+        """Seconds of all steps together."""
         return sum(self.steps)
 
 
@@ -94,7 +94,7 @@ def once(run: Run, steps: int, device: torch.device, warm: int) -> TimedRun:
     taken = watch.read()
     after = energy_joules(device)
     if not taken:
-        raise WmddError("the stopwatch was told of no step")
+        raise WmddError("the stopwatch recorded no step")
     known = before is not None and after is not None and after >= before  # counters of CPUs wrap
     return TimedRun(steps, taken, _peak(device), after - before if known else None)  # type: ignore[operator]
 
@@ -108,22 +108,22 @@ def in_turns(
     warm: int,
     advance: Callable[[int], None] = lambda repeats: None,
 ) -> dict[str, list[TimedRun]]:
-    """Time the contestants one after the other, again and again, so that all meet the same weather.
+    """Time the contestants in turns, so that changes of the machine's load affect all of them.
 
-    A first, short repeat of each warms up and does not count.  From the first contestant's it follows how many steps
-    make up ``seconds``; all then do as many.
+    A first, short repeat of each warms up and does not count. The first contestant's short repeat also decides the
+    number of steps that take ``seconds``. All contestants do this number of steps.
 
     Args:
-        contestants: name -> what it does.
-        repeats: of each.
-        seconds: that a repeat of the first contestant shall last.
-        most: steps that there is work for.
-        device: where the work runs.
-        warm: steps at the beginning of every repeat that do not count.
+        contestants: name -> function to time.
+        repeats: number of repeats of each contestant.
+        seconds: target duration of a repeat of the first contestant.
+        most: limit on the number of steps.
+        device: device of the work.
+        warm: number of steps at the beginning of every repeat that do not count.
         advance: called after each repeat.
 
     Returns:
-        name -> one sample for each repeat, in order.
+        Name -> one sample for each repeat, in order.
     """
     pace = []
     for run in contestants.values():
@@ -141,18 +141,18 @@ def in_turns(
 
 
 def spread(values: list[float], prefix: str) -> dict[str, float]:
-    """Return the median under ``prefix``, and the least and the largest under ``prefix_low`` and ``prefix_high``."""
+    """Return the median as ``prefix``, the least value as ``prefix_low``, and the largest as ``prefix_high``."""
     return {prefix: statistics.median(values), f"{prefix}_low": min(values), f"{prefix}_high": max(values)}
 
 
 def figures(samples: list[TimedRun], work: Callable[[int], float]) -> dict[str, float]:
     """Return ``rate`` with its spread, ``seconds``, ``repeats``, ``steps``, ``p50``, ``p90``, ``peak_bytes``, energy.
 
-    ``joules`` are those of a repeat, the median; they are missing where no counter is readable.
+    ``joules`` is the median over the repeats; it is missing without a readable counter.
 
     Args:
-        samples: the repeats of one contestant.
-        work: how much so many steps are, in units of the rate.
+        samples: repeats of one contestant.
+        work: returns the work in a number of steps, in units of the rate.
     """
     steps = [seconds for sample in samples for seconds in sample.steps]
     found = spread([work(sample.asked) / sample.seconds for sample in samples], "rate")
@@ -166,9 +166,9 @@ def figures(samples: list[TimedRun], work: Callable[[int], float]) -> dict[str, 
 
 
 def ratio(samples: list[TimedRun], baseline: list[TimedRun]) -> dict[str, float]:
-    """Return how many times faster than the baseline: median, least and largest over the pairs of repeats.
+    """Return the speed-up over the baseline: median, least and largest value over the pairs of repeats.
 
-    Both did the same steps.
+    Both must have done the same number of steps.
     """
     pairs = zip(samples, baseline, strict=True)
     return spread([slow.seconds / fast.seconds for fast, slow in pairs], "ratio")
@@ -182,14 +182,14 @@ def flops(work: Callable[[], object]) -> float:
 
 
 def matmul_peak(device: torch.device, precision: str, seconds: float = 1.0) -> float:
-    """Return the most FLOP/s that a square matrix product reaches here: what a network is held against for its MFU.
+    """Return the largest FLOP/s of a square matrix product on this device, the denominator of MFU.
 
-    On CUDA, fp32 products use TF32 if convolutions do: it is the peak of the arithmetic that networks get.
+    On CUDA, fp32 products use TF32 if convolutions do, so that the peak has the arithmetic of the networks.
 
     Args:
-        device: where.
+        device: device to measure.
         precision: fp32 or bf16.
-        seconds: to spend on each size.
+        seconds: time to spend on each size.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = torch.backends.cuda.matmul.allow_tf32
@@ -202,7 +202,7 @@ def matmul_peak(device: torch.device, precision: str, seconds: float = 1.0) -> f
 
 
 def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    """Return the least time of a product of two square matrices."""
+    """Return the least time of a product of two square matrices, in seconds."""
     left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
 
     def run(steps: int, watch: Stopwatch) -> None:
@@ -215,7 +215,7 @@ def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, second
 
 
 def profile(run: Run, device: torch.device, warm: int, folder: Path, name: str, steps: int = 3) -> str:
-    """Write ``NAME.trace.json`` (chrome://tracing) and ``NAME.txt`` (the kernels that took longest); return the table.
+    """Write ``NAME.trace.json`` (chrome://tracing) and ``NAME.txt`` (table of the longest kernels); return the table.
 
     Raises:
         WmddError: the folder cannot be written.
@@ -236,7 +236,7 @@ def profile(run: Run, device: torch.device, warm: int, folder: Path, name: str, 
 
 @contextmanager
 def fresh_store() -> Iterator[None]:
-    """Give this process an empty store for the length of the block, so that nothing is found that was done before."""
+    """Give this process an empty cache during the ``with`` block, so that all work is done again."""
     before = os.environ.get("WMDD_CACHE")
     with tempfile.TemporaryDirectory(prefix="wmdd-bench-") as folder:
         os.environ["WMDD_CACHE"] = folder

@@ -1,4 +1,4 @@
-"""What a stage's measurement is made of, and what all stages share: images, a teacher, the first group of classes."""
+"""The workload of a stage, and what all workloads share: images, a teacher, the first group of classes."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -30,48 +30,48 @@ from wmdd.teacher.obtain import Teacher, is_stored
 logger = logging.getLogger(f"wmdd.{__name__}")
 
 OWN = "wmdd"
-"""What records call the engine of this package."""
+"""Name in records of the engine of this package."""
 
 Checks = Mapping[str, Mapping[str, float]]
-"""Engine -> figures that say whether, or how well, it does the same work as the others."""
+"""Engine -> metrics that compare its results with those of the others."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One stage: the contestants, the work they do, and how to tell that it is the same."""
+    """One stage: the contestants, their work, and a comparison of their results."""
 
     stage: str
     unit: str
-    """Of the rate"""
+    """Unit of the rate"""
     contestants: Mapping[str, Run]
-    """Engine -> what it does; the first is this package's"""
+    """Engine -> function to time; the first is this package's"""
     work: Callable[[int], float]
-    """How much so many steps are, in the unit (for a rate per hour: 3600 times as much)"""
+    """Returns the work in a number of steps, in the unit (for a rate per hour, 3600 times as much)"""
     most: int
-    """Steps that there is work for"""
+    """Limit on the number of steps"""
     warm: int
-    """Steps at the beginning of every repeat that do not count"""
+    """Number of steps at the beginning of every repeat that do not count"""
     device: torch.device
     check: Callable[[], Checks]
     """Compares the contestants' results"""
     setup: Mapping[str, Any]
-    """What two speeds must share to be compared"""
+    """Keys that two speeds must share to be compared"""
     network: str | None = None
-    """The network that computed"""
+    """Name of the network"""
     step_flops: Callable[[], float] | None = None
-    """Counts the floating-point operations of the networks in one step: of the model, not of an implementation"""
+    """Returns the floating-point operations of the networks in one step: those of the model, in any implementation"""
 
 
 @dataclass(frozen=True)
 class BenchSession(Session):
-    """What all workloads share: a session, and what they compute from it once."""
+    """What all workloads share: a session, and values that are computed from it once."""
 
     trained: bool
-    """Whether the teacher comes from the cache; else it is untrained, which changes no speed of a network"""
+    """Whether the teacher comes from the cache. Otherwise it is untrained, which changes no speed of a network"""
 
     @property
     def name(self) -> str:
-        """What records call the data set."""
+        """Name of the dataset in records."""
         return name_of(self.config.data)
 
     @cached_property
@@ -84,13 +84,13 @@ class BenchSession(Session):
         """Return the teacher as a plain network, in contiguous layout.
 
         Raises:
-            WmddError: the plain network does not compute what the frozen one does.
+            WmddError: the outputs of the plain network differ from those of the frozen one.
         """
         return plain(self.teacher.network, self.config).to(self.ranks.device)
 
     @cached_property
     def measured(self) -> dict[int, statistics.ClassStatistics]:
-        """Return the statistics of the first group's classes, from the store or in one pass."""
+        """Return the statistics of the first group's classes, from the cache or from one pass."""
         classes = self.groups[0].classes
         images = sum(len(self.dataset.train.of_class(index)) for index in classes)
         with progress("statistics of the first group", images, "images") as advance:
@@ -104,10 +104,10 @@ def groups_of(config: Config, classes: int) -> list[partition.Group]:
 
 @contextmanager
 def open_bench(config: Config) -> Iterator[BenchSession]:
-    """Join the ranks, list the images and get a teacher: the stored one, or an untrained one.
+    """Join the ranks, list the images, and load the cached teacher or make an untrained one.
 
     Raises:
-        InputError: the config or the data is wrong.
+        InputError: the config or the dataset is wrong.
     """
     with ranks(config.compute) as job:
         dataset = load_dataset(config.data, config.compute.workers, job)
@@ -117,11 +117,11 @@ def open_bench(config: Config) -> Iterator[BenchSession]:
 
 
 def bench_session(config: Config, dataset: Dataset, job: Ranks) -> BenchSession:
-    """Return a session with the cached teacher, or with an untrained one, always the same."""
+    """Return a session with the cached teacher, or with an untrained one from a fixed seed."""
     if is_stored(config, dataset, [job.arithmetic]):
         return BenchSession(**vars(open_session(config, dataset, job, _never)), trained=True)
     data, settings = config.data, config.teacher
-    logger.warning("the cache holds no teacher for this config: an untrained one takes its place and changes no speed")
+    logger.warning("the cache has no teacher for this config: an untrained one is used, which changes no speed")
     torch.manual_seed(seed_of("bench", "teacher"))
     network = create.create(settings.network, len(dataset.classes), data.channels, data.resolution, settings.stem)
     name = f"untrained-{settings.network}-{settings.stem}-{data.resolution}"
@@ -134,10 +134,10 @@ def _never() -> bool:
 
 
 def plain(frozen: FrozenNetwork, config: Config) -> nn.Module:
-    """Return the classifier that a frozen network was made from: contiguous, evaluating, without gradients.
+    """Return the classifier of a frozen network: contiguous, in evaluation mode, without gradients.
 
     Raises:
-        WmddError: it does not compute what the frozen one does.
+        WmddError: its outputs differ from those of the frozen network.
     """
     data, settings = config.data, config.teacher
     network = create.create(settings.network, frozen.classes, data.channels, data.resolution, settings.stem)
@@ -151,7 +151,7 @@ def plain(frozen: FrozenNetwork, config: Config) -> nn.Module:
     with torch.no_grad():
         found, expected = network(images), frozen.predict(images.to(next(frozen.parameters()).device)).cpu()
     if difference(found, expected) > 1e-3:
-        raise WmddError(f"the plain {settings.network} does not compute what the frozen one does; use --no-reference")
+        raise WmddError(f"the plain {settings.network} gives other outputs than the frozen one; use --no-reference")
     return network
 
 

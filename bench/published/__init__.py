@@ -1,6 +1,7 @@
-"""Accuracies from the literature, one TOML file for each data set (``wmdd.published`` says what the keys mean).
+"""Accuracies from the literature, one TOML file for each dataset (``wmdd.published`` describes the keys).
 
-Author: read in the authors' own pages or repositories. Second-hand: quoted by others. Memory: to be checked.
+The mark of an entry is ``author`` (from the authors' own pages or repositories), ``second-hand`` (quoted by others) or
+``memory`` (to be checked).
 """
 
 from importlib import resources
@@ -8,5 +9,5 @@ from importlib.resources.abc import Traversable
 
 
 def folder() -> Traversable:
-    """Return the folder of the files."""
+    """Return the folder of the TOML files."""
     return resources.files("bench") / "published"

@@ -156,7 +156,7 @@ def test_it_says_when_other_classes_of_a_group_pull_at_an_image(classifier: nn.M
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("method=random", "optimises no images"),
+        ("method=random", "optimizes no images"),
         ("synthesis.split_class=2", "synthesis.split_class=1"),
         ("ipc=1000", "training images; use ipc <="),
     ],

@@ -128,4 +128,4 @@ def test_one_set_under_two_recipes_shows_no_effect_of_the_recipe(tmp_path: Path)
 
     ((effect,), _) = effects(one, other, 0.01)
 
-    assert (effect.scope, effect.equivalent, verdict(effect)) == ("none", None, "one set: nothing")
+    assert (effect.scope, effect.equivalent, verdict(effect)) == ("none", None, "too few sets")

@@ -137,7 +137,9 @@ def test_it_calls_itself_a_projection_and_lists_its_assumptions(config: Config, 
     projection.tell(config, 64, *projection.run(config, 64, measured, SOURCE), told)
     text = told.export_text()
     assert "PROJECTION, not a measurement" in text
-    assert all(word in text for word in ("a GPU", "not counted: training the teacher", "generated images decode like"))
+    assert all(
+        word in text for word in ("a GPU", "not counted: training the teacher", "generated images decode as fast")
+    )
 
 
 def test_times_are_rounded_up_and_readable() -> None:

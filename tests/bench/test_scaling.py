@@ -123,7 +123,7 @@ def test_refusals() -> None:
         scaling.run(config, [8], ["strong"])
     with pytest.raises(InputError, match="optimizes no images"):
         scaling.run(load_config("digits", [*TINY, "method=random"]), [1], ["strong"])
-    with pytest.raises(InputError, match=r"no multiple of synthesis\.split_class"):
+    with pytest.raises(InputError, match=r"synthesis\.split_class = \d+ does not divide it"):
         scaling.sizes([3], 4, "strong", team=2)
     for text in ("", "0", "1,x"):
         with pytest.raises(InputError, match="expected numbers from 1"):
