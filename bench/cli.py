@@ -144,8 +144,8 @@ def groups(
     from wmdd.config.loading import load_config
     from wmdd.runtime.log import results
 
-    found, told = study.run(load_config(config, override or []), most, repeats, seconds)
-    study.tell(found, told, out, results())
+    found, notes = study.run(load_config(config, override or []), most, repeats, seconds)
+    study.tell(found, notes, out, results())
 
 
 @app.command(
@@ -237,8 +237,8 @@ def plan(
     from wmdd.runtime.log import results
 
     settings = load_config(config, override or [])
-    parts, told = projection.run(settings, gpus, projection.read(source), source)
-    projection.tell(settings, gpus, parts, told, results())
+    parts, notes = projection.run(settings, gpus, projection.read(source), source)
+    projection.tell(settings, gpus, parts, notes, results())
 
 
 @app.command(epilog="Example:  wmdd bench power bench/results/digits-wmdd.jsonl --difference 1")

@@ -151,13 +151,13 @@ def couplings(objective: Objective) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
 
 
-def tell(found: Sequence[SpeedRecord], told: Sequence[str], out: Path | None, console: Console) -> None:
+def tell(found: Sequence[SpeedRecord], notes: Sequence[str], out: Path | None, console: Console) -> None:
     """Append the records to ``out``, if given, and print table, footnotes and suggestion."""
     if out:
         for record in found:
             files.append(out, record)
     console.print(table(found))
-    for line in [*footnotes(found), "", *told]:
+    for line in [*footnotes(found), "", *notes]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 

@@ -168,7 +168,7 @@ def assumptions(config: Config, gpus: int, parts: Sequence[Component], images: i
     """Return the assumptions of the projection, one sentence each."""
     hardware = sorted({str(part.record.provenance.get("device")) for part in parts})
     sets = sorted({part.record.dataset for part in parts})
-    told = [
+    notes = [
         f"every GPU is as fast as the measured one ({', '.join(hardware)}; images: {', '.join(sets)}), and none waits"
         " for another",
         f"{images:,} training images in {classes:,} classes of equal size; each GPU has as many CPU cores for decoding"
@@ -179,11 +179,11 @@ def assumptions(config: Config, gpus: int, parts: Sequence[Component], images: i
         "not counted: training the teacher, start-up, queues, validation of students, distilling the baselines",
     ]
     if config.data.source == "imagenet-1k" and any(part.record.dataset == "synthetic" for part in parts):
-        told.append("generated images decode as fast as photographs")
-    return told
+        notes.append("generated images decode as fast as photographs")
+    return notes
 
 
-def tell(config: Config, gpus: int, parts: Sequence[Component], told: Sequence[str], console: Console) -> None:
+def tell(config: Config, gpus: int, parts: Sequence[Component], notes: Sequence[str], console: Console) -> None:
     """Print a projection with its assumptions."""
     title = f"PROJECTION, not a measurement: {config.name}, IPC {config.ipc}, on {gpus} GPUs"
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
@@ -203,7 +203,7 @@ def tell(config: Config, gpus: int, parts: Sequence[Component], told: Sequence[s
     shown.add_row("all", "", "", f"{total:,.3g}", clock(wall))
     console.print(shown)
     console.print("Assumptions:", highlight=False)
-    for line in told:
+    for line in notes:
         console.print(f"- {line}", soft_wrap=True, markup=False, highlight=False)
 
 

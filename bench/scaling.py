@@ -195,13 +195,13 @@ def collect(folder: Path, size: Size, work: int) -> Point:
     Raises:
         WmddError: the file of a rank is missing.
     """
-    told = [read_json(folder / f"rank-{rank:05d}.json") for rank in range(size.ranks)]
-    phases = {phase: max(rank[phase] for rank in told) for phase in PHASES}
-    phases["waiting"] = statistics.mean(rank["synthesis"] - rank["own"] for rank in told)
-    phases["decoded"] = max(rank["decoded"] for rank in told)
-    images = {group: sha for rank in told for group, sha in rank["images"].items()}
-    device, circumstances = told[0]["device"].partition(":")[0], told[0]["provenance"]
-    return Point(work, phases, images, told[0]["precision"], device, circumstances)
+    reports = [read_json(folder / f"rank-{rank:05d}.json") for rank in range(size.ranks)]
+    phases = {phase: max(rank[phase] for rank in reports) for phase in PHASES}
+    phases["waiting"] = statistics.mean(rank["synthesis"] - rank["own"] for rank in reports)
+    phases["decoded"] = max(rank["decoded"] for rank in reports)
+    images = {group: sha for rank in reports for group, sha in rank["images"].items()}
+    device, circumstances = reports[0]["device"].partition(":")[0], reports[0]["provenance"]
+    return Point(work, phases, images, reports[0]["precision"], device, circumstances)
 
 
 def efficiency(points: Sequence[Point], ranks: int, base: Sequence[Point], base_ranks: int) -> dict[str, float]:

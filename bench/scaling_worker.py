@@ -132,8 +132,8 @@ def _measure(config: Config, job: Ranks, groups: int) -> dict[str, Any]:
     _line_up(job)
     marks["synthesis"] = time.perf_counter() - clock
     images = {group.index: _sha256(state, config) for group, state in zip(own, finished, strict=True)}
-    told = {"device": str(job.device), "precision": job.precision, "provenance": circumstances(config, job)}
-    return {**marks, **told, "images": images if _speaks(team) else {}}
+    facts = {"device": str(job.device), "precision": job.precision, "provenance": circumstances(config, job)}
+    return {**marks, **facts, "images": images if _speaks(team) else {}}
 
 
 def _line_up(job: Ranks) -> None:

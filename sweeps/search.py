@@ -68,9 +68,9 @@ def study_of(
     for trial in trials:
         value = objective.value(trial, trials) if trial.state == "done" else None
         steps = {report["rung"]: report[objective.key] for report in trial.reports if objective.key in report}
-        told = _as_optuna(space, trial, _STATES[trial.state], value, {} if trial.state == "running" else steps)
-        if told is not None:
-            study.add_trial(told)
+        known = _as_optuna(space, trial, _STATES[trial.state], value, {} if trial.state == "running" else steps)
+        if known is not None:
+            study.add_trial(known)
     return study
 
 
@@ -88,9 +88,9 @@ def importances(space: Space, objective: SweepObjective, trials: Sequence[Trial]
     rung = min((len(trial.reports) for trial in reached), default=0)
     study = optuna.create_study(direction=objective.direction)
     for trial in reached:
-        told = _as_optuna(space, trial, TrialState.COMPLETE, trial.reports[rung - 1][objective.key], {})
-        if told is not None:
-            study.add_trial(told)
+        known = _as_optuna(space, trial, TrialState.COMPLETE, trial.reports[rung - 1][objective.key], {})
+        if known is not None:
+            study.add_trial(known)
     count = len(study.trials)
     if count < _MIN_TRIALS_FOR_IMPORTANCE:
         return rung, count, {}
