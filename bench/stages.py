@@ -100,7 +100,7 @@ def part(dataset: Dataset, batches: list[list[int]]) -> Dataset:
 
 
 def barycenters_of(bench: BenchSession, with_reference: bool) -> Workload:
-    """Return the workload of barycenters, class by class in one process. The baseline is POT's solver from one start."""
+    """Return the workload of barycenters, class by class in one process. The baseline is POT's solver."""
     config = bench.config
     features = [found.features for found in bench.measured.values()]
     names = [bench.dataset.classes[index] for index in bench.measured]
