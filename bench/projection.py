@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.throughput import number
@@ -45,6 +46,12 @@ class Component:
     gpu_hours: float
     wall_hours: float
     """Hours of the GPU with most work: groups and students are not split"""
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Hours at the fastest and at the slowest measured repeat, as factors of those at the median."""
+        metrics = self.record.metrics
+        return tuple(metrics["rate"] / metrics.get(key, metrics["rate"]) for key in ("rate_high", "rate_low"))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,16 @@ def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path
         updates = [float(update_count(config, task.view, distilled)) for task in tasks]
         per_hour = record.metrics["rate"] * float(record.setup["updates"])
         dealt(f"{len(tasks)} students ({name})", "updates", updates, record, per_hour)
+    places = {_place(part.record): part.record.stage for part in parts}
+    if len(places) > 1:
+        told = ", ".join(f"{stage} on {place}" for place, stage in places.items())
+        raise InputError(f"{source}: mixes devices ({told}): measure every stage on the one that the run will use")
     return parts, assumptions(config, gpus, parts, images, classes)
+
+
+def _place(record: SpeedRecord) -> str:
+    device = str(record.provenance.get("device"))
+    return str(record.provenance.get("cpu") or device) if device == "cpu" else device
 
 
 def size_of(config: Config) -> tuple[int, int]:
@@ -176,6 +192,7 @@ def assumptions(config: Config, gpus: int, parts: Sequence[Component], images: i
         f"{gpus} GPUs share whole groups and whole students; the GPU with most work decides the wall time",
         "the components run one after the other; a real run overlaps decoding and synthesis",
         "students train at the same speed under every label regime; the measured one is soft, if the run has it",
+        "ranges are those of the measured repeats; other machines and data differ by more",
         "not counted: training the teacher, start-up, queues, validation of students, distilling the baselines",
     ]
     if config.data.source == "imagenet-1k" and any(part.record.dataset == "synthetic" for part in parts):
@@ -185,26 +202,38 @@ def assumptions(config: Config, gpus: int, parts: Sequence[Component], images: i
 
 def tell(config: Config, gpus: int, parts: Sequence[Component], notes: Sequence[str], console: Console) -> None:
     """Print a projection with its assumptions."""
-    title = f"PROJECTION, not a measurement: {config.name}, IPC {config.ipc}, on {gpus} GPUs"
+    cpu = any(part.record.provenance.get("device") == "cpu" for part in parts)
+    devices = "CPU processes" if cpu else "GPUs"
+    title = f"PROJECTION, not a measurement: {config.name}, IPC {config.ipc}, on {gpus} {devices}"
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     shown.add_column("Component")
-    for column in ("Work", "Measured rate", "GPU-hours", "Wall time"):
+    for column in ("Work", "Measured rate", "Process-hours" if cpu else "GPU-hours", "Wall time"):
         shown.add_column(column, justify="right")
     for part in parts:
         shown.add_row(
             part.title,
             f"{_large(part.work)} {part.unit}",
             f"{number(part.record.metrics['rate'])} {part.record.unit}",
-            f"{part.gpu_hours:,.3g}",
-            clock(part.wall_hours),
+            _ranged(part.gpu_hours, part.spread, "{:,.3g}".format),
+            _ranged(part.wall_hours, part.spread, clock),
         )
-    total, wall = sum(part.gpu_hours for part in parts), sum(part.wall_hours for part in parts)
     shown.add_section()
-    shown.add_row("all", "", "", f"{total:,.3g}", clock(wall))
+    sums = []
+    for kind, show in (("gpu_hours", "{:,.3g}".format), ("wall_hours", clock)):
+        total = sum(getattr(part, kind) for part in parts)
+        ends = [sum(getattr(part, kind) * part.spread[end] for part in parts) for end in (0, 1)]
+        sums.append(_ranged(total, (ends[0] / total, ends[1] / total) if total else (1.0, 1.0), show))
+    shown.add_row("all", "", "", *sums)
     console.print(shown)
     console.print("Assumptions:", highlight=False)
     for line in notes:
         console.print(f"- {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _ranged(hours: float, spread: tuple[float, float], show: Callable[[float], str]) -> str:
+    """Return hours with those at the fastest and at the slowest repeat, where repeats differ."""
+    middle, ends = show(hours), [show(hours * factor) for factor in spread]
+    return middle if ends == [middle, middle] else escape(f"{middle} [{ends[0]}, {ends[1]}]")
 
 
 def _large(value: float) -> str:

@@ -90,6 +90,7 @@ def statistics_of(bench: BenchSession, with_reference: bool) -> Workload:
         setup={"batch": size, "workers": processes(config.compute.workers)},
         network=config.teacher.network,
         step_flops=model_flops,
+        step_work=float(size),
     )
 
 

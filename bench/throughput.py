@@ -95,7 +95,11 @@ def records_of(
             if precision not in peaks:
                 peaks[precision] = timing.matmul_peak(bench.ranks.device, precision)
             achieved = operations * metrics["steps"] / metrics["seconds"]
-            metrics |= {"mfu": achieved / peaks[precision], "peak_flops": peaks[precision]}
+            if workload.step_work:  # what was done, where not every step is a whole one
+                achieved = operations / workload.step_work * metrics["rate"]
+            metrics |= {"product_share": achieved / peaks[precision], "peak_flops": peaks[precision]}
+            if sheet := timing.data_sheet_peak(bench.ranks.device, precision):
+                metrics |= {"mfu": achieved / sheet, "data_sheet_flops": sheet}
         if engine == OWN and baseline:
             metrics |= timing.ratio(taken, samples[baseline])
         made.append(
@@ -141,7 +145,7 @@ def table(found: Sequence[SpeedRecord]) -> Table:
     shown.add_column("Engine")
     # On a CPU only the memory of the whole process is known, which does not compare engines.
     cuda = any(record.setup["device"] == "cuda" for record in found)
-    for column in ("Rate", "Step", *(["Memory"] if cuda else []), "MFU", "× baseline"):
+    for column in ("Rate", "Step", *(["Memory", "MFU"] if cuda else []), "Of product", "× baseline"):
         shown.add_column(column, justify="right")
     for record in found:
         metrics = record.metrics
@@ -151,7 +155,8 @@ def table(found: Sequence[SpeedRecord]) -> Table:
             spread_text(metrics, "rate"),
             duration(metrics["p50"]),
             *([f"{metrics['peak_bytes'] / 1e6:,.0f} MB" if "peak_bytes" in metrics else "–"] if cuda else []),
-            f"{metrics['mfu']:.1%}" if "mfu" in metrics else "–",
+            *([f"{metrics['mfu']:.1%}" if "mfu" in metrics else "–"] if cuda else []),
+            f"{metrics['product_share']:.1%}" if "product_share" in metrics else "–",
             spread_text(metrics, "ratio") if "ratio" in metrics else "–",
         )
     return shown
@@ -196,10 +201,15 @@ def footnotes(found: Sequence[SpeedRecord]) -> list[str]:
     distances = [f"{record.engine} {number(record.metrics['w2'])}" for record in found if "w2" in record.metrics]
     if distances:
         lines.append(f"barycenters: mean W2²: {', '.join(distances)}")
-    peaks = {record.setup["precision"]: record.metrics["peak_flops"] for record in found if "mfu" in record.metrics}
-    if peaks:
-        rates = ", ".join(f"{peak / 1e12:.3g} TFLOP/s ({precision})" for precision, peak in peaks.items())
-        lines.append(f"MFU: FLOP/s of the networks, relative to a matrix product measured here: {rates}")
+    meanings = {
+        "peak_flops": "Of product: operations of the networks, as a share of a square matrix product measured here",
+        "data_sheet_flops": "MFU: operations of the networks, as a share of the data sheet's dense peak",
+    }
+    for key, meaning in meanings.items():
+        peaks = {record.setup["precision"]: record.metrics[key] for record in found if key in record.metrics}
+        if peaks:
+            told = ", ".join(f"{peak / 1e12:.3g} TFLOP/s ({precision})" for precision, peak in peaks.items())
+            lines.append(f"{meaning}: {told}")
     return lines
 
 

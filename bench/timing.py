@@ -181,8 +181,34 @@ def flops(work: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
+DATA_SHEET_PEAKS = {
+    "NVIDIA H200": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+    "NVIDIA H100 PCIe": {"bf16": 756e12, "tf32": 378e12, "fp32": 51e12},
+    "NVIDIA H100": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+    "NVIDIA A100": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+    "NVIDIA L40S": {"bf16": 362e12, "tf32": 183e12, "fp32": 91.6e12},
+    "NVIDIA GeForce RTX 4090": {"bf16": 165e12, "tf32": 82.6e12, "fp32": 82.6e12},
+}
+"""FLOP/s of dense products from NVIDIA's data sheets, by the beginning of the device's name; SXM where not said."""
+
+
+def data_sheet_peak(device: torch.device, precision: str, name: str | None = None) -> float | None:
+    """Return the FLOP/s that a GPU's data sheet states for dense products; None on CPUs and for unknown GPUs.
+
+    Args:
+        device: where the work runs.
+        precision: fp32, tf32 or bf16.
+        name: of the GPU; None asks the driver.
+    """
+    if device.type != "cuda":
+        return None
+    found = name or torch.cuda.get_device_name(device)
+    beginnings = [known for known in DATA_SHEET_PEAKS if found.startswith(known)]
+    return DATA_SHEET_PEAKS[max(beginnings, key=len)].get(precision) if beginnings else None
+
+
 def matmul_peak(device: torch.device, precision: str, seconds: float = 1.0) -> float:
-    """Return the largest FLOP/s of a square matrix product on this device, the denominator of MFU.
+    """Return the largest FLOP/s of a square matrix product on this device, the denominator of ``product_share``.
 
     On CUDA, fp32 products use TF32 if convolutions do, so that the peak has the arithmetic of the networks.
 

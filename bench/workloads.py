@@ -60,6 +60,8 @@ class Workload:
     """Name of the network"""
     step_flops: Callable[[], float] | None = None
     """Returns the floating-point operations of the networks in one step: those of the model, in any implementation"""
+    step_work: float | None = None
+    """Work of the step that ``step_flops`` counts, where other steps do less: a class's last batch is smaller"""
 
 
 @dataclass(frozen=True)

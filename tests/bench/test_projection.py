@@ -154,3 +154,25 @@ def test_the_command_reads_a_file_and_refuses_a_damaged_one(measured: list[Speed
     file.write_text("{}\n")
     with pytest.raises(InputError, match=f"{file}:1: "):
         projection.read(file)
+
+
+def test_speeds_of_two_devices_are_never_added_up(config: Config, measured: list[SpeedRecord]) -> None:
+    mixed = [*measured[:3], measured[3].model_copy(update={"provenance": {"device": "cpu", "cpu": "Xeon"}})]
+
+    with pytest.raises(InputError, match=r"mixes devices \(synthesis on a GPU, students on Xeon\)"):
+        projection.run(config, 8, mixed, SOURCE)
+
+
+def test_a_projection_carries_the_range_of_the_repeats_and_names_cpus(
+    config: Config, measured: list[SpeedRecord]
+) -> None:
+    spread = {"rate": 2.0, "rate_low": 1.0, "rate_high": 4.0}
+    slow = measured[3].model_copy(update={"metrics": spread, "provenance": {"device": "cpu", "cpu": "Xeon"}})
+    told = Console(record=True, width=140)
+
+    own = config.model_copy(update={"method": "random"})
+    projection.tell(own, 1, *projection.run(own, 1, [slow], SOURCE), told)
+
+    text = told.export_text()
+    assert "6 [3, 12]" in text and "6 h 00 min [3 h 00 min, 12 h 00 min]" in text
+    assert "on 1 CPU processes" in text and "Process-hours" in text and "GPU-hours" not in text

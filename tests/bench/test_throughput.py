@@ -57,7 +57,8 @@ def test_every_stage_has_a_record_of_each_engine(found: dict[tuple[str, str], Sp
         assert metrics["peak_bytes"] > 1e6
         assert (record.dataset, record.resolution, record.setup["threads"]) == ("digits", 8, 1)
         if record.stage != "barycenters":
-            assert 0 < metrics["mfu"] < 1
+            assert 0 < metrics["product_share"] < 1
+            assert "mfu" not in metrics, "a CPU has no data sheet's peak"
         if record.engine == OWN:
             assert metrics["ratio_low"] <= metrics["ratio"] <= metrics["ratio_high"]
 
@@ -253,3 +254,23 @@ def test_a_speed_has_the_energy_of_a_repeat_where_a_counter_is_readable(monkeypa
     assert timing.figures(samples, float)["joules"] == 4.0
     monkeypatch.setattr(timing, "energy_joules", lambda device: None)
     assert "joules" not in timing.figures([timing.once(run, 2, torch.device("cpu"), 0)], float)
+
+
+def test_the_peak_of_a_data_sheet_is_that_of_the_device_and_a_cpu_has_none() -> None:
+    cuda = torch.device("cuda")
+
+    assert timing.data_sheet_peak(cuda, "bf16", "NVIDIA H100 80GB HBM3") == 989e12
+    assert timing.data_sheet_peak(cuda, "bf16", "NVIDIA H100 PCIe") == 756e12
+    assert timing.data_sheet_peak(cuda, "bf16", "Another GPU") is None
+    assert timing.data_sheet_peak(torch.device("cpu"), "fp32") is None
+
+
+def test_a_smaller_last_batch_counts_as_the_images_it_has(found: dict[tuple[str, str], SpeedRecord]) -> None:
+    metrics = found["statistics", OWN].metrics
+    config = load_config("digits", TINY)
+    with open_bench(config) as bench:
+        workload = statistics_of(bench, with_reference=False)
+        operations = workload.step_flops() if workload.step_flops else 0.0
+
+    per_image = operations / config.statistics.batch_size
+    assert metrics["product_share"] * metrics["peak_flops"] == pytest.approx(per_image * metrics["rate"])

@@ -126,9 +126,9 @@ class SpeedRecord(Measurement):
     """Of ``rate``: ``img·iter/s``, ``img/s``, ``students/h``, ``classes/s``."""
     metrics: dict[str, float]
     """``rate`` (median over repeats), ``rate_low``, ``rate_high``, ``repeats``, ``seconds``, ``p50``, ``p90`` (of a
-    step, in seconds), ``peak_bytes``, ``joules`` (of a repeat, where a counter is readable), ``mfu`` (against a
-    measured peak); ``ratio``, ``ratio_low``, ``ratio_high`` to the engine that the same command timed as its baseline;
-    ``efficiency`` of a scaling study."""
+    step, in seconds), ``peak_bytes``, ``joules`` (of a repeat, where a counter is readable), ``product_share`` (of a
+    matrix product measured beside it), ``mfu`` (against the data sheet's peak; GPUs only); ``ratio``, ``ratio_low``,
+    ``ratio_high`` to the engine that the same command timed as its baseline; ``efficiency`` of a scaling study."""
     setup: dict[str, Any]
     """What two speeds must share to be compared: batch, precision, threads, compile, iterations, classes, ipc."""
 

@@ -26,17 +26,18 @@ def throughput(report: "Report") -> Table:
     found = [(run, speed) for run, speed in report.speeds if speed.kind == "throughput"]
     shared, unlike = _setups([speed for _, speed in found])
     columns = ["Stage", "Data set", "Network", "Engine", "Hardware", "Ranks", "Rate", "Ratio to baseline"]
-    columns += ["Step, ms (p50 / p90)", "Peak", "MFU %", *unlike]
+    columns += ["Step, ms (p50 / p90)", "Peak", "MFU %", "Of product %", *unlike]
     return Table(
         title="Throughput",
         caption=(
             "Median over repeats [least, most]. The ratio is to the baseline that the same command timed, with its"
-            " spread. Data set “synthetic”: generated images."
+            " spread. Data set “synthetic”: generated images. MFU: against the data sheet's dense peak. Of product:"
+            " against a square matrix product measured beside it."
         ),
         columns=columns,
         rows=[
             [*_timed(speed), speed.engine, _hardware(speed), str(speed.ranks), _rate(speed), _ratio(speed)]
-            + [_step(speed), size(speed.metrics.get("peak_bytes")), points(speed.metrics.get("mfu"))]
+            + [_step(speed), size(speed.metrics.get("peak_bytes")), *_shares(speed)]
             + [term(key, flatten(speed.setup).get(key)) for key in unlike]
             for _, speed in sorted(found, key=lambda pair: _order(pair[1]))
         ],
@@ -45,6 +46,13 @@ def throughput(report: "Report") -> Table:
         terms=shared,
         origins=[[_origin(run.label, speed)] for run, speed in sorted(found, key=lambda pair: _order(pair[1]))],
     )
+
+
+def _shares(speed: SpeedRecord) -> list[str]:
+    """Return MFU and the share of a measured product; older records call the latter ``mfu``."""
+    metrics = speed.metrics
+    measured = metrics.get("product_share", metrics.get("mfu") if "data_sheet_flops" not in metrics else None)
+    return [points(metrics.get("mfu") if "data_sheet_flops" in metrics else None), points(measured)]
 
 
 def scaling(report: "Report") -> Table:
