@@ -209,7 +209,7 @@ def test_a_used_up_quota_is_told_and_costs_no_finished_block(
     fsync, synced = os.fsync, iter(range(100))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing(fsync, errno.EDQUOT, lambda *_: next(synced) > 12))
-        with pytest.raises(WmddError, match="the disk quota is used up; what was finished before is kept"):
+        with pytest.raises(WmddError, match="the disk quota is used up; earlier results are kept"):
             pipeline.run(blocked, tmp_path / "run", share=DISTIL)
     assert not list(tmp_path.rglob("*.tmp"))
     finished = sorted((tmp_path / "run" / "blocks").glob("*.safetensors"))

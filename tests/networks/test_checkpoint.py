@@ -341,7 +341,7 @@ def test_ranks_that_train_a_teacher_stop_together_and_end_in_the_same_weights(
     whole = in_ranks(2, lambda: train("whole", None))
     assert len(set(whole)) == 1
     first, second = in_ranks(2, lambda: train("cut", (DECODING, 32)))
-    assert first == "stopped, as another rank was" and second == "stopped while decoding the training images"
+    assert first == "stopped because another rank was stopped" and second == "stopped while decoding the training images"
     assert in_ranks(2, lambda: train("cut", (TRAINING, 7))) == ["teacher checkpointed after 7 of 20 updates"] * 2
     assert in_ranks(2, lambda: train("cut", None)) == whole
 

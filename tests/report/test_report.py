@@ -227,7 +227,7 @@ def test_a_corrupt_line_is_named_and_the_rest_counts(tmp_path: Path) -> None:
     report = collect([run])
 
     assert any(problem.startswith("digits/records/students.jsonl:4: Invalid JSON") for problem in report.problems)
-    assert any(problem.startswith("digits/blocks/block-00000.json: is not whole JSON") for problem in report.problems)
+    assert any(problem.startswith("digits/blocks/block-00000.json: is not complete JSON") for problem in report.problems)
     assert row_of(report, "wmdd")["n"] == 3
     assert "students.jsonl:4" in printed(report)
 
@@ -318,7 +318,7 @@ def test_a_damaged_block_is_told_on_the_page(tmp_path: Path) -> None:
     write_html(collect([run]), tmp_path / "report.html")
 
     page = (tmp_path / "report.html").read_text()
-    assert "digits/blocks/block-00000.safetensors: is not a whole safetensors file" in page
+    assert "digits/blocks/block-00000.safetensors: is not a complete safetensors file" in page
 
 
 def test_the_page_is_the_same_each_time(tmp_path: Path) -> None:

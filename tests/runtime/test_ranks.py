@@ -167,7 +167,7 @@ def test_a_run_with_split_classes_ends_and_its_teams_share_the_groups(tiny: Conf
 
 @pytest.mark.parametrize("key", ["synthesis.split_class", "teacher.ranks", "student.ranks"])
 def test_too_few_ranks_for_a_team_are_refused(key: str, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=rf"{key} = 2: the job has 1 ranks.*nproc-per-node 2"):
+    with pytest.raises(Exception, match=rf"{key} = 2 does not divide the job's 1 ranks.*nproc-per-node 2"):
         pipeline.run("digits", tmp_path / "run", [*TINY, f"{key}=2", "teacher.seed=99"])
 
 
@@ -272,7 +272,7 @@ def test_ranks_that_stop_at_different_times_have_all_stopped_and_none_is_lost() 
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
-    assert in_ranks(3, work) == ["Interrupted: checkpointed"] * 2 + ["Interrupted: stopped, as another rank was"]
+    assert in_ranks(3, work) == ["Interrupted: checkpointed"] * 2 + ["Interrupted: stopped because another rank was stopped"]
 
 
 def survivors(work: Callable[[Ranks], object], tmp_path: Path) -> list[tuple[str, str]]:

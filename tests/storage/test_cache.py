@@ -109,7 +109,7 @@ def test_a_read_only_store_serves_what_it_has_and_names_the_remedy_for_the_rest(
     pipeline.run(tiny, tmp_path / "second", share=DISTIL)
     cache.pin([own / "teachers" / "key"])
     other = tiny.model_copy(update={"teacher": tiny.teacher.model_copy(update={"seed": 1})})
-    with pytest.raises(InputError, match="Read-only file system; set WMDD_CACHE to a folder of yours"):
+    with pytest.raises(InputError, match="Read-only file system; set WMDD_CACHE to a writable folder"):
         pipeline.run(other, tmp_path / "third", share=DISTIL)
 
 

@@ -122,7 +122,7 @@ def test_every_shape_is_compiled_also_the_ninth(jobs: dict[str, Ranks]) -> None:
 def test_a_process_that_makes_more_graphs_than_allowed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks_module, "_MAX_GRAPHS", 2)
     with (
-        pytest.raises(WmddError, match=r"compute\.compile = true: one process made 2 graphs"),
+        pytest.raises(WmddError, match=r"compute\.compile = true: one process compiled 2 graphs"),
         ranks(ComputeConfig(device="cpu", compile=True)) as job,
     ):
         step = job.compiled(lambda values: 3 * values)

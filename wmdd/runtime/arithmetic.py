@@ -1,7 +1,7 @@
-"""The arithmetic that results are computed in: resolved from ``compute`` on the device at hand, set, recorded.
+"""The arithmetic of results: derived from the config section ``compute`` and the device, applied, and recorded.
 
-The same config may compute in bf16 on one machine and in fp32 on another.  Its fingerprint therefore leaves rounding
-out; what was really used stands beside it, and results of two arithmetics are never joined.
+The same config may compute in bf16 on one machine and in fp32 on another.  Its fingerprint therefore does not cover
+rounding.  The arithmetic is recorded next to the fingerprint, and results of two arithmetics are never combined.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a device can do."""
+    """Capabilities of a device."""
 
     device: Literal["cpu", "cuda"]
     bf16: bool
-    """Whether it has instructions for bf16"""
+    """Whether the device has bf16 instructions"""
     tf32: bool = False
 
 
@@ -34,15 +34,15 @@ class Arithmetic:
     precision: Literal["fp32", "tf32", "bf16"]
     """``fp32`` is IEEE single precision"""
     compile: bool
-    """Whether steps go through torch.compile"""
+    """Whether steps are compiled with torch.compile"""
     deterministic: bool
-    """Whether cuDNN takes deterministic algorithms only; always true on a CPU"""
+    """Whether cuDNN uses only deterministic algorithms; always true on a CPU"""
     threads: int | None
-    """Threads of each rank, among which a CPU splits its sums; None on a GPU"""
+    """Number of threads of each rank, which decides how a CPU splits its sums; None on a GPU"""
 
     @staticmethod
     def from_facts(facts: Mapping[str, Any] | None) -> "Arithmetic | None":
-        """Return what ``facts`` wrote down; None for anything else."""
+        """Return the arithmetic that ``facts`` has recorded; None for other content."""
         try:
             return Arithmetic(**(facts or {}))
         except TypeError:
@@ -50,7 +50,7 @@ class Arithmetic:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What files and digests hold of it."""
+        """The arithmetic as files and digests contain it."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -60,23 +60,23 @@ class Arithmetic:
         return ", ".join(parts)
 
     def keys_unlike(self, other: "Arithmetic") -> str:
-        """Return the settings that make a process compute like this one where ``other`` does not."""
+        """Return the settings, such as ``compute.threads=2``, that turn ``other`` into this arithmetic."""
         mine, theirs = self.facts, other.facts
         unlike = [key for key, value in mine.items() if value != theirs[key] and value is not None]
         return " ".join(f"compute.{key}={str(mine[key]).lower()}" for key in unlike)
 
 
 def resolve(compute: ComputeConfig, hardware: Hardware) -> Arithmetic:
-    """Return the arithmetic that a config asks for on a device.
+    """Return the arithmetic of a config on a device.
 
     Raises:
-        InputError: the device has no TF32.
+        InputError: the config requires TF32, and the device has no TF32.
     """
     precision = compute.precision
     if precision == "tf32" and not hardware.tf32:
         raise InputError(
-            f"compute.precision = tf32: this {hardware.device} device has no TF32, which NVIDIA GPUs have from Ampere"
-            " on; use fp32, bf16 or auto"
+            f"compute.precision = tf32: this {hardware.device} device has no TF32 (NVIDIA GPUs have it from Ampere on);"
+            " use fp32, bf16 or auto"
         )
     if precision == "auto":
         precision = "bf16" if hardware.bf16 else "fp32"
@@ -86,7 +86,7 @@ def resolve(compute: ComputeConfig, hardware: Hardware) -> Arithmetic:
 
 
 def candidates(compute: ComputeConfig, *devices: Literal["cpu", "cuda"]) -> list[Arithmetic]:
-    """Return what a config may resolve to on devices that cannot be asked, by default on any: ``auto`` has many."""
+    """Return every arithmetic that a config may have on devices of the given kinds (default: any kind)."""
     precisions = ("bf16", "fp32") if compute.precision == "auto" else (compute.precision,)
     found = []
     for device in devices or ("cpu", "cuda"):
@@ -98,12 +98,12 @@ def candidates(compute: ComputeConfig, *devices: Literal["cpu", "cuda"]) -> list
 
 
 def permits(compute: ComputeConfig, used: Arithmetic) -> bool:
-    """Return whether a config may resolve to an arithmetic on some machine."""
+    """Return whether a config may have this arithmetic on some machine."""
     return used in candidates(compute)
 
 
 def hardware_of(device: "torch.device") -> Hardware:
-    """Return what a device of this machine can do; a GPU must be the current one (``torch.cuda.set_device``)."""
+    """Return the capabilities of a device.  A GPU must be the current device (``torch.cuda.set_device``)."""
     import torch
 
     if device.type != "cuda":
@@ -113,7 +113,7 @@ def hardware_of(device: "torch.device") -> Hardware:
 
 
 def native_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions; without them bf16 is 2 to 4 times slower than fp32."""
+    """Return whether this CPU has bf16 instructions.  Without them bf16 is slower than fp32."""
     import torch
 
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -121,7 +121,7 @@ def native_bf16() -> bool:
 
 
 def switches(arithmetic: Arithmetic) -> dict[str, bool]:
-    """Return the switches of ``torch.backends`` for an arithmetic; by torch's own defaults cuDNN would use TF32."""
+    """Return the switches of ``torch.backends`` for an arithmetic.  By torch's defaults cuDNN would use TF32."""
     return {
         "cudnn.allow_tf32": arithmetic.precision == "tf32",
         "cuda.matmul.allow_tf32": arithmetic.precision == "tf32",
@@ -132,7 +132,7 @@ def switches(arithmetic: Arithmetic) -> dict[str, bool]:
 
 @contextmanager
 def applied(arithmetic: Arithmetic) -> Iterator[None]:
-    """Make torch compute so, in this process, and give its switches back as they were."""
+    """Apply an arithmetic to torch in this process; restore torch's switches afterwards."""
     import torch
 
     with ExitStack() as stack:

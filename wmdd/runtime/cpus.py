@@ -1,14 +1,14 @@
-"""How many processes a rank may start beside itself."""
+"""The number of helper processes that a rank may start."""
 
 import os
 from collections.abc import Mapping
 
 
 def processes(wanted: int) -> int:
-    """Return the number of processes that this rank starts when the config asks for ``wanted`` (``compute.workers``).
+    """Return the number of helper processes of this rank for ``wanted`` (``compute.workers``).
 
-    There is at most one for each CPU that the rank may use, but never none where one is wanted.  More would only wait
-    for each other, and torch would warn.  Results do not depend on the number.
+    It is at most the number of CPUs that the rank may use, and at least 1 unless ``wanted`` is 0.  More processes would
+    only wait for each other, and torch would warn.  Results do not depend on the number.
     """
     return min(wanted, max(1, cpus_of_rank(len(os.sched_getaffinity(0)), os.environ)))
 
@@ -17,8 +17,8 @@ def cpus_of_rank(usable: int, environment: Mapping[str, str]) -> int:
     """Return the number of CPUs of one rank.
 
     Args:
-        usable: number of CPUs that the process may use.  The ranks of a node share them under torchrun; srun gives
-            each rank its own.
+        usable: number of CPUs that the process may use.  Under torchrun the ranks of a node share them; under srun
+            each rank has its own CPUs.
         environment: environment variables of the process.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in environment

@@ -1,11 +1,11 @@
-"""Python's garbage collector, told that the program will be large."""
+"""Settings of Python's garbage collector for a large program."""
 
 import gc
 
 _THRESHOLD = 10_000
-"""New container objects between two collections; Python's own 700 makes the import of torch an eighth slower."""
+"""Number of new container objects between two collections.  Python's default of 700 slows down the import of torch."""
 
 
 def expect_many_objects() -> None:
-    """Collect garbage less often.  Call it before torch is imported, in a process that belongs to wmdd alone."""
+    """Collect garbage less often.  Call this before torch is imported, and only in a process of wmdd itself."""
     gc.set_threshold(_THRESHOLD)

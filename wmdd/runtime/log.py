@@ -1,8 +1,8 @@
-"""What a process says while it works: shown on standard error, and kept in a file of the run.
+"""Log messages: on standard error, and in a file of the run folder.
 
-Modules log to ``logging.getLogger(__name__)``; those of bench, slurm and sweeps put ``wmdd.`` before their names.  INFO
-is for the user who follows the work, WARNING for what every rank should report, DEBUG for the file alone.  Commands and
-``wmdd.run`` attach handlers to the logger ``wmdd`` while they work.  The root logger is never touched.
+Modules log to ``logging.getLogger(__name__)``; modules of bench, slurm and sweeps add the prefix ``wmdd.``.  INFO is
+for the user, WARNING for problems that any rank reports, DEBUG only for the file.  Commands and ``wmdd.run`` attach
+handlers to the logger ``wmdd`` while they work.  They never change the root logger.
 """
 
 import logging
@@ -18,21 +18,21 @@ from rich.console import Console
 from wmdd.errors import Interrupted, WmddError
 
 _NO_TERMINAL = 200
-"""Columns of a table in a file or a pipe: more than any needs, for they are not filled up"""
+"""Width of output to a file or a pipe, in columns: more than any table needs.  Tables are not padded to it"""
 
 
 def _as_wide_as_needed(**options: Any) -> Console:
-    """Return a console as wide as its terminal; without one, or COLUMNS, no table is cut off."""
+    """Return a console as wide as its terminal or COLUMNS.  Without either it is so wide that no table is cut off."""
     found = Console(**options)
     return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=_NO_TERMINAL, **options)
 
 
 console = _as_wide_as_needed(stderr=True, highlight=False)
-"""Progress and messages go to standard error; results that were asked for go to standard output."""
+"""Console for progress and messages, on standard error.  Results of commands go to standard output."""
 
 
 def results() -> Console:
-    """Return a console for what a command was asked to tell."""
+    """Return a console for the results of a command, on standard output."""
     return _as_wide_as_needed()
 
 
@@ -50,7 +50,7 @@ class _Screen(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """Appends messages to a file, which its first message creates.  A disk that takes none stops no run."""
+    """Appends messages to a file.  The first message creates the file.  A full disk does not stop the run."""
 
     def _open(self) -> Any:
         Path(self.baseFilename).parent.mkdir(exist_ok=True)
@@ -70,9 +70,10 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def on_screen(level: int = logging.INFO) -> Iterator[None]:
-    """Show messages of this level and above on standard error for the length of the block.
+    """Show messages of this level and above on standard error within the block.
 
-    Within another such block it can only raise the level.  So can a level that the caller gave the logger ``wmdd``.
+    A nested block can only raise the level.  A level that the caller has set on the logger ``wmdd`` also only raises
+    it.
     """
     outer = _screen()
     screen = outer or _Screen()
@@ -89,7 +90,7 @@ def on_screen(level: int = logging.INFO) -> Iterator[None]:
 
 
 def shows_progress() -> bool:
-    """Return whether standard error is a terminal on which messages of level INFO are shown."""
+    """Return whether standard error is a terminal that shows messages of level INFO."""
     screen = _screen()
     return console.is_terminal and screen is not None and screen.level <= logging.INFO
 
@@ -100,19 +101,19 @@ def _screen() -> _Screen | None:
 
 @contextmanager
 def in_file(path: Path, rank: int = 0) -> Iterator[Callable[[], None]]:
-    """Keep the messages of the block in a file, and the error that ends it, with its trace if it is a bug.
+    """Write the messages of the block to a file, and the error that ends the block; a bug with its traceback.
 
-    Yields a function that opens the file; until it is called, messages wait in memory.  The file is for people: nothing
-    reads it, and it may be deleted at any time.
+    Yields a function that opens the file; until it is called, messages wait in memory.  The file is for people: no
+    program reads it, and it may be deleted at any time.
 
     Args:
-        path: file of rank 0, which keeps every message.
-        rank: number of this process; another than 0 writes to ``NAME.rankN.log``, from its first warning on.
+        path: log file of rank 0, with all messages.
+        rank: rank of this process.  Ranks other than 0 write warnings and errors to ``NAME.rankN.log``.
     """
     own = path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}.log")
     file = _LogFile(own, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank}: %(message)s", "%Y-%m-%d %H:%M:%S%z"))
-    waiting = MemoryHandler(capacity=1)  # without a target it keeps all, with one it passes each on
+    waiting = MemoryHandler(capacity=1)  # without a target it keeps all messages, with a target it forwards each
     waiting.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
 
     def open_file() -> None:
@@ -129,7 +130,7 @@ def in_file(path: Path, rank: int = 0) -> Iterator[Callable[[], None]]:
 
 
 def _last_record(error: BaseException) -> logging.LogRecord:
-    """Return what the file says of the error that ended the work."""
+    """Return the log record of the error that ended the work."""
     stopped = isinstance(error, Interrupted | KeyboardInterrupt)
     trace = None if stopped or isinstance(error, WmddError) else (type(error), error, error.__traceback__)
     level = logging.INFO if stopped else logging.ERROR
@@ -138,7 +139,8 @@ def _last_record(error: BaseException) -> logging.LogRecord:
 
 @contextmanager
 def _attached(handler: logging.Handler) -> Iterator[None]:
-    """Attach a handler to the logger ``wmdd``, which passes everything to its handlers and nothing to the root's."""
+    """Attach a handler to the logger ``wmdd``, which passes all messages to its handlers and none to the root
+    logger."""
     before = _logger.level, _logger.propagate
     _logger.addHandler(handler)
     _logger.setLevel(logging.DEBUG)

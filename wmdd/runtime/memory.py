@@ -1,4 +1,4 @@
-"""A lack of memory is answered in one line that names the key to change."""
+"""Turns out-of-memory errors into one line that names the config key to change."""
 
 import os
 import resource
@@ -12,11 +12,11 @@ from wmdd.errors import WmddError
 
 @contextmanager
 def within_memory(device: torch.device, remedy: str = "use smaller batches or groups") -> Iterator[None]:
-    """Turn a lack of memory into one line with the peak and what to do.
+    """Turn an out-of-memory error of the block into one line with the peak memory and the remedy.
 
     Args:
-        device: where the work runs.
-        remedy: names the config key to change.
+        device: device of the work.
+        remedy: remedy for the message, with the config key to change.
 
     Raises:
         WmddError: an allocation failed on the device or on the CPU.
@@ -31,7 +31,7 @@ def within_memory(device: torch.device, remedy: str = "use smaller batches or gr
 
 
 def _short_of_memory(error: BaseException, device: torch.device) -> torch.device | None:
-    """Return which device an error says is out of memory; None for any other error."""
+    """Return the device that an error reports as out of memory; None for other errors."""
     if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
         return device
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
@@ -40,7 +40,7 @@ def _short_of_memory(error: BaseException, device: torch.device) -> torch.device
 
 
 def _peak(device: torch.device) -> str:
-    """Return the most memory that this process has held there, and what the device has."""
+    """Return the peak memory of this process on a device, and the device's total memory."""
     if device.type == "cuda":
         peak, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
     else:

@@ -1,4 +1,4 @@
-"""What a stretch of work cost: time, device time, peak memory, and energy where the driver counts it."""
+"""Cost of a piece of work: time, device time, peak memory, and energy where the driver measures it."""
 
 import resource
 import time
@@ -12,11 +12,11 @@ _RAPL = Path("/sys/class/powercap")
 
 
 class Meter:
-    """Measures from its making on.
+    """Measures the cost of the work from its creation on.
 
     Args:
-        device: where the work runs.
-        devices: how many of them work on it together.
+        device: device of the work.
+        devices: number of devices that share the work.
     """
 
     def __init__(self, device: torch.device, devices: int = 1) -> None:
@@ -28,14 +28,14 @@ class Meter:
         self._before: dict[str, float] = {}
 
     def add_previous(self, spent: Mapping[str, float]) -> None:
-        """Count what was spent on the same work before it was interrupted, as ``read`` told it then."""
+        """Add the cost of earlier, interrupted attempts, as returned by their ``read``."""
         self._before = dict(spent)
 
     def read(self) -> dict[str, float]:
         """Return ``seconds``, ``device_seconds``, ``peak_bytes`` and, where counters are readable, ``joules``.
 
-        ``peak_bytes``: of the device's allocator; on a CPU, of the process since it started.  ``joules``: of the whole
-        device or CPU package, whoever else used it, times the devices.
+        ``peak_bytes``: peak of the device's allocator; on a CPU, of the process since its start.  ``joules``: energy of
+        the whole device or CPU package, including other processes, times the number of devices.
         """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -45,10 +45,10 @@ class Meter:
         seconds = time.perf_counter() - self._begun
         found = {"seconds": seconds, "device_seconds": seconds * self._devices}
         now = energy_joules(self._device)
-        if self._energy is not None and now is not None and now >= self._energy:  # counters of CPUs wrap
+        if self._energy is not None and now is not None and now >= self._energy:  # energy counters of CPUs wrap around
             found["joules"] = (now - self._energy) * self._devices
         if self._before and "joules" not in self._before:
-            found.pop("joules", None)  # of this piece alone
+            found.pop("joules", None)  # would cover only the last attempt
         found = {key: round(value + self._before.get(key, 0.0), 3) for key, value in found.items()}
         return found | {"peak_bytes": max(float(peak), self._before.get("peak_bytes", 0.0))}
 
@@ -64,5 +64,5 @@ def energy_joules(device: torch.device) -> float | None:
         counters = [path / "energy_uj" for path in _RAPL.glob("intel-rapl:?")]
         return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
     except Exception:
-        # An optional counter of a driver we do not control: whatever is wrong with it, there is no figure.
+        # The counter is optional and its driver is not ours: after any error there is no value.
         return None

@@ -1,7 +1,8 @@
 """Heartbeats and agreement among the ranks of a job.
 
-Ranks meet in the job's key-value store and not in a collective: a collective tells nobody who is missing, and whoever
-waits in it cannot be asked to stop.  Every rank beats there; a rank whose beat stands still, or that has left, is gone.
+Ranks meet in the job's key-value store instead of a collective.  A collective cannot name a missing rank, and a stop
+request cannot interrupt it.  Each rank writes a heartbeat to the key-value store.  A rank counts as gone when its
+heartbeat has stopped, or when it has left for another reason than a stop request.
 """
 
 import itertools
@@ -15,13 +16,13 @@ from typing import Any
 from wmdd.errors import Interrupted, WmddError
 
 _HEARTBEAT_SECONDS = 0.5
-"""Seconds between two beats."""
+"""Seconds between two heartbeats."""
 _LOST_AFTER_SECONDS = 30.0
-"""Seconds without a beat after which a rank counts as gone."""
+"""Seconds without a heartbeat after which a rank counts as gone."""
 _LOST_AFTER_SECONDS_ON_STOP = 5.0
-"""The same once somebody has asked this rank to stop: a launcher that lost one rank ends the others."""
+"""The same after a stop request: a launcher that has lost one rank also stops the others."""
 _STOPPED = "stopped"
-"""Mark of a rank that has left because it was asked to stop."""
+"""Value written by a rank that leaves because of a stop request."""
 
 
 class PeerLost(WmddError):
@@ -29,13 +30,13 @@ class PeerLost(WmddError):
 
 
 class Peers:
-    """One rank's view of the others.
+    """Communication of this rank with the other ranks of the job.
 
     Args:
-        store: ``torch.distributed`` store of the job.
-        rank: this process.
+        store: key-value store of the job (``torch.distributed``).
+        rank: rank of this process.
         size: number of ranks.
-        stop: whether this process was asked to stop.
+        stop: returns whether this process was asked to stop.
     """
 
     def __init__(self, store: Any, rank: int, size: int, stop: Callable[[], bool]) -> None:
@@ -43,15 +44,15 @@ class Peers:
         self._turns = itertools.count()
         self._left = threading.Event()
         self._beat(store, 0)
-        # A client of its own: one that waits would keep the beat waiting.
+        # A separate client: a waiting request of the main thread would delay the heartbeat.
         self._thread = threading.Thread(target=self._keep_beating, args=(store.clone(),), daemon=True)
         self._thread.start()
 
     def broadcast_from_main(self, value: Any) -> Any:
-        """Wait until all ranks are here, and return rank 0's value (anything JSON holds).
+        """Wait for all ranks, and return rank 0's value (any JSON value).
 
         Raises:
-            PeerLost: a rank is gone; the message names it.
+            PeerLost: a rank is gone; the message names the rank.
             Interrupted: this rank was asked to stop while it waited, and no rank is gone.
         """
         turn = next(self._turns)
@@ -64,7 +65,7 @@ class Peers:
             while self._store.add(f"here/{turn}", 0) < self._size:
                 gone = watch.gone(_LOST_AFTER_SECONDS)
                 if (gone or watch.stopped) and self._store.add(f"here/{turn}", 0) == self._size:
-                    break  # who has left came here first
+                    break  # the rank has left after this meeting
                 gone = self._verdict(gone)
                 if not gone and self._stop():
                     gone = self.missing()
@@ -73,12 +74,13 @@ class Peers:
                 if gone:
                     raise PeerLost(f"rank {self._rank} of {self._size}: {describe(gone)}; start the same command again")
                 if watch.stopped:
-                    raise Interrupted("stopped, as another rank was")
+                    raise Interrupted("stopped because another rank was stopped")
                 time.sleep(pause)
                 pause = min(2 * pause, 0.1)
             return json.loads(self._store.get(f"value/{turn}"))
         except RuntimeError as error:
-            raise PeerLost(f"rank {self._rank} of {self._size}: the rank that keeps the job's store is gone") from error
+            host = "the rank that hosts the job's key-value store is gone"
+            raise PeerLost(f"rank {self._rank} of {self._size}: {host}") from error
 
     def ticket(self, queue: str) -> int:
         """Return the next number of a queue, from 0: each number is given to one rank of the job.
@@ -92,7 +94,7 @@ class Peers:
             raise PeerLost(f"rank {self._rank} of {self._size}: the rank that keeps the job's store is gone") from error
 
     def missing(self) -> list[int]:
-        """Return the ranks that are gone, after a short watch."""
+        """Watch the heartbeats for a few seconds, and return the ranks that are gone."""
         watch = _Watch(self._store, self._rank, self._size)
         deadline = time.monotonic() + _LOST_AFTER_SECONDS_ON_STOP + 2 * _HEARTBEAT_SECONDS
         gone: list[int] = []
@@ -105,9 +107,9 @@ class Peers:
             return [0]
 
     def _verdict(self, gone: list[int]) -> list[int]:
-        """Return what the first rank to find some gone has found, and has told before it left.
+        """Return the ranks that the first rank to notice a loss has found gone.
 
-        So that all name the cause, and not the finder.
+        All ranks thus name the cause, and not the rank that noticed it and left.
         """
         if not gone:
             return []
@@ -115,21 +117,21 @@ class Peers:
         return found
 
     def leave(self, stopped: bool = False) -> None:
-        """Tell the others that this rank comes to no further meeting, and stop beating.
+        """Announce that this rank comes to no further meeting, and end the heartbeat.
 
-        Ranks that are asked to stop do so when they can: one that has stopped is not lost to the others.
+        Ranks stop at different times after a stop request: a rank that has stopped does not count as gone.
         """
         self._left.set()
         self._thread.join(timeout=2 * _HEARTBEAT_SECONDS)
         try:
             self._store.set(f"left/{self._rank}", _STOPPED if stopped else "")
-            if self._rank == 0:  # which may keep the store: wait for the others to read what it holds
+            if self._rank == 0:  # rank 0 may host the key-value store: wait until the others have left
                 everyone = [f"left/{rank}" for rank in range(self._size)]
                 self._store.wait(
                     everyone, timedelta(seconds=_LOST_AFTER_SECONDS if stopped else _LOST_AFTER_SECONDS_ON_STOP)
                 )
         except RuntimeError:
-            pass  # the store went with another rank
+            pass  # the key-value store ended with another rank
 
     def _keep_beating(self, store: Any) -> None:
         for count in itertools.count(1):
@@ -138,14 +140,14 @@ class Peers:
             try:
                 self._beat(store, count)
             except RuntimeError:
-                return  # the store is gone, and the next meeting will say so
+                return  # the key-value store is gone; the next meeting raises the error
 
     def _beat(self, store: Any, count: int) -> None:
         store.set(f"beat/{self._rank}", str(count))
 
 
 class _Watch:
-    """Remembers when each rank's beat last changed, by this rank's own clock."""
+    """Records when each rank's heartbeat last changed, by this rank's clock."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store = store
@@ -154,10 +156,10 @@ class _Watch:
         self._changed: dict[int, float] = {}
         self._looked = -_HEARTBEAT_SECONDS
         self.stopped = False
-        """Whether a rank was seen to have left because it was asked to stop"""
+        """Whether a rank has left because of a stop request"""
 
     def gone(self, patience: float) -> list[int]:
-        """Return the ranks that have left or whose beat stood still for ``patience`` seconds."""
+        """Return the ranks that have left, or whose heartbeat has not changed for ``patience`` seconds."""
         now = time.monotonic()
         if now - self._looked < _HEARTBEAT_SECONDS:
             return []

@@ -1,4 +1,4 @@
-"""Which rank of which job this process is, and which device it takes: decided by its environment, without torch."""
+"""The rank and the device of this process.  Its environment decides both; this module does not import torch."""
 
 import os
 import re
@@ -9,37 +9,37 @@ from wmdd.errors import InputError
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _FIRST_PORT, _PORTS = 16384, 16384
-"""Ports of the jobs that srun starts: below the ephemeral ones of Linux, which begin at 32768."""
+"""Ports of jobs started by srun: below the ephemeral ports of Linux, which begin at 32768."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A process among those of its job; by default it is the only one."""
+    """Position of a process in its job; by default it is the only process."""
 
     rank: int = 0
     size: int = 1
-    """Ranks of the job"""
+    """Number of ranks of the job"""
     local: int = 0
-    """Number of this process among those of its node"""
+    """Position of this process among the processes of its node"""
     meeting: str = "env://"
-    """Where the ranks find each other, as ``torch.distributed.rendezvous`` takes it"""
+    """Address where the ranks meet, for ``torch.distributed.rendezvous``"""
     own_gpu: bool = False
-    """Whether the launcher shows each process one GPU of its own, which is the first and only one that it sees"""
+    """Whether the launcher shows each process only its own GPU"""
 
     @property
     def by_srun(self) -> bool:
-        """Whether srun alone started the ranks, with no torchrun between."""
+        """Whether srun started the ranks directly, without torchrun."""
         return self.meeting != "env://"
 
 
 def placement_of(environment: Mapping[str, str]) -> Placement:
-    """Return where a process with this environment stands.
+    """Return the placement of a process with this environment.
 
-    torchrun and ``wmdd slurm`` set RANK.  Plain ``srun -n 8`` sets SLURM_STEP_NUM_TASKS, and neither sbatch nor salloc
-    does.  A shell on a terminal (``srun --pty``) is one process, whatever the number of tasks.
+    torchrun and ``wmdd slurm`` set RANK.  Plain ``srun -n 8`` sets SLURM_STEP_NUM_TASKS; sbatch and salloc do not.  A
+    shell on a terminal (``srun --pty``) is one process, for any number of tasks.
     """
     visible = next((environment[name] for name in _VISIBLE if environment.get(name)), "")
-    # Ranks of one torchrun have one environment: a single GPU in it is the same for all of them.
+    # Under torchrun all ranks have the same environment: a single visible GPU is then shared by all ranks.
     own_gpu = bool(visible) and "," not in visible and "TORCHELASTIC_RUN_ID" not in environment
     if "RANK" in environment:
         rank, size, local = (int(environment.get(key, value)) for key, value in _TORCHRUN)
@@ -55,9 +55,9 @@ _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def _meeting(environment: Mapping[str, str]) -> str:
-    """Return the address of rank 0, which srun puts on the first node of its step, and a port.
+    """Return the address of rank 0, which runs on the first node of the step, and a port.
 
-    The port depends on the step and on the job's restarts: a port that another program holds is not tried again.
+    The port depends on the step and on the number of restarts, so that a restart does not retry an occupied port.
     """
     one_node = environment.get("SLURM_STEP_NUM_NODES") == "1"
     host = "127.0.0.1" if one_node else _first_host(environment["SLURM_STEP_NODELIST"])
@@ -67,7 +67,7 @@ def _meeting(environment: Mapping[str, str]) -> str:
 
 
 def _first_host(nodes: str) -> str:
-    """Return the first node of a list as SLURM writes it, such as ``rack[1-2]n[03,05-07],login``."""
+    """Return the first node of a SLURM node list, such as ``rack[1-2]n[03,05-07],login``."""
     matched = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[([^,\-\]]*)[^\]]*\]", r"\1", matched[0] if matched else nodes)
 
@@ -76,12 +76,12 @@ def choose_device(name: str, here: Placement, visible: int) -> str:
     """Return the device of a rank, such as ``cpu`` or ``cuda:3``.
 
     Args:
-        name: ``compute.device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        here: where this process stands.
+        name: value of ``compute.device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        here: placement of this process.
         visible: number of GPUs that torch sees.
 
     Raises:
-        InputError: there is no such GPU, or none for this rank.
+        InputError: the GPU does not exist, or there is no GPU for this rank.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"compute.device = {name!r}: expected auto, cpu, cuda or cuda:N")
@@ -90,7 +90,7 @@ def choose_device(name: str, here: Placement, visible: int) -> str:
     node = os.uname().nodename
     if visible == 0:
         raise InputError(
-            f"compute.device = {name!r}: torch sees no GPU on {node}; look with nvidia-smi and wmdd doctor there,"
+            f"compute.device = {name!r}: torch sees no GPU on {node}; check with nvidia-smi and wmdd doctor there,"
             " or set compute.device=cpu"
         )
     if name in ("auto", "cuda"):
@@ -100,7 +100,7 @@ def choose_device(name: str, here: Placement, visible: int) -> str:
             return "cuda:0"
         raise InputError(
             f"compute.device = {name!r}: rank {here.rank} is number {here.local + 1} on {node}, where torch sees"
-            f" {visible} GPUs; start one rank a GPU, or set compute.device=cpu"
+            f" {visible} GPUs; start one rank per GPU, or set compute.device=cpu"
         )
     if int(name.partition(":")[2]) >= visible:
         raise InputError(f"compute.device = {name!r}: torch sees {visible} GPUs on {node}, numbered from 0")

@@ -1,4 +1,4 @@
-"""Progress on long work: bars on a terminal, lines elsewhere."""
+"""Progress of long work: bars on a terminal, lines elsewhere."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ from wmdd.runtime import log
 logger = logging.getLogger(__name__)
 
 Observer = Callable[[str, int, int, str], None]
-"""Takes title, steps done, steps in all and unit of a piece of work when it begins, continues and ends."""
+"""Function called with title, finished steps, total steps and unit when work begins, continues and ends."""
 
 _observers: list[Observer] = []
 _bars: Progress | None = None
@@ -20,7 +20,7 @@ _bars: Progress | None = None
 
 @contextmanager
 def observed_by(observer: Observer) -> Iterator[None]:
-    """Call an observer at every progress within the block."""
+    """Call an observer at every step of progress within the block."""
     _observers.append(observer)
     try:
         yield
@@ -32,8 +32,8 @@ def observed_by(observer: Observer) -> Iterator[None]:
 def progress(title: str, total: int, unit: str, observed: bool = True) -> Iterator[Callable[[int], None]]:
     """Show the progress of one piece of work; yields ``advance(steps)``.  May be nested.
 
-    Without a terminal, one line says when it begins and one when it ends.  ``observed=False`` tells no observers: they
-    write into the run folder, which may not be this run's before its data are known.
+    Without a terminal, one line reports the begin and one line the end.  ``observed=False`` calls no observers.  They
+    write to the run folder, which may belong to another run until the dataset is known.
     """
     if total == 0:
         yield lambda steps: None

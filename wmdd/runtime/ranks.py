@@ -1,4 +1,4 @@
-"""Ranks, devices and random numbers that do not depend on how the work is spread."""
+"""The ranks of a job, with their device and arithmetic."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from wmdd.runtime.team import T, Team
 logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(minutes=10)
-"""How long ranks wait for each other when they meet, and in a collective: long waits are meetings in the peers."""
+"""Maximum wait at the start of the job and in a collective.  Longer waits use ``Peers``."""
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,15 +32,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job: ``rank`` of ``size``, with its device and arithmetic."""
+    """This process in its job: rank ``rank`` of ``size``, with its device and arithmetic."""
 
     rank: int
     size: int
     device: torch.device
     arithmetic: Arithmetic
-    """The same on all ranks of the job"""
+    """Arithmetic, the same on all ranks of the job"""
     peers: Peers | None = None
-    """Of the job's ranks; None when there is one"""
+    """Communication with the other ranks; None when there is only one rank"""
     _groups: dict[int, list[Any]] = field(default_factory=dict)
 
     @property
@@ -50,24 +50,24 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is the rank that writes what is shared."""
+        """Whether this is rank 0, which writes the shared files."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all ranks; free when there is one.
+        """Wait for all ranks.  It costs nothing when there is only one rank.
 
         Raises:
-            PeerLost: another rank is gone; the message names it.
-            Interrupted: a stop was asked for while waiting.
+            PeerLost: another rank is gone; the message names the rank.
+            Interrupted: a stop was requested during the wait.
         """
         self.broadcast_from_main(None)
 
     def broadcast_from_main(self, value: T) -> T:
-        """Return rank 0's value (anything JSON holds) on every rank, so that all take the same decision.
+        """Return rank 0's value (any JSON value) on every rank, so that all ranks take the same decision.
 
         Raises:
-            PeerLost: another rank is gone; the message names it.
-            Interrupted: a stop was asked for while waiting.
+            PeerLost: another rank is gone; the message names the rank.
+            Interrupted: a stop was requested during the wait.
         """
         return value if self.peers is None else self.peers.broadcast_from_main(value)
 
@@ -81,18 +81,19 @@ class Ranks:
             yield own if self.peers is None else self.peers.ticket(queue)
 
     def team(self, size: int, key: str) -> Team:
-        """Return this rank's team when the job is cut into teams of ``size`` consecutive ranks; all ranks must ask.
+        """Return this rank's team when the job is divided into teams of ``size`` consecutive ranks; all ranks must call
+        it.
 
         Args:
-            size: ranks of a team.
-            key: of the config, for the message.
+            size: number of ranks of a team.
+            key: config key of the size, for the error message.
 
         Raises:
-            InputError: the number of ranks is no multiple of ``size``.
+            InputError: ``size`` does not divide the number of ranks.
         """
         if self.size % size:
             raise InputError(
-                f"{key} = {size}: the job has {self.size} ranks, which is no multiple; start it with torchrun"
+                f"{key} = {size} does not divide the job's {self.size} ranks; start it with torchrun"
                 f" --nproc-per-node {size}, or set {key}=1"
             )
         if size > 1 and size not in self._groups:
@@ -103,13 +104,13 @@ class Ranks:
         return Team(index, self.size // size, rank, size, self._groups[size][index] if size > 1 else None)
 
     def autocast(self) -> torch.autocast:
-        """Return the context under which networks run: bf16 autocast, or nothing at other precisions."""
+        """Return the context for networks: bf16 autocast, or a context without effect at other precisions."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compiled(self, function: F) -> F:
-        """Return a function or network for a loop that calls it with few shapes, compiled if the config asks for it.
+        """Return a function or network, compiled if the config sets ``compute.compile``.
 
-        Each shape is compiled for itself: with sizes as variables it would be slower for all.
+        It is compiled once per input shape: dynamic shapes would be slower.  So call it with few shapes.
         """
         return torch.compile(function, dynamic=False) if self.arithmetic.compile else function  # type: ignore[return-value]
 
@@ -118,20 +119,20 @@ class Ranks:
 def ranks(
     compute: ComputeConfig, stop: Callable[[], bool] = lambda: False, here: Placement | None = None
 ) -> Iterator[Ranks]:
-    """Join the job that torchrun or srun started (or stand alone), with threads and arithmetic from the config.
+    """Join the job that torchrun or srun has started (or work alone), with threads and arithmetic from the config.
 
-    Torch's threads, switches, current device and random numbers are afterwards as they were.  In a job of several
-    ranks an error is printed before the job is left, which may take seconds.
+    Afterwards torch's threads, switches, current device and random state are restored.  In a job of several ranks an
+    error is printed before this rank leaves the job, because leaving may take seconds.
 
     Args:
-        compute: device, threads, precision.
-        stop: whether this process was asked to stop; looked at while it waits for other ranks.
-        here: where this process stands; by default what its environment says.
+        compute: device, threads and precision.
+        stop: returns whether this process was asked to stop; checked during waits for other ranks.
+        here: placement of this process; None: from its environment.
 
     Raises:
-        InputError: the device does not exist here, lacks a precision, or computes otherwise than that of another rank.
+        InputError: the device does not exist, lacks the precision, or computes differently from another rank's.
         PeerLost: another rank is gone.
-        WmddError: the other ranks do not come, or memory is short.
+        WmddError: the other ranks do not come, or memory is exhausted.
     """
     here = here or placement_of(os.environ)
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -150,12 +151,12 @@ def ranks(
 
 @contextmanager
 def _settings(compute: ComputeConfig, device: torch.device) -> Iterator[None]:
-    """Set torch's threads and current device, and give all back as it was, the random numbers too."""
+    """Set torch's threads and current device; restore both and the random state afterwards."""
     gpus = [device] if device.type == "cuda" else []
     threads = torch.get_num_threads()
     with ExitStack() as stack:
         if gpus:
-            # Before anything else is asked of CUDA: a question would go to GPU 0, and open a context there.
+            # Before any other CUDA call: it would go to GPU 0, and create a context there.
             try:
                 stack.enter_context(torch.cuda.device(device))
                 torch.zeros(1, device=device)
@@ -172,12 +173,12 @@ def _settings(compute: ComputeConfig, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _many_graphs() -> Iterator[None]:
-    """Let torch.compile make a graph for each shape, objective and network of a process.
+    """Let torch.compile create a graph for each shape, objective and network of a process.
 
-    By default the ninth, and what follows it, runs eager without a word.
+    By default torch silently runs the ninth graph and all later ones without compilation.
 
     Raises:
-        WmddError: there are more than ``_MAX_GRAPHS``.
+        WmddError: a process needs more than ``_MAX_GRAPHS`` graphs.
     """
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -192,7 +193,7 @@ def _many_graphs() -> Iterator[None]:
             yield
     except FailOnRecompileLimitHit as error:
         raise WmddError(
-            f"compute.compile = true: one process made {_MAX_GRAPHS} graphs of one step; do fewer runs in a process,"
+            f"compute.compile = true: one process compiled {_MAX_GRAPHS} graphs of one step; do fewer runs per process,"
             " or set compute.compile=false"
         ) from error
 
@@ -202,23 +203,23 @@ _MAX_GRAPHS = 256
 
 @contextmanager
 def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> Iterator[Peers]:
-    """Meet the other ranks of the job, and leave them so that none waits for this one."""
+    """Meet the other ranks of the job.  At the end leave the job, so that no rank waits for this one."""
     if here.by_srun and here.rank == 0:
         logger.info(f"one run on the {here.size} tasks that srun started, which meet at {here.meeting}")
     try:
         store, *_ = next(dist.rendezvous(here.meeting, here.rank, here.size, timeout=_PATIENCE))
         dist.init_process_group(store=store, rank=here.rank, world_size=here.size, **_group_options(device))
     except (dist.DistError, TimeoutError) as error:
-        # NCCL says what is wrong in its last line, others in their first.
-        told = str(error).rpartition("Last error:\n")[2].partition("\n")[0]
-        raise WmddError(f"rank {here.rank} of {here.size}: the ranks do not meet ({here.meeting}): {told}") from error
+        # NCCL gives the cause in its last line, other backends in their first.
+        cause = str(error).rpartition("Last error:\n")[2].partition("\n")[0]
+        raise WmddError(f"rank {here.rank} of {here.size}: the ranks do not meet ({here.meeting}): {cause}") from error
     peers = Peers(dist.PrefixStore("peers", store), here.rank, here.size, stop)
     failure: BaseException | None = None
     try:
         yield peers
     except BaseException as error:
         failure = error
-        # A collective that broke, or a launcher that ends all ranks because it lost one: say which.
+        # A lost rank breaks collectives, or makes the launcher stop all ranks.  Name the lost rank.
         if isinstance(error, RuntimeError | Interrupted) and (gone := peers.missing()):
             failure = PeerLost(f"rank {here.rank} of {here.size}: {describe(gone)}; start the same command again")
             tell(failure)
@@ -235,26 +236,26 @@ def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> 
 
 
 def _group_options(device: torch.device) -> dict[str, Any]:
-    """Return how the process groups of a job are made, for ranks that work on such a device."""
+    """Return the options of the job's process groups, for ranks on this kind of device."""
     if device.type == "cuda":
-        # Tensors on the CPU go through gloo.  Bound to its device, NCCL connects now and refuses two ranks on one GPU.
+        # gloo transfers CPU tensors.  With device_id NCCL connects at once, and refuses two ranks on one GPU.
         return {"backend": "cpu:gloo,cuda:nccl", "timeout": _PATIENCE, "device_id": device}
     return {"backend": "gloo", "timeout": _PATIENCE}
 
 
 def _aborts(device_type: str, failed: bool) -> bool:
-    """Return whether the groups are aborted and not destroyed.
+    """Return whether to abort the process groups instead of destroying them.
 
-    Destroying waits for pending collectives of NCCL; after a failure one may wait for a rank that is gone.
+    Destroying waits for pending NCCL collectives; after a failure such a collective may wait for a lost rank.
     """
     return failed and device_type == "cuda"
 
 
 def _refuse_unlike(job: Ranks) -> None:
-    """Refuse ranks of two arithmetics, on every rank.
+    """Refuse a job whose ranks differ in their arithmetic.  Every rank raises the error.
 
     Raises:
-        InputError: ``compute`` means different things to two ranks.
+        InputError: two ranks have different arithmetics.
     """
     if job.size == 1:
         return

@@ -1,4 +1,4 @@
-"""A stop request: signals set a flag, and long loops read it where they can checkpoint."""
+"""Stop requests: signals set a flag, and long loops check it where they can checkpoint."""
 
 import signal
 import threading
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Signals by which schedulers, launchers and terminals ask a run to stop."""
+"""Signals with which schedulers, launchers and terminals ask a run to stop."""
 SAME_REQUEST_SECONDS = 2.0
-"""Seconds in which a second signal of the same kind repeats the first: launchers, terminals and schedulers may all
-deliver one stop."""
+"""Seconds within which a second signal of the same kind counts as the same request: launcher, terminal and scheduler
+may each deliver it."""
 
 
 class StopRequest:
-    """Calling it tells whether this process was asked to stop."""
+    """A flag: calling the object returns whether this process was asked to stop."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -26,11 +26,12 @@ class StopRequest:
         return self._asked
 
     def ask(self) -> None:
-        """Request a stop from within this process; any thread may."""
+        """Request a stop from within this process, in any thread."""
         self._asked = True
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: the first of its kind requests a stop, one that comes later than its repeats acts at once.
+        """Handle a signal.  The first of its kind requests a stop; after ``SAME_REQUEST_SECONDS`` another one acts at
+        once.
 
         Raises:
             KeyboardInterrupt: a later SIGINT.
@@ -46,36 +47,37 @@ class StopRequest:
 
 
 _current: StopRequest | None = None
-"""Request of the blocks that this process is in."""
+"""Stop request of the ``stop_on`` blocks that this process is in."""
 
 
 def requested() -> bool:
-    """Return whether this process was asked to stop and has not yet left the outermost block that heeds it."""
+    """Return whether this process was asked to stop and is still in a ``stop_on`` block."""
     return _current is not None and _current()
 
 
 def ignore(*numbers: signal.Signals) -> None:
-    """Make this process ignore signals from now on."""
+    """Make this process ignore the given signals from now on."""
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
 
 
 def leave_to_the_run() -> None:
-    """Make a helper process ignore what Ctrl-C and schedulers send to all processes of a run, which decides itself."""
+    """Make a helper process ignore SIGINT and SIGUSR2.  All processes of a run get them, but the run decides when to
+    stop."""
     ignore(signal.SIGINT, signal.SIGUSR2)
 
 
 @contextmanager
 def stop_on(*numbers: signal.Signals, afterwards: signal.Handlers | None = None) -> Iterator[StopRequest]:
-    """Turn the given signals into a flag for the length of the block.
+    """Turn the given signals into a flag within the block.
 
     A second signal of the same kind within ``SAME_REQUEST_SECONDS`` is the same request; a later one acts at once.
-    Nested blocks share one request: what came before an inner block, or too late for it, is known to all.
-    Outside the main thread, where Python handles no signals, nobody can ask.
+    Nested blocks share one request, so no block misses a signal that came before or after it.
+    Outside the main thread Python handles no signals, so no stop is requested there.
 
     Args:
-        numbers: signals.
-        afterwards: what the process does with them after the block; None: as before it.
+        numbers: signals that request a stop.
+        afterwards: handler of the signals after the block; None: the handler before the block.
     """
     global _current
     if threading.current_thread() is not threading.main_thread():
@@ -95,7 +97,7 @@ def stop_on(*numbers: signal.Signals, afterwards: signal.Handlers | None = None)
 
 @contextmanager
 def stop_after(seconds: float | None, request: StopRequest) -> Iterator[None]:
-    """Request a stop after so many seconds, unless the block ends before; None: never."""
+    """Request a stop after ``seconds``, unless the block ends earlier; None: never."""
     if seconds is None:
         yield
         return

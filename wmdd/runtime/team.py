@@ -1,4 +1,4 @@
-"""Teams of ranks that work on one thing together."""
+"""Teams: ranks that share one student or one class."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Team:
-    """Ranks that work on one thing together (a student, a class), among ``count`` teams of the job."""
+    """Ranks that work together on one student or class.  The job has ``count`` teams."""
 
     index: int
-    """Which team"""
+    """Position of the team in the job"""
     count: int
     rank: int
-    """This process within its team"""
+    """Rank of this process within its team"""
     size: int
     group: Any = None
-    """Process group; None for a team of one"""
+    """Process group of the team; None for a team of one rank"""
 
     def deal(self, items: Sequence[T]) -> list[T]:
-        """Return this team's items: every ``count``-th one."""
+        """Return this team's items: every ``count``-th item."""
         return list(items[self.index :: self.count])
 
     def own(self, start: int, stop: int) -> slice:
-        """Return this rank's rows of a batch that reaches from ``start`` to ``stop``: every ``size``-th one."""
+        """Return this rank's rows of the batch from ``start`` to ``stop``: every ``size``-th row."""
         return slice(start + self.rank, stop, self.size)
 
     def shard(self, rows: Tensor) -> Tensor:
@@ -41,18 +41,19 @@ class Team:
     def wrap(self, network: nn.Module, example: Tensor) -> nn.Module:
         """Return the network under DistributedDataParallel when the team has more than one rank.
 
-        DDP averages over ranks: a loss summed over this rank's rows, times ``size / rows of the batch``, is the mean.
+        DDP averages over ranks.  The loss must therefore be the sum over this rank's rows, times ``size / rows of the
+        batch``.
 
         Args:
-            network: on its device, in training mode.
-            example: two or more inputs of it, on the same device; their values do not matter.
+            network: network on its device, in training mode.
+            example: two or more inputs on the same device; their values do not matter.
         """
         if self.size == 1:
             return network
         parallel = nn.parallel.DistributedDataParallel(network, process_group=self.group)
         if self.size > 2:
-            # DDP lays gradients out anew after its first backward pass, and where they lie decides in which order more
-            # than two ranks add them.  A pass ahead of all updates makes a resumed training round like any other.
+            # DDP rearranges its gradient buckets after the first backward pass.  With more than two ranks the buckets
+            # decide the order of the sum.  An extra first pass makes a resumed round equal to an uninterrupted one.
             before = [buffer.clone() for buffer in network.buffers()]
             with torch.random.fork_rng([example.device] if example.device.type == "cuda" else []):
                 parallel(example).sum().backward()
@@ -62,22 +63,24 @@ class Team:
         return parallel
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over the team, the same on every rank.  Its gradient is the local one: all ranks hold the
-        same loss, and each wants the derivative by its own part."""
+        """Return the sum over the team, the same on every rank.
+
+        The gradient passes through unchanged: all ranks have the same loss, and each rank needs the derivative with
+        respect to its own values."""
         return _TeamSum.apply(values, self.group) if self.size > 1 else values
 
     def anyone(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether a rank of the team has raised it, the same on every rank."""
+        """Return for each flag whether it is true on any rank of the team."""
         return [count > 0 for count in self.sum(torch.tensor([float(flag) for flag in flags])).tolist()]
 
     def alike(self, value: float) -> bool:
-        """Return whether all ranks of the team hold the same number, the same answer on every rank."""
+        """Return whether the value is the same on all ranks of the team."""
         return len({float(one) for one in self.gather(torch.tensor(value, dtype=torch.float64))}) == 1
 
     def together(self, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns; if a rank was asked to stop in it, all ranks leave here.
+        """Return the result of ``work``.  If a stop interrupts it on one rank, all ranks raise ``Interrupted``.
 
-        For work that has no common positions at which ranks could agree, such as decoding.
+        Use it for work without common steps at which ranks could agree, such as decoding.
 
         Raises:
             Interrupted: ``work`` raised it on a rank of the team.
@@ -88,13 +91,13 @@ class Team:
             self.anyone(True)
             raise
         if any(self.anyone(False)):
-            raise Interrupted("stopped, as another rank was")
+            raise Interrupted("stopped because another rank was stopped")
         return done
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Give every rank the buffers of the team's first rank, so that all hold one network.
+        """Copy the buffers of the team's first rank to all ranks, so that all have the same network.
 
-        DistributedDataParallel does so before each forward pass; after the last one each rank has BatchNorm
+        DistributedDataParallel does so before each forward pass.  After the last pass each rank has the BatchNorm
         statistics of its own images.
         """
         if self.size > 1:
@@ -102,10 +105,10 @@ class Team:
                 dist.broadcast(buffer, group=self.group, group_src=0)
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """Return the tensors of all ranks of the team, which must be of one shape, in the order of the ranks."""
+        """Return the tensors of all ranks of the team, in the order of the ranks.  All must have the same shape."""
         if self.size == 1:
             return [values]
-        # Contiguous like what is sent: a receiver in another layout would hold permuted values.
+        # Contiguous like the sent tensor: a receiver in another layout would get permuted values.
         found = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(found, values.contiguous(), group=self.group)
         return found
@@ -124,4 +127,4 @@ class _TeamSum(torch.autograd.Function):
 
 
 SINGLE = Team(0, 1, 0, 1)
-"""The team of a process that works by itself."""
+"""The team of a process that works alone."""

@@ -1,1 +1,1 @@
-"""Files written whole or not at all, and the cache that runs share."""
+"""Atomic files, and the cache that runs share."""

@@ -1,11 +1,11 @@
-"""The content-addressed store: teachers, statistics and listings of data sets that runs, sweeps and protocols share.
+"""The content-addressed cache: runs, sweeps and protocols share its teachers, statistics and dataset listings.
 
-An entry is a folder ``KIND/KEY``; KEY is the digest of everything its content depends on, so an entry is never stale.
-(The key of a listing is a place: it is compared with the folders there.)  The store lies below ``WMDD_CACHE``, by
-default in the user's cache folder.
+An entry is a folder ``KIND/KEY``.  KEY is the digest of everything that the content depends on, so an entry is never
+stale.  (The key of a listing depends on the dataset's folder; the listing is compared with that folder.)  The cache is
+in the folder ``WMDD_CACHE``, by default in the user's cache folder.
 
-A finished entry is read without a lock and without write access. That it is in use is noted by its modification time.
-``pins/KIND-KEY`` is an empty file: a submission that waits in a queue will need that entry.
+Processes read a finished entry without a lock and without write access.  Its modification time records its last use.
+The empty file ``pins/KIND-KEY`` says that a queued job will need the entry.
 """
 
 import os
@@ -21,29 +21,29 @@ from wmdd.errors import InputError
 from wmdd.storage.files import FORMAT
 
 _SUFFIX = f".v{FORMAT}"
-"""Ends the names of entries: one of another version of the package has another end, or none."""
+"""Suffix of entry names.  Entries of another version of the package have another suffix, or none."""
 KINDS = ("teachers", "statistics", "listings")
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One folder of the store."""
+    """One folder of the cache."""
 
     kind: str
     key: str
     path: Path
     size: int
-    """Bytes"""
+    """Size in bytes"""
     used: float
-    """When it was last written, or its use last noted: seconds since 1970"""
+    """Time of the last write or recorded use, in seconds since 1970"""
     pinned: bool
-    """Whether a queued submission names it"""
+    """Whether a queued job needs the entry"""
     current: bool
-    """Whether this version of the package uses it"""
+    """Whether this version of the package uses the entry"""
 
 
 def cache_root() -> Path:
-    """Return the store's folder: ``WMDD_CACHE``, else ``wmdd`` in the user's cache folder."""
+    """Return the cache's folder: ``WMDD_CACHE``, else ``wmdd`` in the user's cache folder."""
     given = os.environ.get("WMDD_CACHE")
     if given:
         return Path(given)
@@ -51,37 +51,36 @@ def cache_root() -> Path:
 
 
 def folder(kind: str, key: str) -> Path:
-    """Return the folder of an entry, which need not exist."""
+    """Return the folder of an entry.  The entry need not exist."""
     return cache_root() / kind / f"{key}{_SUFFIX}"
 
 
 def prepare(path: Path) -> None:
-    """Make a folder of the store if it is absent: something is to be written there.
+    """Create a folder of the cache if it is absent, and check that it is writable.
 
     Raises:
-        InputError: the store cannot be written; the message names ``WMDD_CACHE`` as the remedy.
+        InputError: the cache is not writable; the message names ``WMDD_CACHE`` as the remedy.
     """
     reason = None
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
-            reason = "cannot be written"
+            reason = "is not writable"
     except OSError as error:
-        reason = f"cannot be made: {error.strerror}"
+        reason = f"cannot be created: {error.strerror}"
     if reason:
-        raise InputError(f"{path}: {reason}; set WMDD_CACHE to a folder of yours")
+        raise InputError(f"{path}: {reason}; set WMDD_CACHE to a writable folder")
 
 
 def note_use(path: Path) -> None:
-    """Note that an entry is in use: at most once a day, and never in a store that cannot be written."""
+    """Record the use of an entry, at most once a day.  A read-only cache records nothing."""
     with suppress(OSError):
         if time.time() - path.stat().st_mtime > _DAY_SECONDS and os.access(path, os.W_OK):
             os.utime(path)
 
 
 def pin(paths: Iterable[Path]) -> None:
-    """Keep ``prune`` away from entries, which need not exist yet, for 30 days; a store that cannot be written has none
-    pinned."""
+    """Protect entries from ``prune`` for 30 days.  They need not exist yet.  A read-only cache has no pins."""
     for path in paths:
         with suppress(OSError):
             mark = _mark(path)
@@ -90,13 +89,13 @@ def pin(paths: Iterable[Path]) -> None:
 
 
 def entries(*kinds: str) -> list[CacheEntry]:
-    """List the store, or entries of some kinds, the longest unused first."""
+    """Return the entries of the given kinds (default: all).  The longest unused entry comes first."""
     found = []
     for kind in kinds or KINDS:
         for path in sorted((cache_root() / kind).glob("[!.]*")):
             stats = []
             for file in (path, *path.rglob("*")):
-                with suppress(FileNotFoundError):  # a temporary file of a process at work
+                with suppress(FileNotFoundError):  # another process has renamed its temporary file
                     stats.append(file.stat())
             size = sum(stat.st_size for stat in stats if S_ISREG(stat.st_mode))
             used = max((stat.st_mtime for stat in stats), default=0.0)
@@ -106,12 +105,12 @@ def entries(*kinds: str) -> list[CacheEntry]:
 
 
 def of_other_versions() -> int:
-    """Return the number of entries that another version of the package wrote, and this one never uses."""
+    """Return the number of entries of other versions of the package, which this version never uses."""
     return sum(not entry.current for entry in entries())
 
 
 def prune(older_than_days: float) -> list[CacheEntry]:
-    """Delete the entries that were not used for so many days and are not pinned; return them."""
+    """Delete the entries that are not pinned and were unused for ``older_than_days`` days; return these entries."""
     old = [
         entry for entry in entries() if time.time() - entry.used > older_than_days * _DAY_SECONDS and not entry.pinned
     ]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write to a temporary name, sync, rename; and their SHA-256."""
+"""Atomic files (write to a temporary name, sync, rename), file locks and digests."""
 
 import errno
 import hashlib
@@ -20,8 +20,8 @@ from wmdd.errors import InputError, Interrupted, WmddError
 T = TypeVar("T")
 
 FORMAT = 2
-"""Version of all that is kept on disk and of all names made by ``digest``.  What has another number, or none, is of
-another version of the package: it is recognised and never used."""
+"""Version of all file formats and of all names made with ``digest``.  Files with another number, or none, belong to
+another version of the package: they are recognized and never used."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -34,13 +34,13 @@ def write_bytes(path: Path, content: bytes, new: bool = False) -> None:
     """Write ``content`` so that a reader sees the old file or the new one, never a part.
 
     Args:
-        path: of the file; its folder is made if it is absent.
-        content: of the file.
-        new: never replace a file.
+        path: path of the file.  Its folder is created if it is absent.
+        content: content of the file.
+        new: whether to refuse to replace an existing file.
 
     Raises:
-        FileExistsError: there is such a file, and it was to be ``new``.
-        WmddError: the disk is full, the quota is used up, or the folder cannot be written; nothing is left behind.
+        FileExistsError: ``new`` is true and the file exists.
+        WmddError: the disk is full, the quota is used up, or the folder is not writable.  No partial file remains.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -55,15 +55,15 @@ def write_bytes(path: Path, content: bytes, new: bool = False) -> None:
         if new and isinstance(error, FileExistsError):
             raise
         reason = _NO_ROOM.get(error.errno or 0, error.strerror or str(error))
-        raise WmddError(f"{path}: cannot be written: {reason}; what was finished before is kept") from error
+        raise WmddError(f"{path}: cannot be written: {reason}; earlier results are kept") from error
 
 
 _ABANDONED_SECONDS = 3600.0
-"""A temporary file that nobody has written to for so long is no longer written: its writer was killed."""
+"""Seconds without a write after which a temporary file counts as abandoned: its process was killed."""
 
 
 def sweep(*folders: Path) -> None:
-    """Delete the temporary files that killed writers have left in folders, and that are no use to anybody."""
+    """Delete the abandoned temporary files of killed processes in some folders."""
     for folder in folders:
         with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
@@ -74,7 +74,7 @@ def sweep(*folders: Path) -> None:
 
 
 def _put(temporary: Path, path: Path, new: bool) -> None:
-    """Give a finished file its name; ``new``: unless there is such a file."""
+    """Rename a finished file.  With ``new``, refuse to replace an existing file."""
     if new:
         try:
             os.link(temporary, path)
@@ -89,7 +89,7 @@ def _put(temporary: Path, path: Path, new: bool) -> None:
 
 
 def write_json(path: Path, value: Any, new: bool = False) -> None:
-    """Write ``value`` as indented JSON, whole or not at all (``write_bytes``)."""
+    """Write ``value`` as indented JSON, atomically (``write_bytes``)."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), new)
 
 
@@ -97,18 +97,18 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        WmddError: the file is absent or is not JSON; the message names it.
+        WmddError: the file is absent or is not JSON; the message names the file.
     """
     try:
         return json.loads(_patiently(path.read_bytes))
     except OSError as error:
         raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WmddError(f"{path}: is not whole JSON ({error})") from error
+        raise WmddError(f"{path}: is not complete JSON ({error})") from error
 
 
 def read_toml(place: Traversable, title: str) -> dict[str, Any]:
-    """Read a TOML file that a user names or that ships; ``title`` is what messages call it.
+    """Read a TOML file.  Error messages call it ``title``.
 
     Raises:
         InputError: the file cannot be read, or is not TOML.
@@ -122,7 +122,7 @@ def read_toml(place: Traversable, title: str) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> str:
-    """Write named tensors as safetensors, whole or not at all, and return the file's SHA-256."""
+    """Write named tensors as a safetensors file, atomically, and return the file's SHA-256."""
     import safetensors.torch
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -135,7 +135,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """Read a safetensors file onto the CPU.
 
     Raises:
-        WmddError: the file is absent or damaged; the message names it.
+        WmddError: the file is absent or damaged; the message names the file.
     """
     import safetensors
     import safetensors.torch
@@ -145,19 +145,19 @@ def read_tensors(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
     except safetensors.SafetensorError as error:
-        raise WmddError(f"{path}: is not a whole safetensors file ({error})") from error
+        raise WmddError(f"{path}: is not a complete safetensors file ({error})") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file; nothing for one that is absent or damaged.
+    """Return the metadata of a safetensors file, or {} if the file is absent or damaged.
 
     Raises:
-        WmddError: the file is perhaps there, and cannot be read.
+        WmddError: the file system reports an error, so the file may exist.
     """
     import safetensors
 
     def opened() -> dict[str, str]:
-        with open(path, "rb"):  # safetensors calls every file absent that it cannot open
+        with open(path, "rb"):  # safetensors reports every file that it cannot open as absent
             pass
         with safetensors.safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
@@ -171,7 +171,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal.
+    """Return the SHA-256 of a file's content in hexadecimal digits.
 
     Raises:
         WmddError: the file cannot be read.
@@ -188,13 +188,13 @@ def sha256(path: Path) -> str:
 
 
 EXPECT_SECONDS = 90.0
-"""How long a finished file may be invisible: a client of NFS remembers up to 60 seconds that a name was not there."""
+"""Seconds that a finished file may stay invisible: an NFS client caches the absence of a name for up to 60 seconds."""
 
 
 def expect(paths: Iterable[Path], stop: Callable[[], bool] = lambda: False, seconds: float = EXPECT_SECONDS) -> None:
-    """Wait until this machine sees files that another one has finished; after some time go on without.
+    """Wait until this machine sees files that another machine has finished.  Return after ``seconds`` in any case.
 
-    A listing of their folders makes a client of NFS ask the server again.
+    Listing the folders makes an NFS client ask the server again.
 
     Raises:
         Interrupted: a stop was requested.
@@ -225,7 +225,7 @@ def locked(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[Non
     """
     while (lock := try_lock(path, 0.5)) is None:
         if stop():
-            raise Interrupted(f"stopped while another process holds {path}")
+            raise Interrupted(f"stopped while waiting for another process to release {path}")
     try:
         yield
     finally:
@@ -233,11 +233,11 @@ def locked(path: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[Non
 
 
 def try_lock(path: Path, seconds: float = 0.0) -> BaseFileLock | None:
-    """Return a lock file that this process now holds, or None if another process holds it.
+    """Acquire a lock file.  Return it, or None if another process holds it.
 
     Args:
-        path: lock file.
-        seconds: how long to wait for the other process.
+        path: path of the lock file.
+        seconds: maximum wait for the other process, in seconds.
 
     Raises:
         WmddError: the file cannot be locked.
@@ -255,7 +255,7 @@ def try_lock(path: Path, seconds: float = 0.0) -> BaseFileLock | None:
 
 
 def _patiently(read: Callable[[], T]) -> T:
-    """Read again, a few times, when a network file system says that another machine has just replaced the file."""
+    """Read with a few retries: a network file system reports ESTALE when another machine has just replaced the file."""
     for pause in (0.05, 0.2, 1.0):
         try:
             return read()
@@ -267,13 +267,13 @@ def _patiently(read: Callable[[], T]) -> T:
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value in canonical form: what a fingerprint is made of."""
+    """Return the SHA-256 of a JSON value in canonical form.  Fingerprints are such digests."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
+    """Return nested mappings as one mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
