@@ -354,7 +354,7 @@ raise RuntimeError("the cause")
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"), [(True, "stopped while images were decoded"), (False, "memory may be short")]
+    ("asked", "told"), [(True, "stopped while images were decoded"), (False, "for lack of memory")]
 )
 def test_the_death_of_a_decoder_is_a_stop_if_somebody_asked_for_one(asked: bool, told: str) -> None:
     said = fork.SimpleQueue()

@@ -150,7 +150,7 @@ def test_classes_are_chosen_by_number_range_or_name(tree: Path, asked: Any, expe
         ("dgo", "did you mean 'dog'"),
         (("ant", "zebra"), "valid: ant, bee, cat, dog"),
         (("ant", "bee", "ant"), "'ant' is given twice"),
-        ((), "names no class"),
+        ((), "name at least one class"),
     ],
 )
 def test_a_choice_that_cannot_be_met_is_explained(tree: Path, asked: Any, hint: str) -> None:

@@ -236,7 +236,7 @@ def test_a_file_of_another_size_than_was_listed_ends_the_work_in_one_line(
         path.write_bytes((tree / "train/n02/0.png").read_bytes() + b"\0")
     found = load_dataset(config(tree))  # no folder has changed
     assert found.fingerprint == first.fingerprint
-    with pytest.raises(InputError, match=f"{path}: has .* bytes, {size} when it was listed; .*--refresh") as caught:
+    with pytest.raises(InputError, match=f"{path}: has .* bytes, but {size} in the listing; .*--refresh") as caught:
         list(found.train.batches([range(len(found.train))], workers))
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="--refresh"):
@@ -314,7 +314,7 @@ def test_a_stop_while_images_are_listed_keeps_what_was_listed(
             return original(members, looks)
 
         monkeypatch.setattr(lister, "rows_of", then_stop)
-        with pytest.raises(Interrupted, match="what was listed is kept"):
+        with pytest.raises(Interrupted, match="listed classes are kept"):
             load_dataset(config(tree))
     looked_at.clear()
     load_dataset(config(tree))

@@ -170,7 +170,7 @@ def test_a_run_on_shards_writes_the_bytes_of_a_run_on_files(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"resolution": 16}, "was packed with data.resolution=8, the config asks for 16"),
+        ({"resolution": 16}, "was packed with data.resolution=8, the config has 16"),
         ({"crop_ratio": 1.0}, "data.crop_ratio=0.875"),
         ({"channels": 1, "mean": [0.5], "std": [0.5]}, "data.channels=3"),
         ({"source": "imagenette"}, "data.source='folder'"),
@@ -188,7 +188,7 @@ def test_classes_that_were_not_packed_are_refused_and_positions_mean_those_of_th
 ) -> None:
     folder = packed_tree(tree, tmp_path / "packed", classes="1:3")
     assert load_dataset(data(None, packed=str(folder), classes="1:3")).classes == ("bee", "cat")
-    assert "holds 2 of 4 classes, and 'ant' is none of them" in refusal(data(None, packed=str(folder), classes=2))
+    assert "contains 2 of 4 classes, but not 'ant'" in refusal(data(None, packed=str(folder), classes=2))
 
 
 def test_an_unfinished_missing_or_damaged_folder_is_refused(tree: Path, tmp_path: Path) -> None:
@@ -199,12 +199,12 @@ def test_an_unfinished_missing_or_damaged_folder_is_refused(tree: Path, tmp_path
     (folder / "index.json").write_text(index[:50])
     assert "is damaged" in refusal(config)
     (folder / "index.json").write_text(index.replace('"version": 2', '"version": 1'))
-    assert "is of version 1, this wmdd reads 2; pack it again" in refusal(config)
+    assert "has format version 1, this wmdd reads 2; pack it again" in refusal(config)
     (folder / "index.json").write_text(index)
     first = shards(folder)[0]
     content = first.read_bytes()
     first.write_bytes(content[:-1])
-    assert f"{first}: is cut short" in refusal(config)
+    assert f"{first}: has the wrong size" in refusal(config)
     first.unlink()
     assert f"{first}: is missing" in refusal(config)
     first.write_bytes(one_bit_off(content))
@@ -238,7 +238,7 @@ def test_too_little_room_is_told_before_the_work(tree: Path, tmp_path: Path, mon
     usage = shutil.disk_usage(tmp_path)
     folder = packed_tree(tree, tmp_path / "packed")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(InputError, match="are needed"):
+    with pytest.raises(InputError, match="the packed images need "):
         packed_tree(tree, tmp_path / "other")
     assert not shards(tmp_path / "other")
     assert "GB free" in refusal(data(None, packed=str(folder), stage=str(tmp_path / "stage")))

@@ -92,7 +92,7 @@ def test_other_settings_and_other_folders_are_refused(tree: Path, tmp_path: Path
         synthetic.generate(tree, **{**SIZES, "images": 4})
     assert files_of(tree) == before
     (tmp_path / "photo.JPEG").touch()
-    with pytest.raises(InputError, match="holds no generated tree"):
+    with pytest.raises(InputError, match="contains no generated dataset"):
         synthetic.generate(tmp_path, **SIZES)
     with pytest.raises(InputError, match="--classes 0"):
         synthetic.generate(tmp_path / "new", **{**SIZES, "classes": 0})

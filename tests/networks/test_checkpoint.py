@@ -321,7 +321,7 @@ def test_a_teacher_that_is_stopped_anywhere_ends_in_the_weights_of_one_that_is_n
         ((TRAINING, 7), "teacher checkpointed after 7 of 20 updates"),
         ((TRAINING, 13), "teacher checkpointed after 13 of 20 updates"),
         ((JUDGING, 32), "stopped while decoding the test images"),
-        ((JUDGING, 142), "stopped while a network was judged on the test images"),
+        ((JUDGING, 142), "stopped while a network was validated on the test images"),
         (None, whole),
     ):
         assert teach(tmp_path / "cut", alone, until) == reason
@@ -341,7 +341,9 @@ def test_ranks_that_train_a_teacher_stop_together_and_end_in_the_same_weights(
     whole = in_ranks(2, lambda: train("whole", None))
     assert len(set(whole)) == 1
     first, second = in_ranks(2, lambda: train("cut", (DECODING, 32)))
-    assert first == "stopped because another rank was stopped" and second == "stopped while decoding the training images"
+    assert (
+        first == "stopped because another rank was stopped" and second == "stopped while decoding the training images"
+    )
     assert in_ranks(2, lambda: train("cut", (TRAINING, 7))) == ["teacher checkpointed after 7 of 20 updates"] * 2
     assert in_ranks(2, lambda: train("cut", None)) == whole
 
@@ -403,7 +405,7 @@ def test_a_damaged_checkpoint_is_named_and_training_begins_anew(tmp_path: Path, 
     whole = (tmp_path / "student.safetensors").read_bytes()
     (tmp_path / "student.safetensors").write_bytes(whole[: len(whole) // 2])
     assert saved.load({"network": network}, device, SINGLE) == {}
-    assert said == [f"{tmp_path / 'student.safetensors'}: is damaged: training begins anew"]
+    assert said == [f"{tmp_path / 'student.safetensors'}: is damaged; training starts again"]
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_stem_of_a_resnet_decides_the_resolution_of_its_first_stage(stem: str, s
     ("name", "message"),
     [
         ("resnet19", "did you mean 'resnet18'"),
-        ("convnet5", "5 poolings do not fit images of 16 px"),
+        ("convnet5", "5 pooling layers do not fit images of 16 px"),
         ("timm:nothing", "timm"),
     ],
 )

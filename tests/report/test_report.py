@@ -227,7 +227,9 @@ def test_a_corrupt_line_is_named_and_the_rest_counts(tmp_path: Path) -> None:
     report = collect([run])
 
     assert any(problem.startswith("digits/records/students.jsonl:4: Invalid JSON") for problem in report.problems)
-    assert any(problem.startswith("digits/blocks/block-00000.json: is not complete JSON") for problem in report.problems)
+    assert any(
+        problem.startswith("digits/blocks/block-00000.json: is not complete JSON") for problem in report.problems
+    )
     assert row_of(report, "wmdd")["n"] == 3
     assert "students.jsonl:4" in printed(report)
 

@@ -95,7 +95,12 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "TORCHELASTIC_RUN
         ("cuda", Placement(), 0, r"'cuda': torch sees no GPU on .*nvidia-smi"),
         ("cuda:1", Placement(), 1, r"'cuda:1': torch sees 1 GPUs on .*, numbered from 0"),
         ("tpu", Placement(), 0, r"'tpu': expected auto, cpu, cuda or cuda:N"),
-        ("auto", own(SLURM_LOCALID="1"), 1, r"rank 5 is number 2 on .*, where torch sees 1 GPUs; start one rank per GPU"),
+        (
+            "auto",
+            own(SLURM_LOCALID="1"),
+            1,
+            r"rank 5 is number 2 on .*, where torch sees 1 GPUs; start one rank per GPU",
+        ),
         ("auto", placement_of(TORCHRUN), 2, r"rank 3 is number 4 on"),
         # One environment for all ranks of torchrun: they would share this GPU.
         ("auto", placement_of(TORCHRUN | {"CUDA_VISIBLE_DEVICES": "0"}), 1, r"rank 3 is number 4 on"),

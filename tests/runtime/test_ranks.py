@@ -272,7 +272,9 @@ def test_ranks_that_stop_at_different_times_have_all_stopped_and_none_is_lost() 
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
-    assert in_ranks(3, work) == ["Interrupted: checkpointed"] * 2 + ["Interrupted: stopped because another rank was stopped"]
+    assert in_ranks(3, work) == ["Interrupted: checkpointed"] * 2 + [
+        "Interrupted: stopped because another rank was stopped"
+    ]
 
 
 def survivors(work: Callable[[Ranks], object], tmp_path: Path) -> list[tuple[str, str]]:

@@ -1,1 +1,1 @@
-"""The images: where they lie, which are chosen, how they are decoded, packed and augmented."""
+"""Datasets: find, list, decode, pack and augment images."""

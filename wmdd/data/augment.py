@@ -1,9 +1,9 @@
-"""Crop, resize, flip and roll as one linear map per axis; CutMix and MixUp.  Batched, seeded, replayable.
+"""Crop, resize, flip and roll as one linear map per axis; CutMix.  Batched, seeded, replayable.
 
-A random resized crop with bilinear resizing, a mirror and a cyclic shift all act on rows and columns apart, so their
-composition is ``R x Cᵀ`` with two H x H matrices.  A matrix product is deterministic on every device, forward and
-backward (a gather's backward is not on CUDA), its shapes are static, and it needs no host synchronisation.
-Draws come from CPU generators and are plain tables, so that any iteration can be replayed.
+A random resized crop, a mirror and a cyclic shift act on rows and columns separately.  Their composition is therefore
+``R x Cᵀ`` with two H x H matrices.  A matrix product is deterministic on every device, forward and backward; the
+backward pass of a gather is not deterministic on CUDA.  Its shapes are static, and it needs no host synchronization.
+Random draws are tables from CPU generators, so that any iteration can be replayed.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draws:
-    """What is done to B images (or to all images alike, B = 1), in whole pixels of the source image."""
+    """Augmentation of B images (B = 1: the same for all images), in whole pixels of the source image."""
 
     boxes: Tensor
     """[..., B, 4] int64: top, left, height, width of the crop"""
@@ -43,12 +43,12 @@ def draw(
     """Draw crops as torchvision's RandomResizedCrop does (ratio 3/4 to 4/3, ten tries, else the whole image).
 
     Args:
-        shape: of the table, such as (iterations, B).
+        shape: shape of the table, such as (iterations, B).
         size: height and width of the images, in pixels.
         scale: smallest and largest share of the area; the smallest may be a tensor that broadcasts to ``shape``.
-        flip: mirror with probability one half; else never.
+        flip: whether to mirror with probability one half.
         jitter: largest cyclic shift along each axis, in pixels.
-        generator: on the CPU.
+        generator: CPU generator.
     """
     tries = (10, *shape)
     low, high = scale
@@ -70,8 +70,8 @@ def warp(images: Tensor, draws: Draws) -> Tensor:
     """Apply crop (resized back to the image's size), mirror and shift.
 
     Args:
-        images: [N, channels, H, W] with H = W.
-        draws: for B = N images, or B = 1 for all alike.
+        images: images [N, channels, H, W] with H = W.
+        draws: augmentation of B = N images, or B = 1 for all images.
 
     Returns:
         [N, channels, H, W] in channels-last layout, differentiable in ``images``.
@@ -80,7 +80,7 @@ def warp(images: Tensor, draws: Draws) -> Tensor:
     top, left, height, width = draws.boxes.unbind(-1)
     rows = _axis(size, top, height, torch.zeros_like(draws.flips), draws.shifts[..., 0], images.dtype)
     columns = _axis(size, left, width, draws.flips, draws.shifts[..., 1], images.dtype)
-    # Resampling in bf16 would blur pixels by up to 0.4 %; it costs little beside the network.
+    # Resampling in bf16 would change pixels by up to 0.4 %.  In fp32 it costs little compared with the network.
     with torch.autocast(images.device.type, enabled=False):
         warped = rows[:, None] @ images @ columns[:, None].transpose(-1, -2)
     return warped.contiguous(memory_format=torch.channels_last)
@@ -101,12 +101,12 @@ def _axis(size: int, start: Tensor, length: Tensor, flip: Tensor, shift: Tensor,
 
 
 def mix_boxes(size: int, shares: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a CutMix box for each batch (Yun et al. 2019): area share 1 − λ, centre anywhere, cut at the border.
+    """Draw a CutMix box for each batch (Yun et al. 2019): area share 1 − λ, center anywhere, cut off at the border.
 
     Args:
         size: height and width of the images, in pixels.
-        shares: [batches] λ, the share that the image keeps.
-        generator: on the CPU.
+        shares: λ of each batch, the share that the image keeps: [batches].
+        generator: CPU generator.
 
     Returns:
         [batches, 4] int64: top, bottom, left, right.
@@ -118,7 +118,7 @@ def mix_boxes(size: int, shares: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def inside(box: Tensor, size: int) -> Tensor:
-    """Return the mask [size, size] of a box (top, bottom, left, right), without leaving the device."""
+    """Return the mask [size, size] of a box (top, bottom, left, right), on the box's device."""
     pixel = torch.arange(size, device=box.device)
     top, bottom, left, right = box.unbind(-1)
     return ((pixel >= top) & (pixel < bottom))[:, None] & ((pixel >= left) & (pixel < right))

@@ -1,4 +1,4 @@
-"""The images of a run: chosen, listed and checked before any work, decoded when they are needed."""
+"""The dataset of a run: its images are selected and checked before any work, and decoded when needed."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,26 +28,26 @@ from wmdd.storage.files import digest
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
-    """The images of one split that a run uses, listed but not decoded.
+    """The images of one split that a run uses, listed but not decoded: ``C`` classes, ``N`` images.
 
-    The images of a class are contiguous and in the order of their base names.  ``C`` classes, ``N`` images.
+    The images of a class are contiguous and in the order of their base names.
     """
 
     catalogue: Catalogue
     split: Split
     config: DataConfig
     classes: tuple[str, ...]
-    """Names of the classes; the position of one is its index."""
+    """Names of the classes; a class's position is its index."""
     places: np.ndarray
     """Position of each class in the catalogue: int64 [C]"""
     starts: np.ndarray
     """Position of the first image of each class, and the end of the last: int64 [C + 1]"""
     left_out: Mapping[int, np.ndarray]
-    """Rows of a class that cannot be used, by index; most classes have none"""
+    """Unusable rows of each class, by class index; most classes have no entry"""
     held_out: int = 0
-    """Images of each class that are kept apart"""
+    """Number of held-out images of each class"""
     holdout: bool = False
-    """Whether these are the images kept apart, or the others"""
+    """Whether this set is the hold-out, or the remaining images"""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -57,12 +57,12 @@ class ImageSet:
 
     @property
     def labels(self) -> torch.Tensor:
-        """Class index of each image, made when it is asked for: int64 [N]."""
+        """Class index of each image, computed on each call: int64 [N]."""
         return torch.from_numpy(np.repeat(np.arange(len(self.classes), dtype=np.int64), np.diff(self.starts)))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all images, made when they are asked for: 100 bytes each, so of a few images only."""
+        """Names of all images, created on each call.  Use it only for few images: each name takes 100 bytes."""
         return tuple(self.name(position) for position in range(len(self)))
 
     def name(self, position: int) -> str:
@@ -70,14 +70,14 @@ class ImageSet:
         return self.catalogue.name(self.split, *self._place(position))
 
     def where(self, position: int) -> str:
-        """Return what a message calls an image."""
+        """Return the location of an image, for error messages."""
         return self.catalogue.where(self.split, *self._place(position))
 
     def read(self, position: int) -> Image.Image:
         """Return an image as it is stored (packed data: resized and cropped).
 
         Raises:
-            BrokenImage: it cannot be decoded; the message names it.
+            BrokenImage: the image cannot be decoded; the message names the file.
         """
         return self.catalogue.read(self.split, *self._place(position))
 
@@ -85,22 +85,22 @@ class ImageSet:
         """Return the positions of the images of one class.
 
         Raises:
-            IndexError: there is no such class.
+            IndexError: the class does not exist.
         """
         if not 0 <= index < len(self.classes):
             raise IndexError(f"class {index} of {len(self.classes)}")
         return range(int(self.starts[index]), int(self.starts[index + 1]))
 
     def first(self, count: int) -> "ImageSet":
-        """Return the first so many images; classes beyond them have none."""
+        """Return the first ``count`` images; later classes are empty."""
         return replace(self, starts=np.minimum(self.starts, count))
 
     def decode(self, indices: Iterable[int]) -> torch.Tensor:
         """Decode images in this process: uint8 [n, channels, resolution, resolution].
 
         Raises:
-            BrokenImage: one cannot be decoded; the message names it.
-            InputError: one is not what was listed.
+            BrokenImage: an image cannot be decoded; the message names the file.
+            InputError: an image differs from its listing.
         """
         chosen = np.fromiter(indices, dtype=np.int64)
         side = self.config.resolution
@@ -117,15 +117,15 @@ class ImageSet:
         return images
 
     def batches(self, batches: Sequence[Sequence[int]], workers: int) -> Iterator[torch.Tensor]:
-        """Decode batch after batch, ahead of use in ``workers`` processes (0: in this one), in the given order.
+        """Decode batches in the given order, ahead of use, in ``workers`` processes (0: in this process).
 
-        The result and the global random state do not depend on ``workers``.  A long stream is cheaper than many short
-        ones: the processes start once for each call.
+        The result and the global random state do not depend on ``workers``.  Every call starts new processes, so one
+        long stream is cheaper than many short streams.
 
         Raises:
-            BrokenImage: an image cannot be decoded; the message names it.
-            InputError: an image is not what was listed.
-            WmddError: a process died.
+            BrokenImage: an image cannot be decoded; the message names the file.
+            InputError: an image differs from its listing.
+            WmddError: a worker process died.
         """
         return in_order(self.decode, batches, workers)
 
@@ -136,7 +136,7 @@ class ImageSet:
         return decoders(self.decode, workers)
 
     def _place(self, position: int) -> tuple[int, int]:
-        """Return the place of an image's class in the catalogue, and its row there."""
+        """Return the position of an image's class in the catalogue, and the image's row in the class."""
         if not 0 <= position < len(self):
             raise IndexError(f"image {position} of {len(self)}")
         owner = int(np.searchsorted(self.starts, position, side="right")) - 1
@@ -152,41 +152,41 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The images of a run."""
+    """The dataset of a run."""
 
     train: ImageSet
-    """What is distilled."""
+    """Training images to distill."""
     holdout: ImageSet | None
-    """Training images kept apart to choose recipes on, if ``holdout_per_class`` asks for them."""
+    """Held-out training images for the choice of a recipe; None if ``data.holdout_per_class`` is 0."""
     test: ImageSet
     classes: tuple[str, ...]
     all_classes: tuple[str, ...]
-    """Those of the whole data set, of which ``classes`` were chosen."""
+    """Names of all classes of the dataset; ``classes`` is a selection of them."""
     fingerprint: str
-    """SHA-256 of what identifies the images and their decoding: never of the place where they lie."""
+    """SHA-256 over the identity of the images and their decoding; it does not depend on their folder."""
     skipped: tuple[str, ...]
-    """Names of the unreadable files that were left out."""
+    """Names of the unreadable files that are left out."""
 
     @property
     def validation(self) -> ImageSet:
-        """The images that recipes are judged by: the holdout if there is one, else the test set."""
+        """The validation images: the hold-out if there is one, else the test set."""
         return self.test if self.holdout is None else self.holdout
 
 
 def load_dataset(config: DataConfig, workers: int = 0, ranks: Ranks | None = None, refresh: bool = False) -> Dataset:
-    """Find the images of the chosen classes in the listing of the data set, which is made if there is none.
+    """Load the images of the selected classes from the listing of the dataset; create the listing if it is missing.
 
-    Making it looks at every image of these classes; with ``on_error="skip"`` it also decodes each, so that what is
-    listed is what can be used.  Rank 0 does this, and the others read what it has found.
+    Listing checks every image of these classes.  With ``on_error="skip"`` it also decodes each image, and leaves out
+    unusable images.  Rank 0 does this work; the other ranks read the result.
 
     Args:
-        config: which images.
-        workers: processes that decode for ``on_error="skip"``.
-        ranks: those that load the data set together, all of which must call; None: this process alone.
-        refresh: list again what is listed.
+        config: data section of the config.
+        workers: number of processes that decode for ``on_error="skip"``.
+        ranks: ranks that load the dataset together (all must call); None: this process alone.
+        refresh: whether to list the images again.
 
     Raises:
-        InputError: the data set, a class or an image is missing or unusable; the message names it.
+        InputError: the dataset, a class or an image is missing or unusable; the message names it.
         Interrupted: a stop was requested while images were listed.
     """
     catalogue = _catalogue(config, workers, ranks, refresh)
@@ -219,7 +219,7 @@ def load_dataset(config: DataConfig, workers: int = 0, ranks: Ranks | None = Non
 
 
 def _catalogue(config: DataConfig, workers: int, ranks: Ranks | None, refresh: bool) -> Catalogue:
-    """Return the listed images; of all ranks, only rank 0 looks at folders and files."""
+    """Return the catalogue of the dataset.  Only rank 0 reads the dataset's folders and files."""
     if config.packed:
         shards = Shards(Path(config.packed).expanduser(), config)
         if ranks is None or ranks.main:
@@ -228,24 +228,24 @@ def _catalogue(config: DataConfig, workers: int, ranks: Ranks | None, refresh: b
     if in_memory(config):
         source = open_source(config)
         return listed_in_memory(source, source.classes("train"))
-    told: dict[str, str] = {}
+    found: dict[str, str] = {}
     if ranks is None or ranks.main:
         try:
-            told = _listed(config, workers, refresh)
+            found = _listed(config, workers, refresh)
         except Interrupted:
             raise
         except WmddError as error:
             if ranks is None or ranks.size == 1:
                 raise
-            told = {"error": str(error), "input": "yes" if isinstance(error, InputError) else ""}
-    told = told if ranks is None else ranks.broadcast_from_main(told)
-    if "error" in told:
-        raise (InputError if told["input"] else WmddError)(told["error"])
-    return ListedCatalogue(tree_of(told["format"], Path(told["root"])), open_listing(Path(told["listing"])))
+            found = {"error": str(error), "input": "yes" if isinstance(error, InputError) else ""}
+    found = found if ranks is None else ranks.broadcast_from_main(found)
+    if "error" in found:
+        raise (InputError if found["input"] else WmddError)(found["error"])
+    return ListedCatalogue(tree_of(found["format"], Path(found["root"])), open_listing(Path(found["listing"])))
 
 
 def _listed(config: DataConfig, workers: int, refresh: bool) -> dict[str, str]:
-    """Return where the tree and its listing are."""
+    """Return format, root and listing file of the dataset's tree."""
     tree = open_source(config)
     if not isinstance(tree, Tree):
         raise TypeError(f"{type(tree).__name__} is listed in memory")
@@ -271,10 +271,10 @@ def image_set(
     held_out: int = 0,
     holdout: bool = False,
 ) -> ImageSet:
-    """Choose the images of one split.
+    """Return the images of one split.
 
     Raises:
-        InputError: a class has none left, or too few for a hold-out.
+        InputError: a class has no images left, or too few for the hold-out.
     """
     left_out = {index: np.array(sorted(rows)) for index, rows in faults[split].items()}
     counts = catalogue.counts(split)[places]
@@ -299,7 +299,7 @@ def _fingerprint(
     faults: Mapping[Split, Mapping[int, Mapping[int, Fault]]],
     classes: tuple[str, ...],
 ) -> str:
-    """Return the digest of the digests of the chosen classes, and of what decides how they are decoded and split."""
+    """Return the digest of the selected classes' digests and of the settings for decoding and splitting."""
     images: dict[str, list[str]] = {}
     for split in SPLITS:
         images[split] = [row.tobytes().hex() for row in catalogue.digests(split)[places]]
@@ -313,7 +313,7 @@ def _fingerprint(
 
 
 def _faults_of(catalogue: Catalogue, split: Split, places: np.ndarray, decoded: bool) -> dict[int, Mapping[int, Fault]]:
-    """Return the faults of the chosen classes by index and row, with or without those that only decoding shows."""
+    """Return the faults of the selected classes by index and row.  ``decoded``: include faults found by decoding."""
     indices = {int(place): index for index, place in enumerate(places)}
     found = {
         indices[place]: {row: fault for row, fault in rows.items() if decoded or not fault.decoded}
@@ -324,17 +324,17 @@ def _faults_of(catalogue: Catalogue, split: Split, places: np.ndarray, decoded: 
 
 
 def check_files(config: DataConfig, workers: int, refresh: bool = False) -> list[tuple[str, str]]:
-    """Decode every image of the chosen classes, and return (file, reason) of those that cannot be.
+    """Decode every image of the selected classes, and return (file, reason) for each unreadable image.
 
-    A JPEG with a damaged stretch that its decoder repairs counts as readable, as it does in a run.
+    A damaged JPEG counts as readable if its decoder repairs it, as in a run.
 
     Args:
-        config: which images.
-        workers: processes that decode; 0 decodes in this one.
-        refresh: list again what is listed.
+        config: data section of the config.
+        workers: number of processes that decode; 0: this process decodes.
+        refresh: whether to list the images again.
 
     Raises:
-        InputError: the data set or a class is missing, or a file is not what was listed.
+        InputError: the dataset or a class is missing, or a file differs from its listing.
     """
     catalogue = _catalogue(config.replace({"on_error": "fail"}), workers, None, refresh)
     classes = _choose(catalogue.classes, config)
@@ -354,7 +354,7 @@ def check_files(config: DataConfig, workers: int, refresh: bool = False) -> list
 
 
 def _choose(names: Sequence[str], config: DataConfig) -> tuple[str, ...]:
-    """Return the classes that ``config.classes`` asks for, of those that there are."""
+    """Return the classes that ``config.classes`` selects from the classes of the dataset."""
     wanted = config.classes
     if wanted is None:
         return tuple(names)
@@ -368,7 +368,7 @@ def _choose(names: Sequence[str], config: DataConfig) -> tuple[str, ...]:
             return tuple(names[chosen])
         wanted = (wanted,)
     if not wanted:
-        raise InputError("data.classes: names no class")
+        raise InputError("data.classes: the list is empty; name at least one class")
     known = set(names)
     seen = set()
     for name in wanted:
@@ -401,19 +401,19 @@ def _complaint(examples: Sequence[tuple[str, str]], count: int, total: int) -> s
 
 
 def _held_out(images: int, count: int) -> np.ndarray:
-    """Return which training images of a class are kept apart: evenly spaced, whatever the seed; int64 [count]."""
+    """Return the positions of a class's held-out images: evenly spaced, for any seed; int64 [count]."""
     return (2 * np.arange(count) + 1) * images // max(2 * count, 1)
 
 
 _DECODE_BATCH = 16
-"""Images decoded between two looks at the stop request: few, as photographs may take a tenth of a second each."""
+"""Images decoded between two checks of the stop request: few, because a large photograph takes long to decode."""
 
 
 def decode_all(images: ImageSet, config: Config, title: str, stop: Callable[[], bool] = lambda: False) -> Tensor:
-    """Return all images of a split, uint8 [N, channels, H, W], decoded in workers.
+    """Return all images of a split, decoded by worker processes: uint8 [N, channels, H, W].
 
     Raises:
-        Interrupted: a stop was requested; it is looked at between batches.
+        Interrupted: a stop was requested; it is checked between batches.
     """
     plan = [range(start, min(start + _DECODE_BATCH, len(images))) for start in range(0, len(images), _DECODE_BATCH)]
     side = config.data.resolution

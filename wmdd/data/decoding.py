@@ -1,4 +1,4 @@
-"""Decoding: images are decoded ahead of use, in worker processes, in a fixed order."""
+"""Worker processes that decode images ahead of use, in a fixed order."""
 
 import atexit
 import itertools
@@ -15,7 +15,7 @@ from wmdd.errors import Interrupted, WmddError
 from wmdd.runtime import cpus, signals
 
 _DECODER_GRACE_SECONDS = 30
-"""Seconds that a decoding process outlives SIGTERM: as long as SLURM leaves a task it has cancelled."""
+"""Seconds between SIGTERM and the end of a decoder: as long as SLURM gives a canceled task."""
 
 Batch = TypeVar("Batch")
 
@@ -24,7 +24,8 @@ Result = TypeVar("Result")
 
 
 class _Guarded(torch.utils.data.Dataset):
-    """A function as DataLoader wants it; an error is returned, because raising it there would bury its message."""
+    """A function as a dataset for DataLoader.  It returns errors, because DataLoader would hide a raised one's
+    message."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
@@ -37,9 +38,9 @@ class _Guarded(torch.utils.data.Dataset):
 
 
 def _outlast_signals(worker: int) -> None:
-    """Go on after a signal to all processes of a run: it still wants its images while it checkpoints.
+    """Ignore stop signals in a decoder: the run decides when to stop, and needs images until its checkpoint.
 
-    SIGTERM is also how a process that ends in disorder ends its workers, so it is heeded after a while.
+    A parent that crashes also sends SIGTERM to its workers.  SIGTERM therefore does end a decoder, after a delay.
     """
     signals.leave_to_the_run()
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_DECODER_GRACE_SECONDS))
@@ -50,7 +51,7 @@ def _unchanged(value: Result) -> Result:
 
 
 def in_order(function: Callable[[Batch], Result], batches: Sequence[Batch], workers: int) -> Iterator[Result]:
-    """Return ``function(batch)`` for each batch, worked out by one DataLoader of ``workers`` processes (0: here)."""
+    """Return ``function(batch)`` for each batch, computed in ``workers`` processes (0: in this process)."""
     if not workers or not batches:
         return map(function, batches)
     return _loaded(function, batches, min(cpus.processes(workers), len(batches)))
@@ -61,7 +62,7 @@ _streams: "WeakSet[Generator[Any, None, None]]" = WeakSet()
 
 @atexit.register
 def _close_streams() -> None:
-    """End decoders in order when a program ends by an error: Python would send them SIGTERM and wait."""
+    """End the decoders when a program ends with an error.  Otherwise Python would send them SIGTERM and wait."""
     for stream in list(_streams):
         stream.close()
 
@@ -106,9 +107,9 @@ def _results(function: Callable[[Any], Any], batches: Iterable[Any], processes: 
         sampler=batches,
         num_workers=processes,
         collate_fn=_unchanged,
-        generator=torch.Generator(),  # else it would draw its seed from the global one
+        generator=torch.Generator(),  # otherwise DataLoader draws its seed from the global generator
         worker_init_fn=_outlast_signals,
-        # Python 3.14 starts them otherwise: each would import torch and be sent all names.
+        # Python 3.14 has another default, with which each process imports torch and receives all names.
         multiprocessing_context="fork",
     )
     try:
@@ -122,5 +123,5 @@ def _results(function: Callable[[Any], Any], batches: Iterable[Any], processes: 
         if signals.requested():
             raise Interrupted("stopped while images were decoded") from None
         raise WmddError(
-            f"a process that decodes images died ({error}); memory may be short: try fewer compute.workers, or 0"
+            f"a process that decodes images died ({error}), perhaps for lack of memory; try fewer compute.workers, or 0"
         ) from error

@@ -1,4 +1,4 @@
-"""Datasets are downloaded, or unpacked from archives that lie in their folder (``wmdd data fetch``)."""
+"""Download datasets, or unpack archives that the user has put into a folder (``wmdd data fetch``)."""
 
 import os
 import tarfile
@@ -12,24 +12,24 @@ from wmdd.data.sources import BUILT_IN, folder_of, unnested
 from wmdd.errors import InputError, WmddError, nearest
 
 TINY_ARCHIVE = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
-"""Address and MD5 of the official archive of Tiny-ImageNet."""
+"""URL and MD5 of the official archive of Tiny-ImageNet."""
 
 
 def fetch(name: str, root: Path | None = None) -> Path:
-    """Download a data set, or unpack the archives that lie in its folder, and return that folder.
+    """Download a dataset, or unpack the archives in its folder; return that folder.
 
-    What is there already is left as it is.  Imagenette comes in its 320-pixel edition.
+    Existing files stay unchanged.  Imagenette is fetched in its 320-pixel version.
 
     Args:
-        name: as in ``data.source``.
-        root: its folder; None: ``data/NAME``.
+        name: name of the dataset, as in ``data.source``.
+        root: folder of the dataset; None: ``data/NAME``.
 
     Raises:
-        InputError: no such data set, or one that has to be downloaded by hand.
+        InputError: the dataset does not exist, or the user must download it by hand.
         WmddError: the download failed.
     """
     if name == "folder":
-        raise InputError("folder: your own images; give their place with data.root=...")
+        raise InputError("folder: these are your own images; set their folder with data.root=...")
     makers: dict[str, Callable[[Path], None]] = {
         "cifar10": _fetch_cifar10,
         "imagenette": _fetch_imagenette,
@@ -40,7 +40,7 @@ def fetch(name: str, root: Path | None = None) -> Path:
     if name in BUILT_IN:
         return place
     if name not in makers:
-        raise InputError(f"{name}: no such data set; {nearest(name, [*BUILT_IN, *makers])}")
+        raise InputError(f"{name}: no such dataset; {nearest(name, [*BUILT_IN, *makers])}")
     try:
         place.mkdir(parents=True, exist_ok=True)
         makers[name](place)
@@ -50,7 +50,7 @@ def fetch(name: str, root: Path | None = None) -> Path:
 
 
 def _make_whole(target: Path, make: Callable[[Path], object]) -> None:
-    """Let ``make`` fill a temporary folder beside ``target``, then move its ``target.name`` there: whole or absent."""
+    """Let ``make`` fill a temporary folder next to ``target``, then move ``target.name`` out of it, atomically."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
         make(Path(temporary))
         os.replace(Path(temporary) / target.name, target)
@@ -81,7 +81,7 @@ def _fetch_tiny(root: Path) -> None:
 
 
 def _fetch_imagenet(root: Path) -> None:
-    """Unpack the archives as torchvision.datasets.ImageNet does, but so that an interruption leaves nothing half."""
+    """Unpack the archives like torchvision.datasets.ImageNet, but an interruption leaves no partial folder."""
     from torchvision.datasets import imagenet
 
     wanted = [split for split in ("train", "val") if not (root / split).is_dir()]
@@ -91,8 +91,8 @@ def _fetch_imagenet(root: Path) -> None:
     missing = [archive for archive in archives if not (root / archive).is_file()]
     if missing:
         raise InputError(
-            f"imagenet-1k: its licence asks every user to download it in person from https://image-net.org/download; "
-            f"put {', '.join(missing)} into {root} and run this again"
+            f"imagenet-1k: its license requires that you download it yourself from https://image-net.org/download; "
+            f"put {', '.join(missing)} into {root} and run this command again"
         )
     imagenet.parse_devkit_archive(root)
     parsers = {"train": imagenet.parse_train_archive, "val": imagenet.parse_val_archive}

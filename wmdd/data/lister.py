@@ -1,9 +1,9 @@
-"""Makes the listing of a data set once for all processes, and finds it again while its folders are unchanged.
+"""Creates the listing of a dataset once for all processes, and reuses it while the dataset's folders are unchanged.
 
-The listings of a tree lie in the store, in ``listings/KEY``; KEY is the digest of its real root and its format.  A
-newer listing has a higher number and is a file of its own, so that whoever has mapped an older one keeps it.  A listing
-holds for every folder that was read the time of its last change: while these are the same, nothing else is looked at.
-Files that had a fault are looked at again, since they are repaired in place.
+The listings of a tree are in the cache, in ``listings/KEY``.  KEY is the digest of the tree's real root and format.  A
+newer listing is a separate file with a higher number, so that processes keep the older file that they have mapped.  A
+listing contains the time of the last change of every folder read.  While these times are the same, no file is checked
+again, except faulty files: users repair them in place.
 """
 
 import hashlib
@@ -37,33 +37,33 @@ from wmdd.storage import cache
 from wmdd.storage.files import digest, locked
 
 _LISTING_THREADS = 8
-"""Threads that list folders and look at files: they mostly wait for the disk."""
+"""Threads that list folders and check files; they mostly wait for the disk."""
 _CLASSES_AT_A_TIME = 64
-"""Classes that are listed at a time."""
+"""Number of classes that are listed together."""
 _FILES_PER_CHUNK = 256
-"""Files or folders that one thread takes at a time."""
+"""Files or folders that a thread processes at a time."""
 _LISTINGS_KEPT = 16
-"""Listings of one root that are kept: nodes with data of their own under one path have one each."""
+"""Number of listings kept for one root: nodes with different local datasets at one path have one listing each."""
 
 Class = dict[Split, Rows]
 Verdicts = Callable[[ListedCatalogue, Split, Sequence[int]], Mapping[int, Mapping[int, str]]]
-"""Decodes all images of some classes of a split; returns by class and row why those that cannot be decoded cannot."""
+"""Function that decodes all images of some classes of a split, and returns the errors by class and row."""
 
 
 def obtain(tree: Tree, classes: Sequence[str], verdicts: Verdicts | None = None, refresh: bool = False) -> Path:
-    """Return the file of a listing that has these classes as they are now; what is missing is listed.
+    """Return the file of a listing that covers the current state of these classes; list what is missing.
 
-    A finished listing is found without a lock and without write access.
+    A finished listing needs neither a lock nor write access.
 
     Args:
-        tree: where the images lie.
-        classes: those whose images are wanted.
-        verdicts: if given, every image of these classes has been decoded, too.
-        refresh: list these classes again, whatever is known of them.
+        tree: tree of image files.
+        classes: names of the classes to list.
+        verdicts: function that decodes every image; None: images are listed without decoding.
+        refresh: whether to list these classes again in any case.
 
     Raises:
-        InputError: a class has no images, or the store cannot be written.
-        Interrupted: a stop was requested; what was listed is kept.
+        InputError: a class has no images, or the cache is not writable.
+        Interrupted: a stop was requested; finished listings are kept.
     """
     key = digest([VERSION, os.path.realpath(tree.root), tree.format])
     known = tree.classes("train")
@@ -74,26 +74,26 @@ def obtain(tree: Tree, classes: Sequence[str], verdicts: Verdicts | None = None,
     cache.prepare(folder)
     with locked(folder / ".lock", signals.requested):
         if not refresh and (found := _current(folder, tree, known, classes, verdicts is not None)):
-            return found  # another process made it meanwhile
+            return found  # another process has created it meanwhile
         return _make(folder, tree, known, classes, verdicts, refresh)
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the listings of a root, the newest first."""
+    """Return the listing files of a root, newest first."""
     return sorted(folder.glob("[0-9]*.safetensors"), reverse=True)
 
 
 def _opened(paths: Iterable[Path]) -> Iterator[Listing]:
-    """Yield the listings that are whole."""
+    """Yield the listings that are not damaged."""
     for path in paths:
         try:
             yield open_listing(path)
         except WmddError:
-            continue  # it will be made again
+            continue  # it will be created again
 
 
 def _current(folder: Path, tree: Tree, known: Sequence[str], classes: Sequence[str], decoded: bool) -> Path | None:
-    """Return the newest listing to which nothing has to be added."""
+    """Return the newest listing that is complete for these classes, or None."""
     look = _Glance(tree.root)
     for listing in _opened(_files(folder)):
         if listing.classes == tuple(known) and not _stale(listing, classes, look, decoded):
@@ -102,7 +102,7 @@ def _current(folder: Path, tree: Tree, known: Sequence[str], classes: Sequence[s
 
 
 class _Glance:
-    """Times of the last change of folders, each looked at once."""
+    """Times of the last change of folders; each folder is checked only once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -122,7 +122,7 @@ class _Glance:
         return [changed(f"{root}/{name}") for name in names]
 
     def same(self, name: str, fault: Fault) -> bool:
-        """Return whether a file that had a fault is as it was."""
+        """Return whether a faulty file is unchanged."""
         try:
             stat = os.stat(self._root / name)
         except OSError:
@@ -131,7 +131,7 @@ class _Glance:
 
 
 def _stale(listing: Listing, classes: Sequence[str], look: _Glance, decoded: bool) -> list[str]:
-    """Return which of these classes have to be listed (or decoded) again."""
+    """Return the classes that must be listed (or decoded) again."""
     folders: dict[str, list[tuple[str, int]]] = {}
     stale = set()
     if decoded and listing.facts.get("decoder") != pillow_version:
@@ -148,7 +148,7 @@ def _stale(listing: Listing, classes: Sequence[str], look: _Glance, decoded: boo
                 if not look.same(part.name(index, row), fault):
                     stale.add(label)
     now = look.at(name for found in folders.values() for name, _ in found)
-    # A time of 0 is not to be relied on: the folder was new when it was listed.
+    # A time of 0 is unreliable: the folder had just changed when it was listed.
     stale |= {label for label, found in folders.items() if any(then == 0 or now[name] != then for name, then in found)}
     return [label for label in classes if label in stale]
 
@@ -156,7 +156,7 @@ def _stale(listing: Listing, classes: Sequence[str], look: _Glance, decoded: boo
 def _make(
     folder: Path, tree: Tree, known: Sequence[str], classes: Sequence[str], verdicts: Verdicts | None, refresh: bool
 ) -> Path:
-    """List what is not known, and write it together with what is."""
+    """List the missing classes, and write them together with the known classes."""
     old = next(_opened(_files(folder)), Listing((), {split: Part.from_classes([]) for split in SPLITS}))
     todo = list(classes) if refresh else _stale(old, classes, _Glance(tree.root), False)
     fresh: dict[str, Class] = {}
@@ -166,20 +166,20 @@ def _make(
                 fresh[label] = rows
                 advance(1)
     except WmddError:
-        if fresh:  # the next attempt goes on from there
+        if fresh:  # the next attempt continues from these classes
             _write(folder, _joined(old, known, fresh))
         raise
     listing = _joined(old, known, fresh)
     if verdicts is not None:
-        path = _write(folder, listing) if fresh else None  # what was listed outlasts a stop while images are decoded
+        path = _write(folder, listing) if fresh else None  # keeps the listing if a stop interrupts decoding
         listing = _decoded(ListedCatalogue(tree, listing), classes, verdicts)
         if path:
-            path.unlink()  # nobody has seen it: the lock is held
+            path.unlink()  # no process has seen this file: the lock is held
     return _write(folder, listing)
 
 
 def _joined(old: Listing, known: Sequence[str], fresh: Mapping[str, Class]) -> Listing:
-    """Return the listing of all known classes: those that are fresh, and what an older listing has of the others."""
+    """Return the listing of all known classes: fresh ones, and the others from an older listing."""
     classes = [fresh.get(label) or old.rows(label) for label in known]
     if old.facts.get("decoder") != pillow_version:
         classes = [{split: _undecided(rows) for split, rows in each.items()} for each in classes]
@@ -188,13 +188,13 @@ def _joined(old: Listing, known: Sequence[str], fresh: Mapping[str, Class]) -> L
 
 
 def _undecided(rows: Rows) -> Rows:
-    """Return rows as they were before they were decoded."""
+    """Return rows without the results of decoding."""
     faults = {row: fault for row, fault in rows.faults.items() if not fault.decoded}
     return replace(rows, faults=faults, state=min(rows.state, LISTED))
 
 
 def _listed(tree: Tree, classes: Sequence[str]) -> Iterator[tuple[str, Class]]:
-    """List classes and look at each of their images."""
+    """List classes and check each of their images."""
 
     def members(pair: tuple[str, Split]) -> Members:
         _heed()
@@ -218,11 +218,11 @@ def _listed(tree: Tree, classes: Sequence[str]) -> Iterator[tuple[str, Class]]:
 
 def _heed() -> None:
     if signals.requested():
-        raise Interrupted("stopped while images were listed; what was listed is kept")
+        raise Interrupted("stopped while images were listed; listed classes are kept")
 
 
 def _decoded(listed: ListedCatalogue, classes: Sequence[str], verdicts: Verdicts) -> Listing:
-    """Return a listing with the verdicts on all images of these classes."""
+    """Return a listing with the decoding results of all images of these classes."""
     listing = listed.listing
     parts = {}
     for split, part in listing.parts.items():
@@ -240,7 +240,7 @@ def _decoded(listed: ListedCatalogue, classes: Sequence[str], verdicts: Verdicts
 
 
 def _write(folder: Path, listing: Listing) -> Path:
-    """Write a listing under the next number."""
+    """Write a listing with the next number; delete the oldest ones."""
     older = _files(folder)
     number = int(older[0].name.partition("-")[0]) + 1 if older else 0
     content = hashlib.sha256()

@@ -1,8 +1,8 @@
-"""The listing of a data set: what is known of its images before any is decoded, in one file that readers map.
+"""The listing of a dataset: names, sizes and faults of its images, in one memory-mapped file.
 
-An image has a split, a class and a row: its position among the images of its class, which are in the order of their
-base names.  A listing holds the names and sizes of all rows, the digest of each class, and why images cannot be used.
-Reading one costs what is read of it: the rows of other classes stay on the disk.
+An image has a split, a class and a row.  The row is its position among the images of its class, ordered by base name.
+A listing contains the names and sizes of all rows, the digest of each class, and the faults of unusable images.
+Readers load only the classes that they need; the rows of other classes stay on the disk.
 """
 
 import hashlib
@@ -24,17 +24,17 @@ from wmdd.storage.files import write_tensors
 
 VERSION = 1
 ABSENT, LISTED, DECODED = 0, 1, 2
-"""What was done for a class: nothing, a first look at each file, a look and a decoding of each file."""
+"""State of a class in a listing: not listed, each file checked, or each file also decoded."""
 
 
 class Fault(NamedTuple):
-    """Why an image cannot be used, and the state of its file when that was found."""
+    """The reason why an image is unusable, and the state of its file at that time."""
 
     reason: str
     decoded: bool = False
-    """Whether only decoding has shown it"""
+    """Whether decoding found the fault"""
     size: int = 0
-    """Bytes of the file; 0 if there is none"""
+    """Size of the file in bytes; 0 if there is no file"""
     changed: int = 0
     """Time of the file's last change, in nanoseconds since 1970; 0 if there is no file"""
 
@@ -48,7 +48,7 @@ class Strings:
     """Strings in one array of bytes."""
 
     text: np.ndarray
-    """UTF-8: uint8 [bytes]"""
+    """UTF-8 text: uint8 [bytes]"""
     starts: np.ndarray
     """First byte of each string, and the end of the last: int64 [strings + 1]"""
 
@@ -56,13 +56,13 @@ class Strings:
         return bytes(self.text[self.starts[row] : self.starts[row + 1]]).decode()
 
     def between(self, start: int, stop: int) -> "Strings":
-        """Return the strings ``start`` to ``stop``."""
+        """Return the strings from ``start`` to ``stop`` (excluded)."""
         starts = self.starts[start : stop + 1]
         return Strings(self.text[starts[0] : starts[-1]], starts - starts[0])
 
     @staticmethod
     def from_list(strings: Iterable[str]) -> "Strings":
-        """Return strings that were in a list."""
+        """Return a list of strings in this form."""
         encoded = [string.encode() for string in strings]
         text = np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8)
         return Strings(text, _starts([len(one) for one in encoded]))
@@ -83,8 +83,8 @@ class Rows:
     identities: np.ndarray
     """Size of each file in bytes, or the CRC-32 of an array: int64 [rows]"""
     folders: tuple[tuple[str, int], ...]
-    """Every folder (and index file) that says which images there are, relative to the root, with the time of its last
-    change (nanoseconds since 1970; 0: not to be relied on).  The first is that of ``names``"""
+    """Every folder (and index file) read to find the names, relative to the root, with the time of its last change
+    (nanoseconds since 1970; 0: unreliable).  ``names`` are relative to the first folder"""
     faults: Mapping[int, Fault] = field(default_factory=dict)
     state: int = LISTED
     """ABSENT, LISTED or DECODED"""
@@ -94,13 +94,13 @@ class Rows:
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 over base name and identity of every row, whether it can be used or not."""
+        """SHA-256 over base name and identity of every row, usable or not."""
         return self.digest_of(range(len(self)))
 
     def digest_of(self, rows: Iterable[int]) -> bytes:
         """Return the SHA-256 over base name (without extension) and identity of these rows.
 
-        Folders and formats of files are no part of it: an archive of the same images has the same digest.
+        It does not cover folders and file formats: an archive of the same images has the same digest.
         """
         found = hashlib.sha256()
         for row in rows:
@@ -129,11 +129,11 @@ class Part:
     changed: np.ndarray
     """int64 [F]"""
     faults: Mapping[int, Mapping[int, Fault]]
-    """By class and row; most classes have none"""
+    """Faults by class and row; most classes have none"""
 
     @staticmethod
     def from_classes(classes: Sequence[Rows]) -> "Part":
-        """Join classes."""
+        """Return a part with these classes."""
         folders = [folder for rows in classes for folder in rows.folders]
         return Part(
             _starts([len(rows) for rows in classes]),
@@ -148,15 +148,15 @@ class Part:
         )
 
     def rows(self, index: int) -> Rows:
-        """Return one class; its arrays are parts of these."""
+        """Return the rows of one class, as slices of the arrays."""
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
         names, identities = self.names.between(start, stop), self.identities[start:stop]
         found = Rows(names, identities, self.folders_of(index), self.faults.get(index, {}), int(self.states[index]))
-        vars(found)["digest"] = self.digests[index].tobytes()  # known: need not be computed
+        vars(found)["digest"] = self.digests[index].tobytes()  # already known, so not computed again
         return found
 
     def folders_of(self, index: int) -> tuple[tuple[str, int], ...]:
-        """Return the folders of a class with the times of their last changes."""
+        """Return the folders of a class, with the times of their last changes."""
         places = range(int(self.folder_starts[index]), int(self.folder_starts[index + 1]))
         return tuple((self.folders[place], int(self.changed[place])) for place in places)
 
@@ -165,7 +165,7 @@ class Part:
         return f"{self.folders[self.folder_starts[index]]}/{self.names[self.starts[index] + row]}"
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the arrays as they are written."""
+        """Return the arrays for the file, by name."""
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in self._arrays().items()}
 
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -179,7 +179,7 @@ class Part:
 
     @staticmethod
     def read(get: Callable[[str], np.ndarray], faults: Mapping[str, Mapping[str, list[Any]]]) -> "Part":
-        """Return what ``tensors`` and a listing's metadata were written from."""
+        """Return the part that ``tensors`` and a listing's metadata describe."""
         names, folders = (Strings(get(f"{name}.text"), get(f"{name}.starts")) for name in ("names", "folders"))
         known = {int(index): {int(row): Fault(*fault) for row, fault in rows.items()} for index, rows in faults.items()}
         first = (get("starts"), names, get("identities"), get("digests"), get("states"))
@@ -188,18 +188,18 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """The images of a data set, by split."""
+    """The images of a dataset, by split."""
 
     classes: tuple[str, ...]
-    """Names of all classes of the data set, of which those that somebody asked for are listed"""
+    """Names of all classes of the dataset; only requested classes are listed"""
     parts: Mapping[Split, Part]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else is to be known: the root, the format, the decoder"""
+    """Further facts, such as the version of the decoder"""
     path: Path | None = None
-    """The file that it is mapped from, if it is"""
+    """File that the listing is mapped from, if any"""
 
     def __reduce__(self) -> Any:
-        if self.path is not None:  # another process maps the file, instead of getting a copy
+        if self.path is not None:  # another process maps the file instead of receiving a copy
             return open_listing, (self.path,)
         return Listing, (self.classes, self.parts, self.facts)
 
@@ -209,24 +209,24 @@ class Listing:
         return {name: index for index, name in enumerate(self.classes)}
 
     def rows(self, label: str) -> dict[Split, Rows]:
-        """Return one class in each split; no rows of a class that is not known."""
+        """Return the rows of one class in each split; an unknown class has no rows."""
         if label not in self.places:
             return {split: Rows(Strings.from_list([]), np.zeros(0, np.int64), (), state=ABSENT) for split in self.parts}
         return {split: part.rows(self.places[label]) for split, part in self.parts.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what is written as tensors."""
+        """Return the tensors for the file."""
         found = {split: part.tensors() for split, part in self.parts.items()}
         return {f"{split}.{name}": value for split, tensors in found.items() for name, value in tensors.items()}
 
     def metadata(self) -> dict[str, str]:
-        """Return what is written as metadata."""
+        """Return the metadata for the file."""
         faults = {split: part.faults for split, part in self.parts.items()}
-        told = {"version": VERSION, "classes": self.classes, "facts": self.facts, "faults": faults}
-        return {"listing": json.dumps(told, ensure_ascii=False)}
+        content = {"version": VERSION, "classes": self.classes, "facts": self.facts, "faults": faults}
+        return {"listing": json.dumps(content, ensure_ascii=False)}
 
     def write(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the listing atomically."""
         write_tensors(path, self.tensors(), self.metadata())
 
     @staticmethod
@@ -234,41 +234,41 @@ class Listing:
         """Return the listing in an open safetensors file.
 
         Raises:
-            KeyError, ValueError, TypeError: there is none, or it is of another version.
+            KeyError, ValueError, TypeError: the file contains no listing, or one of another version.
         """
-        told = json.loads((file.metadata() or {})["listing"])
-        if told["version"] != VERSION:
-            raise ValueError(f"version {told['version']}, expected {VERSION}")
+        content = json.loads((file.metadata() or {})["listing"])
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, expected {VERSION}")
 
         def getter(split: str) -> Callable[[str], np.ndarray]:
             return lambda name: file.get_tensor(f"{split}.{name}").numpy()
 
-        parts = {split: Part.read(getter(split), faults) for split, faults in told["faults"].items()}
-        return Listing(tuple(told["classes"]), parts, told["facts"], path)
+        parts = {split: Part.read(getter(split), faults) for split, faults in content["faults"].items()}
+        return Listing(tuple(content["classes"]), parts, content["facts"], path)
 
 
 def open_listing(path: Path) -> Listing:
-    """Map a listing.
+    """Memory-map a listing.
 
     Raises:
-        WmddError: the file is absent or damaged; the message names it.
+        WmddError: the file is absent or damaged; the message names the file.
     """
     import safetensors
 
     try:
         return Listing.read(safetensors.safe_open(path, "pt"), path)
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise WmddError(f"{path}: is no listing of a data set ({error}); --refresh makes another") from None
+        raise WmddError(f"{path}: is not a listing of a dataset ({error}); --refresh creates a new one") from None
 
 
 class Catalogue(ABC):
-    """The images of a data set by split, class and row, listed and ready to be read.
+    """The listed images of a dataset by split, class and row.
 
-    A class is given by its position in ``classes``.
+    A class is identified by its position in ``classes``.
     """
 
     classes: tuple[str, ...]
-    """Names of all classes of the data set"""
+    """Names of all classes of the dataset"""
 
     @abstractmethod
     def counts(self, split: Split) -> np.ndarray:
@@ -292,21 +292,21 @@ class Catalogue(ABC):
 
     @abstractmethod
     def read(self, split: Split, index: int, row: int) -> Image.Image:
-        """Return an image, wholly decoded.
+        """Return an image, fully decoded.
 
         Raises:
-            BrokenImage: its content cannot be decoded.
-            InputError: it is not what was listed.
-            WmddError: the machine failed to deliver it.
+            BrokenImage: the image cannot be decoded.
+            InputError: the image differs from its listing.
+            WmddError: the system could not read the file.
         """
 
     @abstractmethod
     def where(self, split: Split, index: int, row: int) -> str:
-        """Return what a message calls an image."""
+        """Return the location of an image, for error messages."""
 
 
 class ListedCatalogue(Catalogue):
-    """The images of a source, by its listing."""
+    """The images of a source and its listing."""
 
     def __init__(self, source: Source, listing: Listing) -> None:
         self.source = source
@@ -314,7 +314,7 @@ class ListedCatalogue(Catalogue):
         self.classes = listing.classes
 
     def counts(self, split: Split) -> np.ndarray:
-        """Return the number of rows of each class, 0 for one that is not listed."""
+        """Return the number of rows of each class; 0 for a class that is not listed."""
         return np.diff(self.listing.parts[split].starts)
 
     def digests(self, split: Split) -> np.ndarray:
@@ -334,17 +334,17 @@ class ListedCatalogue(Catalogue):
         return self.listing.parts[split].name(index, row)
 
     def read(self, split: Split, index: int, row: int) -> Image.Image:
-        """Read an image, and check that it has the size that was listed."""
+        """Read an image, and check it against the size in the listing."""
         part = self.listing.parts[split]
         return self.source.read(part.name(index, row), int(part.identities[part.starts[index] + row]))
 
     def where(self, split: Split, index: int, row: int) -> str:
-        """Return the path of a file, or the name of an array's image."""
+        """Return the path of an image file, or the name of an image in an array."""
         return self.source.where(self.name(split, index, row))
 
 
 def listed_in_memory(source: Source, classes: Sequence[str], splits: Sequence[Split] = SPLITS) -> ListedCatalogue:
-    """List a source of few images or of arrays, here and now; nothing is kept for other processes."""
+    """List a small source or arrays in this process, without the cache."""
     parts = {
         split: Part.from_classes([_looked_at(source, source.members(split, label)) for label in classes])
         for split in splits
@@ -357,7 +357,7 @@ def _looked_at(source: Source, members: Members) -> Rows:
 
 
 def rows_of(members: Members, looks: Sequence[Look]) -> Rows:
-    """Return the rows of a class, from what a look at each image told."""
+    """Return the rows of a class, from the check of each image."""
     faults = {
         row: Fault(look.fault, False, look.identity, look.changed) for row, look in enumerate(looks) if look.fault
     }

@@ -1,4 +1,4 @@
-"""Packing a data set into shards (``wmdd data pack``); ``shards.py`` reads them."""
+"""Pack a dataset into shards (``wmdd data pack``).  ``shards.py`` reads them."""
 
 import hashlib
 import shutil
@@ -20,28 +20,27 @@ from wmdd.runtime.progress_bars import progress
 from wmdd.storage.files import digest, locked, read_json, sha256, write_json, write_tensors
 
 SHARD_BYTES = 256 * 2**20
-"""A shard takes as many whole classes as fit this; a larger class has one of its own."""
+"""Maximum size of a shard of several classes, in bytes.  A larger class has a separate shard."""
 _DECODE_BATCH = 64
 
 
 def pack(config: DataConfig, out: Path, workers: int, shard_bytes: int = SHARD_BYTES) -> tuple[int, int]:
     """Decode and resize all images of a config, and write them to shards of whole classes.
 
-    Shards that are there already, whole and of these very images, are kept. The hold-out is not told apart: one
-    packed folder serves any ``data.holdout_per_class``.
+    Existing intact shards of the same images are kept.  The hold-out is packed like the other training images, so that
+    one packed folder serves any ``data.holdout_per_class``.
 
     Args:
-        config: which images; ``root`` says where from.
-        out: folder of the shards.
-        workers: processes that decode.
-        shard_bytes: most bytes of a shard of several classes.
+        config: data section of the config; its images are packed.
+        out: folder for the shards.
+        workers: number of processes that decode.
+        shard_bytes: maximum size of a shard of several classes, in bytes.
 
     Returns:
-        number of images and of bytes.
+        Number of images, and total size of the shards in bytes.
 
     Raises:
-        InputError: the data are not as ``load_dataset`` wants them, the folder holds another data set, or the disk has
-            not enough room.
+        InputError: ``load_dataset`` refuses the dataset, the folder contains another dataset, or the disk is too full.
     """
     config = config.replace({"packed": None, "stage": None, "holdout_per_class": 0})
     dataset = load_dataset(config, workers)
@@ -59,7 +58,9 @@ def pack(config: DataConfig, out: Path, workers: int, shard_bytes: int = SHARD_B
         images = sum(counts[path] for path in todo)
         free = shutil.disk_usage(out).free
         if free < images * each:
-            raise InputError(f"{out}: {images * each / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+            raise InputError(
+                f"{out}: the packed images need {images * each / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+            )
         with progress(f"packing to {out}", images, "images") as advance:
             decoded = {split: _decoded(dataset, split, [shards[path] for path in todo], workers) for split in SPLITS}
             for path in todo:
@@ -72,7 +73,7 @@ def pack(config: DataConfig, out: Path, workers: int, shard_bytes: int = SHARD_B
 
 
 def _shards(dataset: Dataset, config: DataConfig, out: Path, most: int) -> dict[Path, list[int]]:
-    """Deal the classes to shards of at most so many images; the name of a shard tells what it is made from."""
+    """Divide the classes into shards of at most ``most`` images.  A shard's name contains the digest of its source."""
     parts: list[list[int]] = []
     held = 0
     for index in range(len(dataset.classes)):
@@ -96,14 +97,16 @@ def _content(listing: Listing) -> list[str]:
 
 
 def _listing(dataset: Dataset, classes: Sequence[int]) -> Listing:
-    """Return the listing of some classes, as a shard holds it: it knows of no time and no place."""
+    """Return the listing of some classes for a shard, without times and absolute paths."""
     parts = {}
     for split in SPLITS:
         images = _of(dataset, split)
         every = []
         for index in classes:
             rows = images.catalogue.rows(split, int(images.places[index]))
-            faults = {int(row): Fault("was left out when it was packed") for row in images.left_out.get(index, ())}
+            faults = {
+                int(row): Fault("was left out when the dataset was packed") for row in images.left_out.get(index, ())
+            }
             folder, _ = rows.folders[0]
             every.append(replace(rows, folders=((folder, 0),), faults=faults, state=DECODED))
         parts[split] = Part.from_classes(every)
@@ -111,7 +114,7 @@ def _listing(dataset: Dataset, classes: Sequence[int]) -> Listing:
 
 
 def _entry(path: Path, listing: Listing) -> Shard:
-    """Return what the index tells of a shard."""
+    """Return the index entry of a shard."""
     return Shard(
         path.name,
         path.stat().st_size,
@@ -138,7 +141,7 @@ def _count(dataset: Dataset, index: int) -> int:
 
 
 def _hashes(out: Path) -> dict[str, str]:
-    """Return the SHA-256 of each shard that a finished index tells, by file."""
+    """Return the SHA-256 of each shard in the index, by file; {} without a readable index."""
     if not (out / INDEX).is_file():
         return {}
     try:
@@ -148,7 +151,7 @@ def _hashes(out: Path) -> dict[str, str]:
 
 
 def _decoded(dataset: Dataset, split: Split, shards: list[list[int]], workers: int) -> Iterator[torch.Tensor]:
-    """Yield the pixels of one split of each shard, from one stream of decoders."""
+    """Yield the pixels of one split for each shard, from one stream of decoders."""
     images = _of(dataset, split)
     plan: list[range] = []
     lengths = []

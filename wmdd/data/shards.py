@@ -1,9 +1,9 @@
-"""Packed images: decoded once, kept as uint8 in shards of whole classes, read by memory map and staged on a node.
+"""Packed images: uint8 pixels in shards of whole classes, memory-mapped, and optionally copied to a local disk.
 
-A folder of shards holds ``index.json`` (the settings, all classes, and for each shard its SHA-256 and for each of its
-classes count, digest and faults) and one safetensors file for each shard: the pixels ``train.pixels`` and
-``test.pixels`` (uint8 [N, channels, H, W]), their CRC-32 (int64 [N]) and the listing of the shard's classes.  A process
-opens the index and the shards of its own classes.  What is read is what was packed, byte for byte.
+A packed folder contains ``index.json`` and one safetensors file for each shard.  The index contains the settings, all
+classes, the SHA-256 of each shard, and for each class its count, digest and faults.  A shard contains the pixels
+``train.pixels`` and ``test.pixels`` (uint8 [N, channels, H, W]), their CRC-32 (int64 [N]) and the listing of its
+classes.  A process opens the index and the shards of its own classes.  It reads exactly the packed bytes.
 """
 
 import os
@@ -29,28 +29,28 @@ from wmdd.storage.files import digest, locked, read_json, sha256
 INDEX = "index.json"
 VERSION = 2
 SETTINGS = ("source", "resolution", "channels", "crop_ratio")
-"""Fields of ``data`` that the pixels and names of shards depend on."""
+"""Keys of ``data`` that decide the pixels and names of shards."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard as the index tells of it."""
+    """Index entry of one shard."""
 
     file: str
     bytes: int
     sha256: str
     classes: tuple[str, ...]
     counts: Mapping[Split, tuple[int, ...]]
-    """Rows of each class, those without pixels included"""
+    """Number of rows of each class, including rows without pixels"""
     digests: Mapping[Split, tuple[str, ...]]
     """Digest of each class, in hexadecimal"""
     left_out: Mapping[Split, Mapping[str, Mapping[str, str]]]
-    """Reasons, by class and row, of the images that have no pixels"""
+    """Reason for each image without pixels, by class and row"""
 
 
 @dataclass(frozen=True)
 class _Mapped:
-    """A shard that is open."""
+    """A memory-mapped shard."""
 
     listing: Listing
     pixels: Mapping[Split, torch.Tensor]
@@ -58,18 +58,18 @@ class _Mapped:
 
 
 def settings_of(config: DataConfig) -> dict[str, Any]:
-    """Return the settings that shards are made under."""
+    """Return the settings that decide the shards."""
     return config.model_dump(mode="json", include=set(SETTINGS))
 
 
 class Shards(Catalogue):
-    """The images of a packed folder, under the names that they had."""
+    """The images of a packed folder, under their original names."""
 
     def __init__(self, root: Path, config: DataConfig) -> None:
         """Read the index, and check that it fits the config.
 
         Raises:
-            InputError: the folder has no index, or was packed under other settings.
+            InputError: the folder has no index, or was packed with other settings.
         """
         remedy = f"pack it again: wmdd data pack CONFIG --out {root}"
         if not (root / INDEX).is_file():
@@ -83,11 +83,11 @@ class Shards(Catalogue):
         except (WmddError, KeyError, TypeError) as error:
             raise InputError(f"{root / INDEX}: is damaged ({error}); {remedy}") from None
         if version != VERSION:
-            raise InputError(f"data.packed={root}: is of version {version}, this wmdd reads {VERSION}; {remedy}")
+            raise InputError(f"data.packed={root}: has format version {version}, this wmdd reads {VERSION}; {remedy}")
         for field, wanted in settings_of(config).items():
             if made.get(field) != wanted:
                 raise InputError(
-                    f"data.packed={root}: was packed with data.{field}={made.get(field)!r}, the config asks for "
+                    f"data.packed={root}: was packed with data.{field}={made.get(field)!r}, the config has "
                     f"{wanted!r}; set data.{field}={made.get(field)!r}, or {remedy}"
                 )
         self.root = root
@@ -111,10 +111,10 @@ class Shards(Catalogue):
         self._maps: dict[int, _Mapped] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_maps": {}}  # a mapping is of one process
+        return vars(self) | {"_maps": {}}  # each process maps the shards itself
 
     def counts(self, split: Split) -> np.ndarray:
-        """Return the number of rows of each class, 0 for one that was not packed."""
+        """Return the number of rows of each class; 0 for a class that was not packed."""
         return self._counts[split]
 
     def digests(self, split: Split) -> np.ndarray:
@@ -122,7 +122,7 @@ class Shards(Catalogue):
         return self._digests[split]
 
     def faults(self, split: Split) -> Mapping[int, Mapping[int, Fault]]:
-        """Return why images were left out, by class and row."""
+        """Return the reasons why images were left out, by class and row."""
         return self._faults[split]
 
     def rows(self, split: Split, index: int) -> Rows:
@@ -131,17 +131,17 @@ class Shards(Catalogue):
         return self._mapped(number).listing.parts[split].rows(position)
 
     def name(self, split: Split, index: int, row: int) -> str:
-        """Return the name of an image in the data set that was packed."""
+        """Return the name of an image in the original dataset."""
         number, position = self._places[index]
         return self._mapped(number).listing.parts[split].name(position, row)
 
     def read(self, split: Split, index: int, row: int) -> Image.Image:
-        """Return the image as it was packed: resized and cropped."""
+        """Return the packed image: resized and cropped."""
         pixels = self.pixels(split, index, [row])[0]
         return Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
 
     def where(self, split: Split, index: int, row: int) -> str:
-        """Return the shard and the image."""
+        """Return the path of the shard and the name of the image."""
         number, _ = self._places[index]
         return f"{self.root / self.shards[number].file} ({self.name(split, index, row)})"
 
@@ -149,7 +149,7 @@ class Shards(Catalogue):
         """Return images of one class: uint8 [n, channels, resolution, resolution].
 
         Raises:
-            InputError: the shard is missing, or the pixels are not those that were packed.
+            InputError: the shard is missing, or its pixels are damaged.
         """
         number, position = self._places[index]
         shard, mapped = self.shards[number], self._mapped(number)
@@ -162,12 +162,12 @@ class Shards(Catalogue):
             pixels = mapped.pixels[split][place]
             if zlib.crc32(pixels.numpy().data) != int(mapped.crcs[split][place]):
                 where = self.where(split, index, row)
-                raise InputError(f"{where}: is damaged; delete {self.path(number)} and make it again")
+                raise InputError(f"{where}: is damaged; delete {self.path(number)} and pack or stage it again")
             found.append(pixels)
         return torch.stack(found)
 
     def path(self, number: int) -> Path:
-        """Return the place of a shard: where it was packed, or its copy on this node, which is made if need be."""
+        """Return the path of a shard: the original, or the copy on this node's disk, which is created if missing."""
         shard = self.shards[number]
         origin = self.root / shard.file
         if self.stage is None:
@@ -180,37 +180,39 @@ class Shards(Catalogue):
         return copy
 
     def check(self, classes: Iterable[str]) -> None:
-        """Refuse classes that were not packed, and shards that are not as long as the index says.
+        """Refuse classes that were not packed, and shards of another size than in the index.
 
         Raises:
-            InputError: there is one; the message names it.
+            InputError: a class or shard is missing or wrong; the message names it.
         """
         packed = {name: number for number, shard in enumerate(self.shards) for name in shard.classes}
         for name in classes:
             if name not in packed:
                 raise InputError(
-                    f"data.packed={self.root}: holds {len(packed)} of {len(self.classes)} classes, and {name!r} is none"
-                    " of them; choose others by data.classes, or pack more"
+                    f"data.packed={self.root}: contains {len(packed)} of {len(self.classes)} classes, but not {name!r};"
+                    " select other classes with data.classes, or pack more"
                 )
         for number in sorted({packed[name] for name in classes}):
             path = self.root / self.shards[number].file
             if not path.is_file() or path.stat().st_size != self.shards[number].bytes:
-                state = "is cut short or has grown" if path.is_file() else "is missing"
-                raise InputError(f"{path}: {state}; run `wmdd data pack` again, which makes only what is not whole")
+                state = "has the wrong size" if path.is_file() else "is missing"
+                raise InputError(
+                    f"{path}: {state}; run `wmdd data pack` again, which packs only missing or damaged shards"
+                )
 
     def damaged(self, classes: Iterable[str]) -> list[tuple[str, str]]:
-        """Hash the shards of these classes; return (shard, reason) of those that are not what was packed."""
+        """Hash the shards of these classes; return (shard, reason) for each damaged shard."""
         chosen, found = set(classes), []
         shards = [shard for shard in self.shards if chosen & set(shard.classes)]
         with progress("hashing the packed images", len(shards), "shards") as advance:
             for shard in shards:
                 if sha256(self.root / shard.file) != shard.sha256:
-                    found.append((str(self.root / shard.file), "is damaged: its SHA-256 is not that of the index"))
+                    found.append((str(self.root / shard.file), "is damaged: its SHA-256 differs from the index"))
                 advance(1)
         return found
 
     def _mapped(self, number: int) -> _Mapped:
-        """Map a shard, once: nothing of it is read until it is asked for."""
+        """Memory-map a shard, once.  Its pixels are read only on access."""
         if number not in self._maps:
             path = self.path(number)
             try:
@@ -221,7 +223,7 @@ class Shards(Catalogue):
                     {split: file.get_tensor(f"{split}.crcs") for split in SPLITS},
                 )
             except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-                raise InputError(f"{path}: is not a whole shard ({error}); pack or stage it again") from None
+                raise InputError(f"{path}: is not a complete shard ({error}); pack or stage it again") from None
         return self._maps[number]
 
 
@@ -235,15 +237,17 @@ def _stage_folder(stage: Path, index: dict[str, Any]) -> Path:
 
 
 def _copy(origin: Path, copy: Path, size: int, sha: str) -> None:
-    """Copy a shard whole or not at all."""
+    """Copy a shard atomically."""
     free = shutil.disk_usage(copy.parent).free
     if free < size:
-        raise InputError(f"data.stage={copy.parent}: {size / 1e9:.2f} GB asked, {free / 1e9:.2f} GB free; leave it out")
-    temporary = copy.with_name(f".{copy.name}.tmp")  # one name: the lock is held, so what lies there is left over
+        raise InputError(
+            f"data.stage={copy.parent}: a shard needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; unset it"
+        )
+    temporary = copy.with_name(f".{copy.name}.tmp")  # the lock is held, so an existing file is left over
     try:
         shutil.copyfile(origin, temporary)
         if sha256(temporary) != sha:
-            raise InputError(f"{origin}: is damaged: its SHA-256 is not that of the index; pack it again")
+            raise InputError(f"{origin}: is damaged: its SHA-256 differs from the index; pack it again")
         os.replace(temporary, copy)
     except OSError as error:
         raise WmddError(f"{copy}: cannot be staged: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""Where images lie: trees of files and arrays in memory, behind one way to list them, look at them and read them.
+"""Sources of images: trees of files and arrays in memory, with one interface to list, check and read images.
 
-Names of images are relative, with forward slashes (``train/n01443537/images/n01443537_0.JPEG``, ``train/17``), so that
-nothing derived from them depends on where a data set is kept.
+Image names are relative, with forward slashes (``train/n01443537/images/n01443537_0.JPEG``, ``train/17``).  Results
+therefore do not depend on the folder of a dataset.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 ANNOTATIONS = "val/val_annotations.txt"
 
 
-RELIST = "if it was changed on purpose, --refresh lists the data set again"
+RELIST = "if it was changed on purpose, --refresh lists the dataset again"
 
 
 _NESTED = {
@@ -41,15 +41,15 @@ _NESTED = {
 
 
 _RECENT_NANOSECONDS = 2 * 10**9
-"""Nanoseconds for which a folder's time of change is not relied on: some file systems count whole seconds."""
+"""Nanoseconds for which a new change time counts as unreliable: some file systems store whole seconds."""
 
 
 _END_MARK_BYTES = 64
-"""Bytes at the end of a file in which its end mark must lie; some writers pad after it."""
+"""Bytes at the end of a file that must contain its end mark; some programs add padding after it."""
 
 
 class BrokenImage(InputError):
-    """An image that cannot be decoded: which file, and why."""
+    """An image that cannot be decoded, with its file and the reason."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(file, reason)
@@ -57,18 +57,18 @@ class BrokenImage(InputError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.reason}; data.on_error=skip leaves out such images"
+        return f"{self.file}: {self.reason}; data.on_error=skip leaves such images out"
 
 
 class Look(NamedTuple):
-    """What a first look at one image tells, short of decoding it."""
+    """Result of the check of one image without decoding."""
 
     identity: int
     """Size of the file in bytes, or the CRC-32 of an array."""
     changed: int
     """Time of the file's last change, in nanoseconds since 1970; 0 for an array."""
     fault: str | None
-    """Why it cannot be an image, if so."""
+    """Reason why the file is not a usable image; None if it may be usable."""
 
 
 class Members(NamedTuple):
@@ -77,12 +77,12 @@ class Members(NamedTuple):
     names: list[str]
     """Names relative to the first folder, in the order of rows"""
     folders: tuple[tuple[str, int], ...]
-    """Every folder or index file that was read to find the names, relative to the root, each with the time of its last
-    change before that (nanoseconds since 1970; 0: not to be relied on)"""
+    """Every folder or index file read to find the names, relative to the root, with the time of its last change before
+    that (nanoseconds since 1970; 0: unreliable)"""
 
 
 class Source(ABC):
-    """The images of one data set, by split and class."""
+    """The images of one dataset, by split and class."""
 
     @abstractmethod
     def classes(self, split: Split) -> list[str]:
@@ -90,33 +90,33 @@ class Source(ABC):
 
     @abstractmethod
     def members(self, split: Split, label: str) -> Members:
-        """Return the images of one class, in the order of their base names (arrays: of their positions).
+        """Return the images of one class, in the order of their base names (arrays: positions).
 
         Raises:
-            InputError: there are none.
+            InputError: the class has no images.
         """
 
     @abstractmethod
     def look(self, name: str) -> Look:
-        """Return what can be told of an image without decoding it."""
+        """Check an image without decoding it."""
 
     @abstractmethod
     def read(self, name: str, identity: int | None = None) -> Image.Image:
-        """Return an image, wholly decoded.
+        """Return an image, fully decoded.
 
         Args:
-            name: of the image, relative to the root.
-            identity: what ``look`` told when the image was listed; None checks nothing.
+            name: name of the image, relative to the root.
+            identity: identity of the image in its listing; None: not checked.
 
         Raises:
-            BrokenImage: its content cannot be decoded.
-            InputError: the file is of another size than was listed.
-            WmddError: the machine failed to deliver the file, whatever it contains.
+            BrokenImage: the image cannot be decoded.
+            InputError: the file size differs from the listing.
+            WmddError: the system could not read the file.
         """
 
     @abstractmethod
     def where(self, name: str) -> str:
-        """Return what a message calls an image."""
+        """Return the location of an image, for error messages."""
 
 
 class Tree(Source):
@@ -132,7 +132,7 @@ class Tree(Source):
         """The folder of each split.
 
         Raises:
-            InputError: one is missing.
+            InputError: a folder is missing.
         """
         folders: dict[Split, str] = {"train": "train", "test": "val" if (self.root / "val").is_dir() else "test"}
         for folder in folders.values():
@@ -155,7 +155,7 @@ class Tree(Source):
         return found
 
     def below(self, folder: str) -> Members:
-        """Return the images below a folder, at any depth; there may be none."""
+        """Return the images below a folder, at any depth; perhaps none."""
         names: list[str] = []
         folders: list[tuple[str, int]] = []
         self._walk(folder, "", names, folders)
@@ -171,7 +171,7 @@ class Tree(Source):
                 names.append(f"{inner}{entry.name}")
 
     def look(self, name: str) -> Look:
-        """Read the first and last bytes; a file that does not end as its format asks is decoded to be sure."""
+        """Check the first and last bytes.  Decode the file only if its end mark is missing."""
         try:
             with open(self.where(name), "rb", buffering=0) as file:
                 stat = os.fstat(file.fileno())
@@ -193,13 +193,13 @@ class Tree(Source):
         return Look(stat.st_size, stat.st_mtime_ns, fault)
 
     def read(self, name: str, identity: int | None = None) -> Image.Image:
-        """Decode a file; its extension, its profile and its EXIF orientation play no part."""
+        """Decode a file.  Its extension, color profile and EXIF orientation are ignored."""
         path = self.where(name)
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if identity is not None and size != identity:
-                    raise InputError(f"{path}: has {size:,} bytes, {identity:,} when it was listed; {RELIST}")
+                    raise InputError(f"{path}: has {size:,} bytes, but {identity:,} in the listing; {RELIST}")
                 with Image.open(file) as image:
                     image.load()
         except MemoryError:
@@ -209,14 +209,14 @@ class Tree(Source):
         except UnidentifiedImageError:
             raise BrokenImage(path, "is not an image that can be decoded") from None
         except Exception as error:
-            # The decoders raise errors of many types; only those of the operating system carry a number.
+            # Decoders raise errors of many types; only errors of the operating system have an errno.
             if isinstance(error, OSError) and error.errno is not None:
                 gone = f"; {RELIST}" if isinstance(error, FileNotFoundError) else ""
                 raise WmddError(f"{path}: cannot be read: {error.strerror}{gone}") from error
             raise BrokenImage(path, str(error) or type(error).__name__) from error
         if image.mode == "F" or image.mode.startswith("I"):
-            # Pillow would clip such pixels to 255 and leave a white image.
-            raise BrokenImage(path, f"has more than 8 bits a channel (mode {image.mode})")
+            # Pillow would clip such pixels to 255, and return a white image.
+            raise BrokenImage(path, f"has more than 8 bits per channel (mode {image.mode})")
         return image
 
     def where(self, name: str) -> str:
@@ -225,13 +225,13 @@ class Tree(Source):
 
 
 class TinyImageNet(Tree):
-    """Tiny-ImageNet as published: the classes of ``val/images`` stand in ``val/val_annotations.txt``."""
+    """Tiny-ImageNet as published: ``val/val_annotations.txt`` contains the classes of ``val/images``."""
 
     format = "tiny-imagenet"
 
     @cached_property
     def _test(self) -> tuple[dict[str, list[str]], tuple[tuple[str, int], ...]]:
-        """The names in ``val/images`` by class, and what they were read from."""
+        """The names in ``val/images`` by class, and the folders and files that were read."""
         path = self.root / ANNOTATIONS
         read_from = tuple((name, changed(self.root / name)) for name in ("val/images", ANNOTATIONS))
         found: dict[str, list[str]] = {}
@@ -247,7 +247,7 @@ class TinyImageNet(Tree):
         return super().classes(split) if split == "train" else sorted(self._test[0])
 
     def members(self, split: Split, label: str) -> Members:
-        """Return the images of a class: of its folder in ``train``, of the annotations in ``val``."""
+        """Return the images of a class: from its folder in ``train``, from the annotations in ``val``."""
         if split == "train":
             return super().members(split, label)
         names, read_from = self._test
@@ -255,20 +255,20 @@ class TinyImageNet(Tree):
 
 
 class Arrays(Source):
-    """Images that are held in memory; the name of one is its split and its position there."""
+    """Images in memory.  An image's name is its split and its position there."""
 
     def __init__(self, title: str, classes: list[str], splits: Mapping[Split, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Keep, for each split, images (uint8, [N, H, W] or [N, H, W, 3]) and class indices ([N])."""
+        """Store images (uint8, [N, H, W] or [N, H, W, 3]) and class indices ([N]) of each split."""
         self.title = title
         self._classes = classes
         self._splits = splits
 
     def classes(self, split: Split) -> list[str]:
-        """Return the names of the classes; every split has all of them."""
+        """Return the names of the classes; every split has all classes."""
         return self._classes
 
     def members(self, split: Split, label: str) -> Members:
-        """Return positions in the array as names, in order."""
+        """Return the positions in the array as names, in order."""
         positions = np.flatnonzero(self._splits[split][1] == self._classes.index(label))
         return Members([str(position) for position in positions], ((split, 0),))
 
@@ -277,11 +277,11 @@ class Arrays(Source):
         return Look(zlib.crc32(self._pixels(name).tobytes()), 0, None)
 
     def read(self, name: str, identity: int | None = None) -> Image.Image:
-        """Return one image of the array, which cannot have changed."""
+        """Return one image of the array."""
         return Image.fromarray(self._pixels(name))
 
     def where(self, name: str) -> str:
-        """Return the data set and the name."""
+        """Return the names of the dataset and the image."""
         return f"{self.title} {name}"
 
     def _pixels(self, name: str) -> np.ndarray:
@@ -290,18 +290,18 @@ class Arrays(Source):
 
 
 def in_memory(config: DataConfig) -> bool:
-    """Return whether the data set is read as a whole, and so is listed by every process for itself."""
+    """Return whether the dataset is held in memory; then every process lists it itself."""
     return config.source in ARRAYS and config.format == "auto"
 
 
 def open_source(config: DataConfig) -> Source:
-    """Find the data set of a config.
+    """Find the dataset of a config.
 
     Raises:
-        InputError: it is not there, or not laid out as expected; the message says what would help.
+        InputError: the dataset is absent or has another layout; the message names the remedy.
     """
     root = folder_of(config.source, config.root)
-    remedy = "give its place with data.root=..."
+    remedy = "set its folder with data.root=..."
     if config.source not in ("folder", *BUILT_IN):
         remedy = f"run `wmdd data fetch {config.source}`, or {remedy}"
     if in_memory(config) and config.source in BUILT_IN:
@@ -316,7 +316,7 @@ def open_source(config: DataConfig) -> Source:
     if config.format == "folder" or (config.format == "auto" and config.source != "tiny-imagenet"):
         return Tree(root)
     if (root / ANNOTATIONS).is_file():
-        # Some scripts move the images of val into class folders and leave the annotations behind.
+        # Some scripts move the images of val into class folders, but keep the annotations.
         rearranged = any(entry.is_dir() and entry.name != "images" for entry in _entries(root / "val"))
         return Tree(root) if rearranged and config.format == "auto" else TinyImageNet(root)
     if config.format == "tiny-imagenet":
@@ -325,12 +325,12 @@ def open_source(config: DataConfig) -> Source:
 
 
 def tree_of(format: str, root: Path) -> Tree:
-    """Return the tree that another process has found; nothing is looked at."""
+    """Return the tree that another process has found, without reading the disk."""
     return {kind.format: kind for kind in (Tree, TinyImageNet)}[format](root)
 
 
 def base_name(name: str) -> str:
-    """Return what an image is called in any archive: its name without folders and extension."""
+    """Return an image's name without folders and extension; it is the same in every archive."""
     return os.path.splitext(os.path.basename(name))[0]
 
 
@@ -339,8 +339,10 @@ def _order(name: str) -> tuple[str, str]:
 
 
 def changed(path: Path | str) -> int:
-    """Return the time of a folder's last change in nanoseconds since 1970; 0 if it is so recent that a further change
-    could have the same, or if there is no such folder."""
+    """Return the time of a folder's last change in nanoseconds since 1970, or 0 if it is unreliable.
+
+    It is unreliable if the folder is absent, or if the change is so recent that a further one could have the same time.
+    """
     try:
         found = os.stat(path).st_mtime_ns
     except OSError:
@@ -349,18 +351,18 @@ def changed(path: Path | str) -> int:
 
 
 def folder_of(name: str, root: str | Path | None) -> Path:
-    """Return the folder of a dataset: the given one, or ``data/NAME``."""
+    """Return the folder of a dataset: ``root``, or ``data/NAME`` if it is None."""
     return Path("data") / name if root is None else Path(root).expanduser()
 
 
 def unnested(name: str, root: Path) -> Path:
-    """Return the folder that holds ``train``: the root, or the folder that the archive unpacks to."""
+    """Return the folder that contains ``train``: the root, or the folder inside the unpacked archive."""
     places = [root, *(root / inner for inner in _NESTED.get(name, ()))]
     return next((place for place in places if (place / "train").is_dir()), root)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """List a folder by name, without hidden entries (which archivers of some systems leave beside images)."""
+    """List a folder by name, without hidden entries (archive programs of some systems add them)."""
     try:
         with os.scandir(folder) as found:
             entries = sorted((entry for entry in found if entry.name[0] != "."), key=lambda entry: entry.name)
@@ -373,9 +375,9 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_whole(head: bytes, tail: bytes, size: int) -> bool | None:
-    """Tell from a file's first and last bytes whether it ends as its format asks; None: no known format.
+    """Return whether a file has the end mark of its format, from its first and last bytes; None: unknown format.
 
-    The content decides, not the extension: ImageNet has a PNG named .JPEG.
+    The content decides, not the extension: ImageNet contains a PNG file with the extension .JPEG.
     """
     if head.startswith(b"\xff\xd8\xff"):
         return b"\xff\xd9" in tail
@@ -389,7 +391,7 @@ def _is_whole(head: bytes, tail: bytes, size: int) -> bool | None:
 
 
 def _digits(root: Path, remedy: str) -> Source:
-    # load_digits reads this file; scikit-learn itself takes more than a second to import.
+    # load_digits reads this file, but the import of scikit-learn is slow.
     package = importlib.util.find_spec("sklearn")
     (folder,) = (package and package.submodule_search_locations) or ["sklearn"]
     table = np.loadtxt(Path(folder) / "datasets" / "data" / "digits.csv.gz", delimiter=",")

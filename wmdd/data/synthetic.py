@@ -1,8 +1,8 @@
-"""A tree of generated JPEG files in ImageNet's shape, for speed tests where no photographs are at hand.
+"""A generated dataset of JPEG files in ImageNet's shape, for speed tests without photographs.
 
-Each image is noise of many scales, as rough as a photograph, under the grating and the tint of its class: its file is
-as large and as slow to decode as a photograph's of that size, and its class can be learned a little.  The folder says
-what it is (``synthetic.json``), and every measurement on it is recorded under the name ``synthetic``.
+Each image is noise of many scales, with a grating and a tint that depend on its class.  Its file is as large, and as
+slow to decode, as a photograph of that size.  A network can learn the classes a little.  The file ``synthetic.json``
+marks the folder, and records of measurements call the dataset ``synthetic``.
 """
 
 import io
@@ -26,31 +26,31 @@ from wmdd.errors import InputError, WmddError
 from wmdd.storage.files import read_json, write_bytes, write_json
 
 MARKER = "synthetic.json"
-"""File that marks a generated tree, with the settings it was made from."""
+"""File that marks a generated dataset and contains its settings."""
 
 _VERSION = 1
-"""Of the way images are drawn: another version draws other images."""
+"""Version of the drawing: another version draws other images."""
 
 
 _JPEG_QUALITY = 93
-"""Of the JPEG files: with it an image of 500×375 takes about 100 kB, as ImageNet's do."""
+"""Quality of the JPEG files.  An image of 500×375 pixels then takes about 100 kB, like ImageNet's."""
 
 
 _OCTAVE_AMPLITUDE = 22.0
-"""Standard deviation of the noise of each scale, in grey levels.  Equal for all scales: the spectrum of photographs
-falls with the square of the frequency, which leaves every octave the same variance (Field 1987)."""
+"""Standard deviation of the noise of each scale, in gray levels.  It is equal for all scales: the spectrum of
+photographs falls with the square of the frequency, so every octave has the same variance (Field 1987)."""
 
 
 _GRAIN_AMPLITUDE = 5.0
-"""Standard deviation of the noise of single pixels, in grey levels."""
+"""Standard deviation of the noise of single pixels, in gray levels."""
 
 
 _GRATING_AMPLITUDE = 16.0
-"""Amplitude of the grating of a class, in grey levels."""
+"""Amplitude of a class's grating, in gray levels."""
 
 
 _FILES_PER_CHUNK = 16
-"""Images that a process draws at a time."""
+"""Number of images that a process draws at a time."""
 
 Split = Literal["train", "val"]
 
@@ -69,24 +69,24 @@ def generate(
     workers: int | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> None:
-    """Write ``OUT/train/CLASS/*.JPEG`` and ``OUT/val/CLASS/*.JPEG``, or what is missing of them.
+    """Write the missing files of ``OUT/train/CLASS/*.JPEG`` and ``OUT/val/CLASS/*.JPEG``.
 
-    The bytes of an image follow from seed, split, class, number and ``pixels`` (and the version of Pillow), never from
-    who draws it.
+    The bytes of an image depend on seed, split, class, number, ``pixels`` and the version of Pillow.  They do not
+    depend on the process that draws it.
 
     Args:
-        out: a new folder, or one that this function began with the same settings.
+        out: new folder, or a folder that this function has begun with the same settings.
         classes: number of classes C.
-        images: training images of each class.
+        images: number of training images of each class.
         pixels: length of the shorter side; the longer one is 1 to 1.5 times as long.
-        val: validation images of each class.
-        seed: of all images.
-        workers: processes; as many as this process may use CPUs by default.
-        advance: called with the number of images done.
+        val: number of validation images of each class.
+        seed: random seed of the images.
+        workers: number of processes; None: the number of usable CPUs.
+        advance: called with the number of new images after each chunk.
 
     Raises:
-        InputError: the folder holds something else, or a tree of other settings.
-        WmddError: a file cannot be written, or a process died.
+        InputError: the folder contains something else, or a dataset with other settings.
+        WmddError: a file cannot be written, or a worker process died.
     """
     settings = {"version": _VERSION, "classes": classes, "images": images, "pixels": pixels, "val": val, "seed": seed}
     _claim(out, settings)
@@ -94,20 +94,20 @@ def generate(
     chunks = iter(lambda: list(islice(items, _FILES_PER_CHUNK)), [])
     write = partial(_write, out, pixels, seed)
     workers = workers or len(os.sched_getaffinity(0))
-    # A forked child may inherit a lock that one of the parent's threads held.
+    # A forked child could inherit a lock that a thread of the parent holds.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        # A few chunks ahead: a list of a million futures would take more memory than the images.
+        # Only a few chunks ahead: a million futures would take more memory than the images.
         waiting = [pool.submit(write, chunk) for chunk in islice(chunks, 4 * workers)]
         try:
             while waiting:
                 advance(waiting.pop(0).result())
                 waiting += [pool.submit(write, chunk) for chunk in islice(chunks, 1)]
         except BrokenProcessPool:
-            raise WmddError(f"{out}: a process that draws images died; the same command goes on") from None
+            raise WmddError(f"{out}: a process that draws images died; the same command resumes") from None
 
 
 def name_of(data: DataConfig) -> str:
-    """Return what records call a data set: its source, or ``synthetic`` for a generated tree."""
+    """Return the name of a dataset in records: its source, or ``synthetic`` for a generated dataset."""
     root = Path(data.root or f"data/{data.source}")
     return "synthetic" if (root / MARKER).exists() else data.source
 
@@ -116,11 +116,11 @@ def draw(split: Split, label: int, number: int, pixels: int, seed: int) -> Image
     """Draw one image.
 
     Args:
-        split: train or val.
-        label: of its class, which decides the grating and the tint.
-        number: within the class.
-        pixels: length of the shorter side.
-        seed: of all images.
+        split: split of the image, train or val.
+        label: index of its class, which decides the grating and the tint.
+        number: number of the image within its class.
+        pixels: length of the shorter side, in pixels.
+        seed: random seed of the dataset.
     """
     source = np.random.default_rng([seed, label, number, split == "val"])
     longer = round(pixels * source.uniform(1.0, 1.5))
@@ -132,9 +132,9 @@ def draw(split: Split, label: int, number: int, pixels: int, seed: int) -> Image
 
 
 def _noise(source: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:
-    """Return noise around middle grey with the same variance at every scale: [height, width, 3].
+    """Return noise around middle gray with the same variance at every scale: [height, width, 3].
 
-    From coarse to fine: each scale is stretched to the next, which adds noise of its own.
+    It is drawn from coarse to fine: each scale is resized to the next, finer one, which adds its own noise.
     """
     planes = np.full((3, 2, 2), 128, dtype=np.float32)
     cells = 2
@@ -142,14 +142,14 @@ def _noise(source: np.random.Generator, height: int, width: int) -> NDArray[np.f
         rows, columns = (max(2, round(cells * side / min(height, width))) for side in (height, width))
         planes = _stretched(planes, rows, columns)
         planes += _OCTAVE_AMPLITUDE * source.standard_normal((rows, columns), dtype=np.float32)
-        if cells <= 32:  # colour varies less than brightness, and mostly at coarse scales
+        if cells <= 32:  # color varies less than brightness, and mostly at coarse scales
             planes += 0.5 * _OCTAVE_AMPLITUDE * source.standard_normal((3, rows, columns), dtype=np.float32)
         cells *= 2
     return np.ascontiguousarray(_stretched(planes, height, width).transpose(1, 2, 0))
 
 
 def _stretched(planes: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Return planes [3, h, w] at another size, bilinearly."""
+    """Return planes [3, h, w] at another size, interpolated bilinearly."""
     size = (width, height)
     return np.stack([np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR)) for plane in planes])
 
@@ -157,7 +157,7 @@ def _stretched(planes: NDArray[np.float32], height: int, width: int) -> NDArray[
 def _class_marks(
     owner: np.random.Generator, source: np.random.Generator, height: int, width: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the tint [3] and the grating [height, width] of a class; its phase is each image's own."""
+    """Return the tint [3] and the grating [height, width] of a class.  The phase differs between images."""
     tint = owner.uniform(-24, 24, 3).astype(np.float32)
     angle, waves = owner.uniform(0, math.pi), math.exp(owner.uniform(math.log(4), math.log(24)))
     step = 2 * math.pi * waves / min(height, width)
@@ -173,7 +173,7 @@ def _items(classes: int, images: int, val: int) -> Iterator[Item]:
 
 
 def _write(out: Path, pixels: int, seed: int, items: list[Item]) -> int:
-    """Write the images that are missing, each whole or not at all; return the number of those now there."""
+    """Write the missing images, each atomically; return the number of items."""
     for split, label, number in items:
         path = out / split / f"class-{label:05d}" / f"{number:06d}.JPEG"
         if not path.exists():
@@ -184,24 +184,24 @@ def _write(out: Path, pixels: int, seed: int, items: list[Item]) -> int:
 
 
 def _claim(out: Path, settings: dict[str, int]) -> None:
-    """Mark a folder as a generated tree, or check that it is one of these settings."""
+    """Mark a folder as a generated dataset, or check that its settings are the same."""
     marker = out / MARKER
     for key in ("classes", "images", "val"):
         if settings[key] < 1:
-            raise InputError(f"--{key} {settings[key]}: a tree needs at least one")
+            raise InputError(f"--{key} {settings[key]}: must be at least 1")
     if settings["pixels"] < 8:
-        raise InputError(f"--pixels {settings['pixels']}: images have at least 8 pixels a side")
+        raise InputError(f"--pixels {settings['pixels']}: must be at least 8")
     if not marker.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out}: is not empty and holds no generated tree (no {MARKER}); name a new folder")
+            raise InputError(f"{out}: is not empty and contains no generated dataset (no {MARKER}); use a new folder")
         write_json(marker, settings)
         return
     try:
         found = dict(read_json(marker))
     except (WmddError, TypeError, ValueError):
-        raise InputError(f"{marker}: is damaged; delete {out} to draw the images anew") from None
+        raise InputError(f"{marker}: is damaged; delete {out} to draw the images again") from None
     differ = [
         f"{key} {found.get(key)} instead of {value}" for key, value in settings.items() if found.get(key) != value
     ]
     if differ:
-        raise InputError(f"{out}: holds a generated tree with {', '.join(differ)}; name a new folder")
+        raise InputError(f"{out}: contains a generated dataset with {', '.join(differ)}; use a new folder")

@@ -1,4 +1,4 @@
-"""Verdicts: every image is decoded once, to know which cannot be."""
+"""Decode every image once, to find the images that cannot be decoded."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,15 +11,15 @@ from wmdd.runtime import signals
 from wmdd.runtime.progress_bars import progress
 
 _CHUNK_IMAGES = 256
-"""Files that one process takes at a time."""
+"""Number of images that a process decodes at a time."""
 
 
 Chunk = tuple[Split, int, int, int]
-"""Split, position of a class, and rows from where to where"""
+"""Split, position of the class, first row and end row"""
 
 
 def chunks(catalogue: Catalogue, split: Split, places: Sequence[int]) -> list[Chunk]:
-    """Return (split, place of the class, first row, end) of parts of classes, each small enough for one process."""
+    """Divide classes into chunks, each small enough for one process."""
     counts = catalogue.counts(split)
     return [
         (split, place, start, min(start + _CHUNK_IMAGES, int(counts[place])))
@@ -31,7 +31,7 @@ def chunks(catalogue: Catalogue, split: Split, places: Sequence[int]) -> list[Ch
 def decode_verdicts(
     workers: int, catalogue: Catalogue, split: Split, places: Sequence[int]
 ) -> dict[int, dict[int, str]]:
-    """Return why images of these classes cannot be decoded, by class and row."""
+    """Return the reason for each undecodable image of these classes, by class and row."""
     found: dict[int, dict[int, str]] = {}
     for (_, place, row), reason in decoding_faults(catalogue, chunks(catalogue, split, places), workers, False).items():
         found.setdefault(place, {})[row] = reason
@@ -41,7 +41,7 @@ def decode_verdicts(
 def decoding_faults(
     catalogue: Catalogue, chunks: Sequence[Chunk], workers: int, observed: bool = True
 ) -> dict[tuple[Split, int, int], str]:
-    """Decode images that have no fault yet; return by split, class and row why some cannot be."""
+    """Decode the images without a known fault; return the reasons of failures by split, class and row."""
     faults: dict[tuple[Split, int, int], str] = {}
     counts = [
         stop - start - sum(start <= row < stop for row in known_faults(catalogue, split, place))
@@ -57,12 +57,12 @@ def decoding_faults(
 
 
 def known_faults(catalogue: Catalogue, split: Split, place: int) -> set[int]:
-    """Return the rows of a class that a look has shown to be faulty."""
+    """Return the rows of a class that the check without decoding has found faulty."""
     return {row for row, fault in catalogue.faults(split).get(place, {}).items() if not fault.decoded}
 
 
 def faults_of_chunk(catalogue: Catalogue, chunk: Chunk) -> dict[tuple[Split, int, int], str]:
-    """Decode one chunk, and return the reason of each image that cannot be decoded."""
+    """Decode one chunk, and return the reason for each image that cannot be decoded."""
     split, place, start, stop = chunk
     known = known_faults(catalogue, split, place)
     faults: dict[tuple[Split, int, int], str] = {}

@@ -1,1 +1,1 @@
-"""Networks by name, the frozen network with its moments, weights, checkpoints, accuracy."""
+"""Networks: creation by name, the frozen teacher, weights, checkpoints and accuracy."""

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on the images it is judged by, decoded once for all networks of a run."""
+"""Accuracy of a classifier on the hold-out or test images, which are decoded once for all networks of a run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,24 +22,24 @@ _METRICS = ("top1", "top5", "loss")
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a classifier reached on the images that it is judged by."""
+    """Accuracy of a classifier on the validation images."""
 
     metrics: dict[str, float]
-    """top1, top5 (fractions), loss (mean cross-entropy)"""
+    """``top1`` and ``top5`` (fractions), ``loss`` (mean cross-entropy)"""
     images: tuple[int, ...] = ()
     """Number of images of each class"""
     correct: Sequence[bool] = ()
-    """Which images it got right, class by class, in the order of the dataset within a class"""
+    """Whether each image is classified correctly, class by class, in the dataset's order within a class"""
 
 
 class Validation:
-    """Measures classifiers on the hold-out if the config keeps one, else on the test set.
+    """Measures classifiers on the hold-out if the config has one, else on the test set.
 
     Args:
-        config: normalisation and decoding workers.
-        dataset: the images; they are decoded to uint8 and kept when first needed.
-        ranks: device and precision.
-        stop: whether to leave; looked at between batches.
+        config: resolved config, for normalization and decoding workers.
+        dataset: dataset; its images are decoded to uint8 on first use and kept.
+        ranks: ranks of the job, with device and precision.
+        stop: returns whether a stop was requested; checked between batches.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Validation:
         """``test`` or ``holdout``"""
 
     def __call__(self, predict: Callable[[Tensor], Tensor], team: Team = SINGLE) -> Judgement:
-        """Return what ``predict`` (images -> logits) reaches.
+        """Return the accuracy of ``predict`` (images -> logits).
 
-        The ranks of a team, which must all call it, share the batches.
+        The ranks of a team share the batches; all must call it.
 
         Raises:
             Interrupted: a stop was requested, on any rank of the team.
@@ -67,8 +67,8 @@ class Validation:
         return Judgement(dict(zip(_METRICS, means, strict=True)), tuple(counts.tolist()), (by_class > 0).tolist())
 
     def _found(self, predict: Callable[[Tensor], Tensor], team: Team) -> Tensor:
-        """Return [3 + N]: sums over this rank's batches, of images right at once and in five tries and of the
-        cross-entropy; then which of all N images are among the former."""
+        """Return [3 + N]: sums over this rank's batches of top-1 hits, top-5 hits and cross-entropy; then the top-1 hit
+        (1 or 0) of each of the N images."""
         if self._images is None:
             title = f"decoding the {self.on} images"
             self._images = decode_all(self._source, self._config, title, self._stop)
@@ -77,7 +77,7 @@ class Validation:
         batches = list(zip(self._images.split(_BATCH_SIZE), self._source.labels.split(_BATCH_SIZE), strict=True))
         for (raw, labels), right in list(zip(batches, correct.split(_BATCH_SIZE), strict=True))[team.rank :: team.size]:
             if self._stop():
-                raise Interrupted(f"stopped while a network was judged on the {self.on} images")
+                raise Interrupted(f"stopped while a network was validated on the {self.on} images")
             with torch.inference_mode(), self._ranks.autocast():
                 shown = normalize(raw.to(self._ranks.device), self._config.data)
                 logits = predict(shown.contiguous(memory_format=torch.channels_last)).float().cpu()

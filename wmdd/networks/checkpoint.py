@@ -1,4 +1,4 @@
-"""Checkpoints: what a training loop needs to go on as if it had never stopped, and when the next one is due."""
+"""Checkpoints: the state that a training loop needs to resume exactly, and the time of the next checkpoint."""
 
 import functools
 import json
@@ -21,35 +21,35 @@ from wmdd.storage.files import read_metadata, read_tensors, write_tensors
 logger = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 1.0
-"""Target time between two looks of a team: half of the two seconds within which a stop is noticed."""
+"""Target time between two checks of a team, in seconds: half of the two seconds within which it must notice a stop."""
 
 
 class Clock:
-    """Tells when a checkpoint is due; jitter keeps a thousand tasks from writing at once."""
+    """Decides when a checkpoint is due.  Random jitter keeps a thousand tasks from writing at the same time."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self.restart()
 
     def restart(self) -> None:
-        """Begin to wait for the next one."""
+        """Start the time until the next checkpoint."""
         self._next = time.monotonic() + self._seconds * random.uniform(0.9, 1.1)
 
     def due(self) -> bool:
-        """Return whether it is time."""
+        """Return whether a checkpoint is due."""
         return time.monotonic() >= self._next
 
 
 class StopCheck:
-    """Tells all ranks of a team, before the same update, whether to stop and whether to write a checkpoint.
+    """Decides for all ranks of a team, before the same update, whether to stop and whether to write a checkpoint.
 
-    A rank that works alone looks before every update.  Ranks of a team exchange their flags about once a second: the
-    first rank measures how long updates take, and says in the same exchange how many pass until the next one.
+    A single rank checks before every update.  The ranks of a team exchange their flags about once a second.  The first
+    rank measures the duration of updates, and announces in each exchange the number of updates until the next one.
 
     Args:
         team: ranks that call this together, before every update.
-        stop: whether this rank was asked to stop.
-        due: whether this rank wants a checkpoint.
+        stop: returns whether this rank was asked to stop.
+        due: returns whether this rank wants a checkpoint.
     """
 
     def __init__(self, team: Team, stop: Callable[[], bool], due: Callable[[], bool]) -> None:
@@ -74,9 +74,9 @@ class StopCheck:
 
 
 def until_next_look(updates: int, seconds: float) -> int:
-    """Return after how many updates a team looks again, if its last ones took so many seconds; at most twice as many.
+    """Return the number of updates until a team checks again, if the last ``updates`` took ``seconds``.
 
-    The first updates of a process are slow, and tell little of the next ones.
+    It at most doubles, because the first updates of a process are slow and say little about later ones.
     """
     return max(1, min(2 * updates, int(updates * _CHECK_SECONDS / max(seconds, 1e-6))))
 
@@ -87,9 +87,9 @@ class Checkpoint:
     BatchNorm buffers are the first rank's: those of the others are overwritten before each forward pass.
 
     Args:
-        path: of the file.
+        path: path of the file.
         owner: digest of what is being trained. A checkpoint with another owner is ignored.
-        seconds: time between two checkpoints.
+        seconds: seconds between two checkpoints.
         arithmetic: arithmetic of the training. A checkpoint of another arithmetic is ignored.
     """
 
@@ -97,19 +97,19 @@ class Checkpoint:
         self._path, self._owner, self._clock, self._arithmetic = path, owner, Clock(seconds), arithmetic
 
     def due(self) -> bool:
-        """Return whether it is time for one, by this rank's clock."""
+        """Return whether a checkpoint is due, by this rank's clock."""
         return self._clock.due()
 
     def save(self, parts: Mapping[str, Any], device: torch.device, team: Team, **facts: Any) -> None:
-        """Write the states of networks, optimisers and schedules, of torch's random numbers, and numbers beside them.
+        """Write the states of networks, optimizers, schedules and torch's random generators, with some facts (numbers).
 
-        All ranks of the team call it, and the first one writes.
+        All ranks of the team call it; the first rank writes.
 
         Raises:
-            WmddError: there is no room, or no right to write.
+            WmddError: the disk is full or the folder is not writable.
         """
         self._clock.restart()
-        # Dropout draws from these, on each rank for its own images.
+        # Dropout uses these generators; each rank has its own state.
         numbers = [team.gather(torch.get_rng_state())]
         numbers += [team.gather(torch.cuda.get_rng_state(device))] if device.type == "cuda" else []
         if team.rank:
@@ -121,10 +121,10 @@ class Checkpoint:
         write_tensors(self._path, tensors, meta)
 
     def load(self, parts: Mapping[str, Any], device: torch.device, team: Team) -> dict[str, Any]:
-        """Give the parts their states back and return what was saved beside them; nothing when there is no checkpoint.
+        """Restore the states of the parts and return the saved facts; {} if there is no checkpoint.
 
         Raises:
-            WmddError: the ranks of the team do not all see the same file.
+            WmddError: the ranks of the team see different files.
         """
         found = self._read()
         facts: dict[str, Any] = found["facts"] if found else {}
@@ -141,26 +141,26 @@ class Checkpoint:
         return facts
 
     def remove(self) -> None:
-        """Delete it: the work is done."""
+        """Delete the checkpoint of finished work."""
         self._path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any]:
         meta = read_metadata(self._path)
-        if meta.get("owner") == self._owner and is_of(self._arithmetic, meta, f"{self._path}: training begins anew"):
+        if meta.get("owner") == self._owner and is_of(self._arithmetic, meta, f"{self._path}: training starts again"):
             found: dict[str, Any] = _unpack(json.loads(meta["content"]), read_tensors(self._path))
             return found
         if not meta and self._path.exists():
-            logger.warning(f"{self._path}: is damaged: training begins anew")
+            logger.warning(f"{self._path}: is damaged; training starts again")
         return {}
 
 
 def marked(arithmetic: Arithmetic | None) -> str:
-    """Return an arithmetic as the metadata of a file hold it."""
+    """Return an arithmetic in the form of a file's metadata."""
     return json.dumps(arithmetic and arithmetic.facts, sort_keys=True)
 
 
 def is_of(arithmetic: Arithmetic | None, meta: Mapping[str, str], otherwise: str) -> bool:
-    """Return whether a checkpoint was computed in an arithmetic; if not, say so, after ``otherwise``: what happens."""
+    """Return whether a checkpoint has this arithmetic.  If not, log a warning that begins with ``otherwise``."""
     if meta.get("arithmetic") == marked(arithmetic):
         return True
     other = Arithmetic.from_facts(json.loads(meta.get("arithmetic", "null")))
@@ -171,7 +171,7 @@ def is_of(arithmetic: Arithmetic | None, meta: Mapping[str, str], otherwise: str
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return a tree of dicts and lists as JSON can hold it; its tensors go to ``tensors``."""
+    """Return a tree of dicts and lists as a JSON value; move its tensors to ``tensors``."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value
@@ -190,6 +190,6 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return value
     if "items" in value:
         return {key: _unpack(item, tensors) for key, item in value["items"]}
-    # Fused optimisers want a weight and its moments in one layout.
+    # Fused optimizers need a weight and its moments in the same layout.
     stored = tensors[value["tensor"]]
     return torch.empty_strided(stored.shape, value["stride"], dtype=stored.dtype).copy_(stored)

@@ -1,4 +1,4 @@
-"""Networks by name, from torchvision, timm or here, fitted to classes, channels and resolution."""
+"""Networks by name (torchvision, timm, or defined here), for given classes, channels and resolution."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ from torch import nn
 from wmdd.errors import InputError, nearest
 
 AUXILIARY = ("aux1", "aux2", "AuxLogits")
-"""Heads of GoogLeNet and Inception that only their own training recipe uses; no network here has them."""
+"""Auxiliary heads of GoogLeNet and Inception.  Only their own training recipes use them; networks here omit them."""
 
 _CONVNET = re.compile(r"convnet(\d+)(?:x(\d+))?")
 
@@ -18,11 +18,11 @@ class ConvNet(nn.Sequential):
     """The ConvNet-BN of the distillation papers: blocks of 3x3 convolution, BatchNorm, ReLU and 2x2 average pooling.
 
     Args:
-        classes: outputs.
-        channels: of the images.
-        resolution: of the images, in pixels; at least 2**depth.
+        classes: number of outputs.
+        channels: number of image channels.
+        resolution: height and width of the images, in pixels; at least 2**depth.
         depth: number of blocks.
-        width: channels of every block.
+        width: number of channels of every block.
     """
 
     def __init__(self, classes: int, channels: int, resolution: int, depth: int = 3, width: int = 128) -> None:
@@ -35,19 +35,19 @@ class ConvNet(nn.Sequential):
 
 
 def create(name: str, classes: int, channels: int, resolution: int, stem: str = "auto") -> nn.Module:
-    """Return an untrained network in channels-last layout, initialised from torch's global generator.
+    """Return an untrained network in channels-last layout, initialized from torch's global generator.
 
     Args:
         name: ``convnetD``, ``convnetDxW``, a torchvision classifier (``resnet18``) or, with the extra, ``timm:NAME``.
-        classes: outputs.
-        channels: of the images.
-        resolution: of the images, in pixels.
+        classes: number of outputs.
+        channels: number of image channels.
+        resolution: height and width of the images, in pixels.
         stem: first layers of a ResNet, as in ``teacher.stem``.
 
     Raises:
-        InputError: no such network, or it cannot take images that small.
+        InputError: the network does not exist, or the images are too small for it.
     """
-    # Channels-last halves the time of small networks on a CPU and feeds the tensor cores of a GPU.
+    # Channels-last is the faster layout for CPUs and for the tensor cores of GPUs.
     return _create(name, classes, channels, resolution, stem).to(memory_format=torch.channels_last)
 
 
@@ -55,7 +55,7 @@ def _create(name: str, classes: int, channels: int, resolution: int, stem: str) 
     if match := _CONVNET.fullmatch(name):
         depth, width = int(match[1]), int(match[2] or 128)
         if not depth or not width or resolution >> depth < 1:
-            raise InputError(f"network {name!r}: {depth} poolings do not fit images of {resolution} px")
+            raise InputError(f"network {name!r}: {depth} pooling layers do not fit images of {resolution} px")
         return ConvNet(classes, channels, resolution, depth, width)
     if name.startswith("timm:"):
         return _from_timm(name.removeprefix("timm:"), classes, channels, resolution)
@@ -67,7 +67,7 @@ def _create(name: str, classes: int, channels: int, resolution: int, stem: str) 
             nearest(name, [*known, "convnet3"]) if nearest(name, known).startswith("did") else "see torchvision.models"
         )
         raise InputError(f"no network {name!r}: {hint}; or convnetD, convnetDxW, timm:NAME")
-    # With auxiliary heads these two return a tuple in training; the initialisation is the default, which warns.
+    # With auxiliary heads these two return a tuple in training.  Setting init_weights to its default avoids a warning.
     plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **plain)
     if isinstance(network, torchvision.models.ResNet):
@@ -116,6 +116,6 @@ def _set_channels(network: nn.Module, channels: int) -> None:
 
 
 def replace_module(network: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put a layer in the place of a named module of a network."""
+    """Replace a named module of a network by a layer."""
     parent, _, name = path.rpartition(".")
     setattr(network.get_submodule(parent), name, layer)

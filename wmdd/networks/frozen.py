@@ -14,10 +14,10 @@ from wmdd.networks.create import AUXILIARY, replace_module
 
 @dataclass(frozen=True)
 class Observation:
-    """What a frozen network saw in N images.
+    """Outputs of a frozen network for N images.
 
-    ``means`` and ``variances`` are those of each image over its positions (biased), at the input of every BatchNorm
-    layer, all layers side by side: M channels, fp32.
+    ``means`` and ``variances`` (biased) are over the positions of each image, at the input of every BatchNorm layer.
+    All layers are concatenated: M channels, fp32.
     """
 
     logits: Tensor
@@ -31,20 +31,20 @@ class Observation:
 
 
 def _full(values: Tensor) -> Tensor:
-    """Return bf16 values as fp32, and leave fp32 and fp64 as they are."""
+    """Return bf16 values as fp32; leave fp32 and fp64 unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class _ImageMoments(torch.autograd.Function):
     """Mean and biased variance of each image and channel over its positions: [N, C, h, w] -> two [N, C], fp32.
 
-    Two passes, because a variance by E[x²] − E[x]² loses digits.  The gradient, (g_mean + 2 g_var (x − mean)) / hw, is
-    affine in x: one pass over memory, where autograd's own formula takes four.
+    It takes two passes, because E[x²] − E[x]² loses digits.  The gradient, (g_mean + 2 g_var (x − mean)) / hw, is
+    affine in x and needs one pass over memory; autograd's formula needs four.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        values = _full(inputs)  # also under autocast: a variance of bf16 values in bf16 is useless
+        values = _full(inputs)  # also under autocast: a variance computed in bf16 is useless
         mean = values.mean((2, 3))
         variance = values.sub(mean[..., None, None]).square_().mean((2, 3))
         ctx.save_for_backward(inputs, mean)
@@ -61,15 +61,15 @@ class _ImageMoments(torch.autograd.Function):
 
 
 class _ReportingBatchNorm(nn.Module):
-    """BatchNorm by running statistics that keeps the moments of its last input until the network collects them."""
+    """BatchNorm with running statistics.  It keeps the moments of its last input until the network takes them."""
 
     def __init__(self, layer: nn.BatchNorm2d) -> None:
         super().__init__()
         self.layer = layer
         self.reporting = True
-        """Off while only the network's answer is asked for"""
+        """Whether to record moments; false while only logits are needed"""
         self.of_batch = False
-        """Whether it normalises by the statistics of its input instead, all images together; nothing is updated"""
+        """Whether to normalize with the statistics of the input batch; running statistics are not updated"""
         self._moments: tuple[Tensor, Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -82,19 +82,19 @@ class _ReportingBatchNorm(nn.Module):
         return outputs
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Return the moments and forget them, so that no graph outlives its step."""
+        """Return the moments and drop them, so that no autograd graph outlives its step."""
         if self._moments is None:
-            raise InputError("the teacher has a BatchNorm layer that takes no part in its forward pass")
+            raise InputError("the teacher has a BatchNorm layer that its forward pass does not use")
         moments, self._moments = self._moments, None
         return moments
 
 
 class FrozenNetwork(nn.Module):
-    """A classifier in evaluation mode, without gradients for its weights, that returns an ``Observation``.
+    """A classifier in evaluation mode without weight gradients.  It returns an ``Observation``.
 
     Args:
-        network: the classifier; it is copied.
-        outputs: which of its outputs to keep, in the order of the data's classes; None keeps all.
+        network: classifier; it is copied.
+        outputs: indices of the outputs to keep, in the order of the dataset's classes; None: all.
 
     Raises:
         InputError: the network has no BatchNorm2d or no final linear layer.
@@ -128,7 +128,7 @@ class FrozenNetwork(nn.Module):
 
     @property
     def layer_sizes(self) -> list[int]:
-        """Channels of each BatchNorm layer; they sum to M."""
+        """Number of channels of each BatchNorm layer; their sum is M."""
         return [norm.layer.num_features for norm in self._norms]
 
     @property
@@ -142,11 +142,11 @@ class FrozenNetwork(nn.Module):
         return self.head.out_features
 
     def predict(self, images: Tensor, of_batch: bool = False) -> Tensor:
-        """Return the logits [N, C] alone; nothing is measured on the way.
+        """Return only the logits [N, C], without moments.
 
         Args:
-            images: [N, channels, H, W], normalised.
-            of_batch: whether every BatchNorm2d goes by the statistics of these images, and not by its running ones.
+            images: normalized images [N, channels, H, W].
+            of_batch: whether every BatchNorm2d uses the statistics of these images instead of its running statistics.
         """
         for norm in self._norms:
             norm.reporting, norm.of_batch = False, of_batch
@@ -157,18 +157,18 @@ class FrozenNetwork(nn.Module):
                 norm.reporting, norm.of_batch = True, False
 
     def running_moments(self) -> tuple[Tensor, Tensor]:
-        """Return the running means and variances of all layers, each [M]: the global BatchNorm target."""
+        """Return the running means and variances of all layers, each [M].  They are the global BatchNorm target."""
         layers = [norm.layer for norm in self._norms]
         means = [layer.running_mean for layer in layers if layer.running_mean is not None]
         variances = [layer.running_var for layer in layers if layer.running_var is not None]
         return torch.cat(means), torch.cat(variances)
 
     def train(self, mode: bool = True) -> "FrozenNetwork":
-        """Stay in evaluation mode whatever is asked."""
+        """Stay in evaluation mode for any ``mode``."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Observation:
-        """Observe normalised images [N, channels, H, W]."""
+        """Return the observation of normalized images [N, channels, H, W]."""
         features = self.body(images).flatten(1)
         logits = self.head(features)
         means, variances = zip(*(norm.take() for norm in self._norms), strict=True)

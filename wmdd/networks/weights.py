@@ -1,4 +1,4 @@
-"""Weights files: found, read without pickle code, fitted strictly, and mapped to the data's classes."""
+"""Weights files: find, read without pickle code, load strictly, and map outputs to the dataset's classes."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -13,10 +13,10 @@ from wmdd.storage.files import read_tensors
 
 
 def locate(source: str | None, network: str) -> Path | None:
-    """Return the local weights file; torchvision's are downloaded into its own cache and their checksum is verified.
+    """Return the path of the weights file.  Weights of torchvision are downloaded to its cache and verified.
 
     Raises:
-        InputError: no such file, or no such published weights.
+        InputError: the file or the published weights do not exist.
         WmddError: the download failed.
     """
     if source is None:
@@ -25,7 +25,7 @@ def locate(source: str | None, network: str) -> Path | None:
         return _torchvision(source.removeprefix("torchvision:"), network)
     path = Path(source)
     if not path.is_file():
-        raise InputError(f"teacher.weights = {source!r}: no such file; or torchvision:NAME for a published one")
+        raise InputError(f"teacher.weights = {source!r}: no such file; for published weights, use torchvision:NAME")
     return path
 
 
@@ -37,7 +37,7 @@ def _torchvision(name: str, network: str) -> Path:
         chosen = choices[name]
     except (ValueError, KeyError):
         known = [entry.name for entry in choices] if "choices" in locals() else []
-        valid = f"valid: {', '.join(known)}" if known else f"torchvision publishes none for {network!r}"
+        valid = f"valid: {', '.join(known)}" if known else f"torchvision publishes no weights for {network!r}"
         raise InputError(f"teacher.weights = 'torchvision:{name}': {valid}") from None
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / Path(chosen.url).name
@@ -51,10 +51,10 @@ def _torchvision(name: str, network: str) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a state dict and, from our own format, the names of the classes that its outputs stand for.
+    """Return a state dict, and the class names of its outputs if the file contains them (safetensors of wmdd).
 
     Raises:
-        InputError: not a state dict, or one that would need pickle code to load.
+        InputError: the file is not a state dict, or would need pickle code to load.
     """
     import safetensors
 
@@ -65,7 +65,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         return state, names.split("\n") if names else []
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a file that is not its own
+    except Exception as error:  # torch raises errors of many types for other files
         first = str(error).splitlines()[0]
         raise InputError(f"{path}: is not a state dict that loads without pickle code ({first})") from None
     for wrapper in ("state_dict", "model"):
@@ -75,13 +75,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def fit(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict strictly, but for auxiliary heads (``networks.AUXILIARY``), which are left out.
+    """Load a state dict strictly, without auxiliary heads (``create.AUXILIARY``).
 
     Raises:
-        InputError: keys are missing or unexpected, or shapes differ; the message names them.
+        InputError: keys are missing or unexpected, or shapes differ; the message names the keys.
     """
     wanted = network.state_dict()
-    # Old files lack the counters of BatchNorm, which evaluation never reads.
+    # Old files lack BatchNorm's counters; evaluation never reads them.
     given = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
     given |= _without_auxiliary(state)
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
@@ -101,7 +101,7 @@ def fit(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def restore(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a network its state back, strictly; files keep no versions of modules, which some networks ask for."""
+    """Load a network's state strictly.  Some networks need module versions, which files do not contain."""
     versioned = OrderedDict(_without_auxiliary(state))
     versioned._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     network.load_state_dict(versioned)
@@ -112,31 +112,31 @@ def _without_auxiliary(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def output_count(state: dict[str, Tensor], path: Path) -> int:
-    """Return the number of outputs: rows of the last linear layer.
+    """Return the number of outputs: the rows of the last linear layer.
 
     Raises:
-        InputError: there is no linear layer.
+        InputError: the state dict has no linear layer.
     """
     linear = [value for name, value in state.items() if name.endswith("weight") and value.ndim == 2]
     if not linear:
-        raise InputError(f"{path}: holds no linear layer; expected the state dict of a classifier")
+        raise InputError(f"{path}: contains no linear layer; expected the state dict of a classifier")
     return len(linear[-1])
 
 
 def class_map(
     dataset: Dataset, outputs: int, names: list[str], positions: tuple[int, ...] | None, path: Path
 ) -> list[int] | None:
-    """Return which output stands for each class of the data, or None when they agree one to one.
+    """Return the index of the output for each class of the dataset; None if outputs and classes match one to one.
 
     Args:
-        dataset: whose classes are wanted.
+        dataset: dataset with the classes.
         outputs: number of outputs of the weights.
-        names: class names of the outputs, if the file tells them.
-        positions: output of each class of the whole data set (``teacher.outputs``), if the config tells them.
-        path: of the weights, for messages.
+        names: class names of the outputs; empty if the file does not contain them.
+        positions: output of each class of the whole dataset (``teacher.outputs``), if the config sets it.
+        path: path of the weights, for error messages.
 
     Raises:
-        InputError: the classes cannot be found among the outputs.
+        InputError: the outputs do not cover the classes.
     """
     known = list(dataset.all_classes)
     if names:
@@ -144,7 +144,7 @@ def class_map(
     elif positions is not None:
         if len(positions) != len(known) or max(positions) >= outputs:
             raise InputError(
-                f"teacher.outputs: names {len(positions)} outputs up to {max(positions)}; the data set has {len(known)}"
+                f"teacher.outputs: names {len(positions)} outputs up to {max(positions)}; the dataset has {len(known)}"
                 f" classes, {path} has {outputs} outputs"
             )
         places = dict(zip(known, positions, strict=True))
@@ -152,11 +152,11 @@ def class_map(
         places = {name: place for place, name in enumerate(known)}
     else:
         raise InputError(
-            f"{path}: has {outputs} outputs and does not name their classes, the data set has {len(known)} classes;"
+            f"{path}: has {outputs} outputs without class names, the dataset has {len(known)} classes;"
             " set teacher.outputs to the output of each class"
         )
     for name in dataset.classes:
         if name not in places:
-            raise InputError(f"{path}: knows no class {name!r} of the data set")
+            raise InputError(f"{path}: has no output for class {name!r} of the dataset")
     chosen = [places[name] for name in dataset.classes]
     return None if chosen == list(range(outputs)) else chosen
