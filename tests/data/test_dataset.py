@@ -645,7 +645,7 @@ def test_imagenet_explains_its_licence_and_names_the_archives_that_are_missing(t
     with pytest.raises(InputError) as caught:
         fetch("imagenet-1k", tmp_path)
     text = str(caught.value)
-    assert "licence" in text and str(tmp_path) in text
+    assert "license" in text and str(tmp_path) in text
     for archive in ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
         assert archive in text
 

@@ -241,7 +241,7 @@ def test_too_little_room_is_told_before_the_work(tree: Path, tmp_path: Path, mon
     with pytest.raises(InputError, match="the packed images need "):
         packed_tree(tree, tmp_path / "other")
     assert not shards(tmp_path / "other")
-    assert "GB free" in refusal(data(None, packed=str(folder), stage=str(tmp_path / "stage")))
+    assert "GB are free" in refusal(data(None, packed=str(folder), stage=str(tmp_path / "stage")))
 
 
 def test_files_that_were_left_out_are_left_out_again_or_refused(tree: Path, tmp_path: Path) -> None:
