@@ -192,10 +192,14 @@ def _run(
     if not {"distill", "students"} <= set(share.stages):
         _expect_others(runs, todo, share, stop)
     if "students" in share.stages:
-        for place, one in runs.items():
-            own = [task for owner, task in todo if owner == place]
+        sets = [
+            evaluate.SetOfStudents.open(replace(session, config=one), place, own)
+            for place, one in runs.items()
+            if (own := [task for owner, task in todo if owner == place])
+        ]
+        if sets:
             with within_memory(job.device, "lower student.batch_size"):
-                evaluate.evaluate(replace(session, config=one), place, own)
+                evaluate.evaluate(sets)
     job.barrier()
     if "report" in share.stages and job.main:
         _report(folder)

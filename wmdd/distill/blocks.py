@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,11 +16,11 @@ from wmdd.distill.barycenter.pool import Pending, solvers
 from wmdd.distill.checkpoints import finished_group
 from wmdd.distill.groups import distill_group, submitted
 from wmdd.distill.methods import base, registry
-from wmdd.distill.queue import GroupQueue
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.records.provenance import provenance
 from wmdd.runs.folder import RunFolder
 from wmdd.runs.partition import Block, Group, is_spread
+from wmdd.runs.work_queue import WorkQueue
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.team import Team
@@ -80,10 +81,13 @@ def distill(session: Session, folder: RunFolder, blocks: list[Block]) -> None:
     def is_done(group: Group) -> bool:
         return folder.sidecar(owners[group.index].index) is not None or bool(finished_group(session, folder, group))
 
-    queue = GroupQueue(folder, ranks, team, todo, is_done, session.stop)
+    def lock_file(group: Group) -> Path:
+        return folder.lock_file(f"group-{group.index:05d}")
+
+    queue = WorkQueue(f"groups of {folder.path}", ranks, team, todo, lock_file, is_done, session.stop)
     try:
-        for group in _distilled(session, folder, method, team, queue, todo):
-            queue.release(group)
+        for position, group in _distilled(session, folder, method, team, queue, todo):
+            queue.release(position)
             block = owners[group.index]
             if team.rank == 0 and all(finished_group(session, folder, each) for each in block.groups):
                 _assemble_once(session, folder, method, block)
@@ -122,9 +126,9 @@ def _must_write(session: Session, folder: RunFolder, block: Block) -> bool:
 
 
 def _distilled(
-    session: Session, folder: RunFolder, method: base.Method, team: Team, queue: GroupQueue, todo: Sequence[Group]
-) -> Iterator[Group]:
-    """Distill the groups that the queue hands out, and yield each when its file is written.
+    session: Session, folder: RunFolder, method: base.Method, team: Team, queue: WorkQueue[Group], todo: Sequence[Group]
+) -> Iterator[tuple[int, Group]]:
+    """Distill the groups that the queue hands out; yield each, with its position, when its file is written.
 
     Args:
         session: session of the run.
@@ -146,23 +150,25 @@ def _distilled(
         train.decoders(config.compute.workers) as decode,
     ):
 
-        def measure_next() -> tuple[Group, statistics.StatisticsByClass, dict[int, Pending]] | None:
-            group = queue.next()
-            if group is None:
+        def measure_next() -> tuple[int, tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]] | None:
+            claimed = queue.next()
+            if claimed is None:
                 return None
+            position, group = claimed
             own = group.classes if method.uses_statistics else ()
             with within_memory(ranks.device, "lower statistics.batch_size"):
                 found = team.together(lambda: dict(statistics.measure(session, own, measured, decode)))
-            return group, found, submitted(session, method, group, found, submit)
+            return position, (group, found, submitted(session, method, group, found, submit))
 
         # ``ready`` is released before the group after ``following`` is measured, so that memory never holds three.
         ready = measure_next()
         while ready:
+            position, group = ready[0], ready[1][0]
             if any(team.anyone(session.stop())):
-                raise Interrupted(f"stopped before group {ready[0].index}")
+                raise Interrupted(f"stopped before group {group.index}")
             following = measure_next() if queue.ahead else None
-            distill_group(session, folder, method, team, *ready, optimized)
-            yield ready[0]
+            distill_group(session, folder, method, team, *ready[1], optimized)
+            yield position, group
             ready = following or measure_next()
 
 

@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,12 +56,7 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
         """
         folder = RunFolder(Path(run))
         config = Config.model_validate(folder.bound()["config"])
-        manifest = folder.manifest()
-        if manifest["missing"]:
-            missing = ", ".join(map(str, manifest["missing"]))
-            raise WmddError(
-                f"{folder.path}: of {config.blocks} blocks, these are missing: {missing}; run the same command again"
-            )
+        manifest = complete_manifest(folder)
         if problems := verify(folder):
             raise WmddError(f"{'; '.join(problems)}; run the same command again")
         files = [folder.block_file(block) for block in range(config.blocks)]
@@ -81,6 +77,20 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return normalize(self.images[index : index + 1], self.data)[0], int(self.labels[index])
+
+
+def complete_manifest(folder: RunFolder) -> dict[str, Any]:
+    """Return the manifest of a run folder whose blocks all have a sidecar.
+
+    Raises:
+        InputError: the folder contains no run.
+        WmddError: blocks are missing. The message names them.
+    """
+    manifest = folder.manifest()
+    if manifest["missing"]:
+        missing, blocks = ", ".join(map(str, manifest["missing"])), folder.bound()["config"]["blocks"]
+        raise WmddError(f"{folder.path}: of {blocks} blocks, these are missing: {missing}; run the same command again")
+    return manifest
 
 
 def verify(folder: RunFolder) -> list[str]:

@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from wmdd.config.schema import Config, decides
@@ -16,10 +17,12 @@ from wmdd.records.files import read_records, write_records
 from wmdd.records.likeness import complete, protocol_of
 from wmdd.records.provenance import provenance
 from wmdd.records.schema import Record
-from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet, complete_manifest
 from wmdd.runs.folder import RunFolder
+from wmdd.runs.work_queue import WorkQueue
 from wmdd.runtime.arithmetic import Arithmetic, permits
 from wmdd.runtime.progress_bars import progress
+from wmdd.runtime.team import Team
 from wmdd.session import Session
 from wmdd.storage.files import digest
 from wmdd.students import train
@@ -28,62 +31,120 @@ from wmdd.students.tasks import StudentTask, config_for_view, student_tasks, upd
 logger = logging.getLogger(__name__)
 
 
-def evaluate(session: Session, folder: RunFolder, tasks: list[StudentTask]) -> None:
+@dataclass(frozen=True)
+class SetOfStudents:
+    """A distilled set and the students that are to be trained on it."""
+
+    session: Session
+    """Session of the run, or of the baseline"""
+    folder: RunFolder
+    tasks: tuple[StudentTask, ...]
+    images: int
+    """Number N of images of the set"""
+    sha256: str
+    """Digest of the set (``DistilledSet.sha256``)"""
+
+    @staticmethod
+    def open(session: Session, folder: RunFolder, tasks: Sequence[StudentTask]) -> "SetOfStudents":
+        """Return the students of a complete run folder.
+
+        Raises:
+            WmddError: blocks of the set are missing. The message names them.
+        """
+        manifest = complete_manifest(folder)
+        images = len(manifest["classes"]) * session.config.ipc
+        return SetOfStudents(session, folder, tuple(tasks), images, manifest["sha256"])
+
+    def recipe(self, regime: str, view: str) -> dict[str, object]:
+        """Return all that must be equal before two students are compared."""
+        circumstances = {"teacher": self.session.teacher.sha256, "arithmetic": self.session.ranks.arithmetic.facts}
+        return recipe_settings(self.session.config, regime, view, self.images) | circumstances
+
+    def is_done(self, task: StudentTask) -> bool:
+        """Return whether a student has a record of this recipe on this set."""
+        protocol = protocol_of(self.recipe(task.regime, task.view))
+        records, _ = _read(record_file(self.folder, task))
+        return any(record.protocol == protocol and record.artefact == self.sha256 for record in records)
+
+    def updates(self, task: StudentTask) -> int:
+        """Return the number of updates of a student."""
+        return update_count(self.session.config, task.view, self.images)
+
+    def set_aside_others(self) -> None:
+        """Move the records of other recipes to ``RUN/superseded``: all if this process trains all students."""
+        config = self.session.config
+        whole = set(student_tasks(config.student, config.labels.regimes)) <= set(self.tasks)
+
+        def wanted(record: Record) -> bool:
+            return record.protocol == protocol_of(self.recipe(str(record.regime), record.view))
+
+        set_aside(self.folder, wanted, None if whole else self.tasks)
+
+    def train(self, task: StudentTask, distilled: DistilledSet, team: Team, advance: Callable[[int], None]) -> None:
+        """Train and measure one student, and write its record."""
+        config, folder, name = self.session.config, self.folder, _name(task)
+        recipe = self.recipe(task.regime, task.view)
+        unrounded = {key: value for key, value in recipe.items() if key != "arithmetic"}
+        owner = digest([protocol_of(unrounded), self.sha256])
+        file, seconds = folder.student_checkpoint(name), config.compute.checkpoint_seconds
+        saved = Checkpoint(file, owner, seconds, self.session.ranks.arithmetic)
+        labels, log = folder.path / "labels", folder.epoch_log(name)
+        result = train.train(self.session, task, distilled, team, labels, advance, saved, log)
+        if team.rank == 0:
+            record = _record(self.session, task, result, distilled, recipe)
+            with folder.locked(_RECORDS):
+                write_records(record_file(folder, task), [record])
+            saved.remove()
+
+
+def evaluate(sets: Sequence[SetOfStudents]) -> None:
     """Train and measure the students that have no record yet; each record is a separate file.
 
-    Records of another recipe are moved to ``RUN/superseded``, so that different students are never averaged and none is
-    lost. A process that trains all students checks all records. A process that trains a part checks only the records of
-    that part.
+    The students of all sets form one queue, the longest first. Records of another recipe are moved to
+    ``RUN/superseded``, so that different students are never averaged and none is lost. A process that trains all
+    students of a set checks all its records. A process that trains a part checks only the records of that part.
+
+    Args:
+        sets: a run and its baselines, of one session but for the config.
 
     Raises:
-        WmddError: blocks of the set are missing or damaged.
+        WmddError: blocks of a set are damaged.
         Interrupted: a stop was requested. Finished students are kept; the student in training resumes next time.
     """
-    config, ranks = session.config, session.ranks
+    ranks, stop = sets[0].session.ranks, sets[0].session.stop
+    team = ranks.team(sets[0].session.config.student.ranks, "student.ranks")
+    everything = [(one, task) for one in sets for task in one.tasks]
+    missing: list[int] = []
     if ranks.main:
-        folder.merge()
-    distilled = DistilledSet.load(folder.path)
+        for one in sets:
+            one.folder.merge()
+            one.set_aside_others()
+        missing = [position for position, (one, task) in enumerate(everything) if not one.is_done(task)]
+        for one, task in (pair for position, pair in enumerate(everything) if position not in missing):
+            # A checkpoint remains after a kill between record and removal.
+            one.folder.student_checkpoint(_name(task)).unlink(missing_ok=True)
+    todo = [everything[position] for position in ranks.broadcast_from_main(missing)]
+    # Students of one set stay together, because a process holds the images of one set.
+    todo.sort(key=lambda pair: -pair[0].updates(pair[1]))
+    total = sum(one.updates(task) for one, task in todo)
 
-    def recipe(regime: str, view: str) -> dict[str, object]:
-        # Two students can be compared only if all of this is equal.
-        circumstances = {"teacher": session.teacher.sha256, "arithmetic": ranks.arithmetic.facts}
-        return recipe_settings(config, regime, view, len(distilled)) | circumstances
+    def lock_file(pair: tuple[SetOfStudents, StudentTask]) -> Path:
+        return pair[0].folder.lock_file(_name(pair[1]))
 
-    if ranks.main:
-        mine = None if set(student_tasks(config.student, config.labels.regimes)) <= set(tasks) else tasks
-        set_aside(folder, lambda record: record.protocol == protocol_of(recipe(str(record.regime), record.view)), mine)
-
-    def done(task: StudentTask) -> bool:
-        file, protocol = record_file(folder, task), protocol_of(recipe(task.regime, task.view))
-        records, _ = _read(file)
-        return any(record.protocol == protocol and record.artefact == distilled.sha256 for record in records)
-
-    missing = [position for position, task in enumerate(tasks) if not done(task)]
-    if ranks.main:  # checkpoints that remain after a kill between record and removal
-        for position in set(range(len(tasks))) - set(missing):
-            folder.student_checkpoint(_name(tasks[position])).unlink(missing_ok=True)
-    team = ranks.team(config.student.ranks, "student.ranks")
-    todo = [tasks[position] for position in team.deal(ranks.broadcast_from_main(missing))]
-    updates = {task: update_count(config, task.view, len(distilled)) for task in todo}
-    with progress(f"{len(todo)} students on {config.method}", sum(updates.values()), "updates") as advance:
-        for task in todo:
-            with folder.locked(_name(task), session.stop) if team.size == 1 else nullcontext():
-                if team.size == 1 and done(task):
-                    advance(updates[task])  # another process has trained it
-                    continue
-                own, labels = recipe(task.regime, task.view), folder.path / "labels"
-                unrounded = {key: value for key, value in own.items() if key != "arithmetic"}
-                owner = digest([protocol_of(unrounded), distilled.sha256])
-                file, seconds = folder.student_checkpoint(_name(task)), config.compute.checkpoint_seconds
-                saved = Checkpoint(file, owner, seconds, ranks.arithmetic)
-                result = train.train(
-                    session, task, distilled, team, labels, advance, saved, folder.epoch_log(_name(task))
-                )
-                if team.rank == 0:
-                    record = _record(session, task, result, distilled, own)
-                    with folder.locked(_RECORDS):
-                        write_records(record_file(folder, task), [record])
-                    saved.remove()
+    names = f"students of {sets[0].folder.path}"
+    queue = WorkQueue(names, ranks, team, todo, lock_file, lambda pair: pair[0].is_done(pair[1]), stop)
+    held: DistilledSet | None = None
+    try:
+        with progress(f"{len(todo)} students", -(-total // team.count), "updates") as advance:
+            while claimed := queue.next():
+                position, (one, task) = claimed
+                if held is None or held.sha256 != one.sha256:
+                    held = None  # released before the next set is read
+                    held = DistilledSet.load(one.folder.path)
+                one.train(task, held, team, advance)
+                queue.release(position)
+    finally:
+        queue.close()
 
 
 def _name(task: StudentTask) -> str:

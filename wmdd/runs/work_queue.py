@@ -1,0 +1,115 @@
+"""The queue of missing work: each free team of ranks takes the next item, and no process waits for another."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from filelock import BaseFileLock
+
+from wmdd.errors import Interrupted
+from wmdd.runtime.ranks import Ranks
+from wmdd.runtime.team import Team
+from wmdd.storage.files import try_lock
+
+_POLL_SECONDS = 0.5
+"""Time between two looks at items that another process holds."""
+_END, _WAIT = -1, -2
+"""What the first rank of a team tells the others instead of the position of an item."""
+
+Item = TypeVar("Item")
+
+
+class WorkQueue(Generic[Item]):
+    """Hands a team the missing items of a run (groups, students), one at a time.
+
+    A counter in the job's store deals the items to the teams of the job, so a fast team takes more than a slow one. A
+    lock on each item keeps other processes of the same run folder away: they take other items. An item that another
+    process holds comes last, and is skipped once that process has finished it. All ranks of a team must ask together.
+
+    Args:
+        name: name of the queue, which is used once in a job.
+        ranks: ranks of the job.
+        team: this rank's team.
+        items: missing items, in the order in which they are handed out; the same on every rank.
+        lock_file: returns the lock file of an item.
+        is_done: returns whether any process has finished an item since.
+        stop: whether to stop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ranks: Ranks,
+        team: Team,
+        items: Sequence[Item],
+        lock_file: Callable[[Item], Path],
+        is_done: Callable[[Item], bool],
+        stop: Callable[[], bool],
+    ) -> None:
+        self._team, self._items, self._lock_file, self._is_done, self._stop = team, items, lock_file, is_done, stop
+        self._fresh = itertools.takewhile(lambda ticket: ticket < len(items), ranks.tickets(name))
+        self._held_elsewhere: list[int] = []
+        self._locks: dict[int, BaseFileLock] = {}
+        self._left = len(items)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether to take an item before the present one is done: not where an idle team could take it."""
+        return self._left >= self._team.count
+
+    def next(self) -> tuple[int, Item] | None:
+        """Return the next item, which this process now holds, with its position; or None when all items are done.
+
+        Raises:
+            Interrupted: a stop was requested.
+        """
+        while True:
+            position = self._take() if self._team.rank == 0 else 0
+            flags = torch.tensor([float(position), float(self._stop())], dtype=torch.float64)
+            position, stopping = (int(value) for value in self._team.sum(flags).tolist())
+            if stopping:
+                raise Interrupted("stopped before the next piece of work")
+            if position == _END:
+                return None
+            if position != _WAIT:
+                self._left = min(self._left, len(self._items) - position - 1)
+                return position, self._items[position]
+            time.sleep(_POLL_SECONDS)
+
+    def release(self, position: int) -> None:
+        """Let other processes have an item, which is finished."""
+        if lock := self._locks.pop(position, None):
+            lock.release()
+
+    def close(self) -> None:
+        """Release all items that this process holds."""
+        for lock in self._locks.values():
+            lock.release()
+        self._locks.clear()
+
+    def _take(self) -> int:
+        """Return the position of an item that this process has locked, or ``_END`` or ``_WAIT``."""
+        for position in self._fresh:
+            if self._lock(position):
+                return position
+        for position in list(self._held_elsewhere):
+            self._held_elsewhere.remove(position)
+            if self._lock(position):
+                return position
+        return _WAIT if self._held_elsewhere else _END
+
+    def _lock(self, position: int) -> bool:
+        """Lock an item; return whether this process holds it and it is still missing."""
+        item = self._items[position]
+        lock = try_lock(self._lock_file(item))
+        if lock is None:
+            self._held_elsewhere.append(position)
+            return False
+        if self._is_done(item):
+            lock.release()
+            return False
+        self._locks[position] = lock
+        return True
