@@ -1,4 +1,4 @@
-"""``wmdd bench check``: whether a file of records keeps the rules that its tables rely on."""
+"""``wmdd bench check``: checks that a file of records follows the rules that its tables rely on."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ _VERSIONS = ("wmdd", "torch", "python")
 
 
 def check(path: Path) -> list[str]:
-    """Return what is wrong with a file of records, one sentence each; none for a file that may be published.
+    """Return the problems of a file of records, one sentence each; none for a file that may be published.
 
     Raises:
         InputError: there is no such file, or it holds no accuracies and no speeds.
@@ -35,7 +35,7 @@ def check(path: Path) -> list[str]:
 
 
 def mark(path: Path) -> int:
-    """Write into every record whether its row has converged, as far as the file tells; return the number of changes.
+    """Write into every record whether its row has converged, from the file's own students; return the changed records.
 
     Raises:
         InputError: there is no such file, or a line of it cannot be read.
@@ -139,7 +139,7 @@ def _test_images(students: Sequence[Record]) -> Iterator[str]:
             yield f"{dataset}: some students were measured on held-out images and some on the test set"
     for row, own in _by_row(students).items():
         if len({record.test_images for record in own}) > 1:
-            yield f"{_name(row)}: students were measured on unlike numbers of test images"
+            yield f"{_name(row)}: students were measured on different numbers of test images"
 
 
 def _tuning(students: Sequence[Record]) -> Iterator[str]:

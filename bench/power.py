@@ -1,4 +1,4 @@
-"""``wmdd bench power``: what differences the measured sets could have found, and how many sets find a given one."""
+"""``wmdd bench power``: smallest detectable difference of the measured sets, and sets needed for a given one."""
 
 import math
 from dataclasses import dataclass
@@ -21,29 +21,29 @@ from wmdd.report.format import NONE, points
 
 @dataclass(frozen=True)
 class Power:
-    """What a comparison with random real images can find; accuracies are fractions."""
+    """Power of a comparison with random real images; accuracies are fractions."""
 
     setting: str
     method: str
     sets: tuple[int, int]
-    """Independent values of the method and of random images."""
+    """Number of independent values of the method, and of random images."""
     spread: tuple[float, float]
-    """Their standard deviations; NaN where a side has one value or is one set of a seeded method."""
+    """Standard deviations of these values; NaN with one value, or with one set of a seeded method."""
     detects: float
-    """Smallest difference that the sets at hand find with 80 % power; NaN where they tell nothing."""
+    """Smallest difference that these sets detect with 80 % power; NaN if unknown."""
     needed: int | None
-    """Sets of each method that find the difference in question; None where it is not known, or beyond reason."""
+    """Number of sets per method that detects the given difference; None if unknown, or too large."""
 
 
 def power(places: list[Path], difference: float) -> list[Power]:
     """Return the power of every comparison with random images in files of records or run folders.
 
     Args:
-        places: as for a report.
-        difference: true difference that is to be found, a fraction.
+        places: files of records or run folders.
+        difference: difference to detect, as a fraction.
 
     Raises:
-        InputError: a place holds nothing to report, or no setting has random images beside a method.
+        InputError: a file or folder contains no results, or no setting has both random images and a method.
     """
     rows = [row for row in collect(places).accuracy.to_dict("records") if row["ipc"] == row["ipc"]]
     found = []
@@ -55,7 +55,7 @@ def power(places: list[Path], difference: float) -> list[Power]:
         other = next((one for one in random if one["name"] == row["name"]), random[0])
         found.append(_power(where(setting), row, other, difference))
     if not found:
-        raise InputError(f"{', '.join(map(str, places))}: no setting has a method beside {REFERENCE} images")
+        raise InputError(f"{', '.join(map(str, places))}: no setting has both {REFERENCE} images and a method")
     return found
 
 
@@ -97,6 +97,6 @@ def print_power(found: list[Power], difference: float, console: Console) -> None
         table.add_row(one.setting, one.method, *figures)
     console.print(table)
     console.print(
-        "Two-sided test at 5 %, not adjusted for several comparisons, 80 % power. Sets are sets of each method, one"
-        " student each. No standard deviation: one set, which says nothing about another."
+        "Two-sided test at 5 %, not adjusted for several comparisons, 80 % power. Sets: number of sets per method, with"
+        " one student each. A single set has no standard deviation."
     )

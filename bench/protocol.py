@@ -1,4 +1,4 @@
-"""A protocol: methods × IPC × distillation seeds × students under one recipe, as a table of runs."""
+"""A protocol: methods × IPC × distillation seeds × students with one recipe, as a table of runs."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,56 +29,59 @@ class _Part(BaseModel):
 
 
 class ProtocolRow(_Part):
-    """One row of the comparison: a method, and what it changes in the config of all."""
+    """One row of the comparison: a method, and its changes to the common config."""
 
     method: str
-    """Name in the registry."""
+    """Name of the method in the registry."""
     name: str
-    """Name in the tables; tells recipes of one method apart."""
+    """Name of the row in the tables; distinguishes recipes of one method."""
     variant: str | None = None
     """Variant of the config (``paper``, ``upstream``)."""
     overrides: tuple[str, ...] = ()
-    """``key=value`` strings for how it distils; what decides the students is the same for all and refused here."""
+    """``key=value`` strings for the distillation. Keys that decide the students are an error here: all rows share
+    them."""
 
 
 def _entry(value: Any) -> Any:
-    """Let a method's name alone stand for an entry."""
+    """Return an entry as a table; the name of a method alone is a short form."""
     if isinstance(value, str):
         return {"method": value, "name": value}
     return {"name": value.get("variant") or value.get("method"), **value} if isinstance(value, dict) else value
 
 
 class Protocol(_Part):
-    """What is compared.  The recipe of the students is the config's, the same for all."""
+    """A comparison of methods. All methods share the recipe of the students, which comes from the config."""
 
     name: str
-    """Name of the protocol; results lie in ``runs/NAME`` unless ``--out`` says otherwise."""
+    """Name of the protocol; the default folder of its runs is ``runs/NAME``."""
     config: str
-    """Preset, preset with variants or TOML file that all cells start from."""
+    """Preset, preset with variants, or TOML file: the config that all runs start from."""
     overrides: tuple[str, ...] = ()
-    """``key=value`` strings applied to it."""
+    """``key=value`` strings for this config."""
     methods: tuple[Annotated[ProtocolRow, BeforeValidator(_entry)], ...] = Field(min_length=1)
-    """Methods of the registry by name, or tables ``{method, name, variant, overrides}``.  Without ``random`` among them
-    there is nothing to pair with."""
+    """Methods of the registry by name, or tables ``{method, name, variant, overrides}``. Other methods are compared
+    with ``random``, if it is among them."""
     ipc: tuple[Positive, ...] = Field((1, 10), min_length=1)
     """Images per class."""
     networks: tuple[str, ...] | None = None
     """Architectures of the students; those of the config by default."""
     regimes: tuple[str, ...] | None = None
-    """Labels of the students; those of the config by default."""
+    """Label regimes of the students; those of the config by default."""
     views: tuple[str, ...] | None = None
-    """``epochs`` (as many passes), ``updates`` (as many optimiser steps), ``plain`` (no augmentation)."""
+    """Views of the students, by default the config's: ``epochs`` (equal number of passes), ``updates`` (equal number of
+    optimizer steps), ``plain`` (no augmentation)."""
     distillation_seeds: Positive = 5
-    """Independent distillations of each method; seeds 0 to N−1."""
+    """Number of independent distillations of each method; their seeds are 0 to N−1."""
     convergence_sets: Count = 0
-    """Sets of each method, from the first on, whose students also train twice as long: from three students on, the
-    report says whether they have converged."""
+    """Number of sets of each method, from the first, whose students also train twice as long. With three such students
+    or more, the report says whether they have converged."""
     teacher_seeds: Positive = 1
-    """1: all sets share one teacher, and nothing is said about others. As many as ``distillation_seeds``: each set has
-    a teacher of its own, whose luck the intervals then contain; methods are paired by it."""
+    """Number of teachers: 1, or as many as ``distillation_seeds``. With 1, all sets share one teacher, and the results
+    hold for this teacher alone. Otherwise each set has its own teacher, the intervals include the variation between
+    teachers, and methods are paired by teacher."""
     student_seeds: Positive = 1
-    """Students of each distilled set, architecture, regime and view.  No two of a method share a seed: a method that
-    always selects the same images has as many students as the others, and not one of them several times."""
+    """Number of students for each distilled set, architecture, regime and view. All students of a method have different
+    seeds. A method that always selects the same images thus has as many different students as the others."""
 
     @model_validator(mode="after")
     def _teachers_are_one_or_one_for_each_set(self) -> "Protocol":
@@ -102,7 +105,7 @@ def load_protocol(source: str) -> Protocol:
     """Read a shipped protocol by name, or a TOML file.
 
     Raises:
-        InputError: no such protocol, or a key or value that is wrong.
+        InputError: the protocol does not exist, or a key or value is wrong.
     """
     shipped = resources.files("bench") / "protocols"
     names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir())
@@ -121,33 +124,33 @@ def load_protocol(source: str) -> Protocol:
 
 
 def folders(protocols: Sequence[Protocol], out: Path | None) -> list[Path]:
-    """Return where each protocol's runs lie: for one in ``out``, else below ``out`` (``runs`` by default) by its name.
+    """Return the folder of each protocol's runs: ``out`` for a single protocol, else ``out/NAME``.
 
     Raises:
-        InputError: two have one name, and would share a folder.
+        InputError: two protocols have the same name, and would share a folder.
     """
     if twice := [name for name, count in Counter(one.name for one in protocols).items() if count > 1]:
-        raise InputError(f"two protocols are called {twice[0]!r}; give one a name of its own")
+        raise InputError(f"two protocols have the name {twice[0]!r}; rename one")
     if out and len(protocols) == 1:
         return [out]
     return [(out or Path("runs")) / one.name for one in protocols]
 
 
 def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[ProtocolRun]:
-    """Return the runs of a protocol in the order of its lists: IPC, method, and of each all seeds before the next.
+    """Return the runs of a protocol, sorted by IPC, then method, then seed.
 
-    A protocol that is stopped thus has whole rows, with intervals, of what it lists first.
+    A stopped protocol thus has complete rows, with intervals, for the methods that it lists first.
 
     Args:
-        protocol: what is compared.
+        protocol: protocol to run.
         out: folder of the runs.
-        overrides: ``key=value`` strings for all of them, such as ``data.root=...``.
+        overrides: ``key=value`` strings for all runs, such as ``data.root=...``.
 
     Raises:
-        InputError: a config or a method is wrong, or an entry changes what decides the students.
+        InputError: a config or a method is wrong, or an entry changes a key that decides the students.
     """
     if twice := [name for name, count in Counter(entry.name for entry in protocol.methods).items() if count > 1]:
-        raise InputError(f"methods: two entries are called {twice[0]!r}; give one a name of its own")
+        raise InputError(f"methods: two entries have the name {twice[0]!r}; rename one")
     common = [*protocol.overrides, *overrides, "student.baselines=[]"]
     for key, chosen in (
         ("student.networks", protocol.networks),
@@ -175,24 +178,24 @@ def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[
 
 
 def _check(entry: ProtocolRow, config: Config, plain: Config) -> None:
-    """Refuse an entry whose students, data or teacher are not those of the others."""
+    """Check that an entry changes neither dataset, teacher, labels, students nor compute."""
     for section in ("data", "teacher", "labels", "student", "compute"):
         ours, theirs = (getattr(one, section).model_dump() for one in (config, plain))
         if unlike := [key for key in ours if ours[key] != theirs[key]]:
             raise InputError(
-                f"methods: {entry.name}: changes {section}.{unlike[0]}, which all methods share; set it in overrides of"
-                " the protocol, for all"
+                f"methods: {entry.name}: changes {section}.{unlike[0]}, which all methods share; set it in the"
+                " overrides of the protocol"
             )
 
 
 def check(table: Sequence[ProtocolRun]) -> list[ProtocolRun]:
-    """Return the cells that are not finished, once nothing speaks against any.
+    """Check all runs, and return those that are not finished.
 
     Args:
-        table: of one protocol or of several, in the order in which they are to be done.
+        table: runs of one or several protocols, in the order of the work.
 
     Raises:
-        InputError: the data is missing, a class is too small, a network or a method does not exist.
+        InputError: the dataset is missing, a class has too few images, or a network or method does not exist.
     """
     datasets: dict[DataConfig, Dataset] = {}
     for cell in table:
@@ -204,9 +207,9 @@ def check(table: Sequence[ProtocolRun]) -> list[ProtocolRun]:
 
 
 def _finished(cell: ProtocolRun, dataset: Dataset) -> bool:
-    """Return whether nothing is left to do: a cell's records are all that a comparison needs of it.
+    """Return whether a run has all its records, which are all that a comparison needs.
 
-    Images that were left behind on another machine are thus not made again.
+    Images that stayed on another machine are thus not distilled again.
     """
     try:
         bound = read_json(cell.folder / "config.json")["data"]
@@ -216,7 +219,7 @@ def _finished(cell: ProtocolRun, dataset: Dataset) -> bool:
 
 
 def students_left(cell: ProtocolRun, classes: int) -> list[tasks.StudentTask]:
-    """Return the students of a cell, on so many classes, that no record of this config tells of."""
+    """Return the students of a run, with ``classes`` classes, that have no record of this config."""
     config, folder = cell.config, RunFolder(cell.folder)
     images = classes * config.ipc
 
@@ -230,7 +233,7 @@ def students_left(cell: ProtocolRun, classes: int) -> list[tasks.StudentTask]:
 
 
 def write_plan(protocol: Protocol, table: Sequence[ProtocolRun], out: Path) -> None:
-    """Write down what the protocol consists of, so that a report can tell which cells are missing."""
+    """Write the list of runs of a protocol, so that a report can name missing ones."""
     rows = [
         {
             "folder": str(cell.folder.relative_to(out)),

@@ -22,7 +22,7 @@ _TIME = "share"
 
 
 _MEASURED = "measured"
-"""Names of what the trial itself reported; Ray adds values of its own."""
+"""Key of the list of keys that the trial itself reported; Ray adds other keys."""
 
 
 def work(config: dict[str, Any], plan: trial.SweepSetup) -> None:

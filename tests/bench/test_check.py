@@ -64,7 +64,7 @@ FAULTS: dict[str, tuple[Callable[[list[Record]], list[Record]], str]] = {
         lambda r: changed(r, 0, evaluated_on="holdout"),
         "some students were measured on held-out",
     ),
-    "another test set": (lambda r: changed(r, 0, test_images=(3, 4)), "unlike numbers of test images"),
+    "another test set": (lambda r: changed(r, 0, test_images=(3, 4)), "different numbers of test images"),
     "two recipes": (lambda r: changed(r, 0, recipe=RECIPE | {"lr": 0.5}), "students of 2 recipes"),
     "two teachers": (lambda r: changed(r, 0, recipe=RECIPE | {"teacher": "5" * 64}), "2 teachers that some sets share"),
     "no mark": (lambda r: changed(r, 0, convergence=None), "is converged (+0.2) and bears no mark"),

@@ -79,7 +79,7 @@ def test_one_set_tells_no_power(tmp_path: Path) -> None:
     (found,) = power([file], 0.01)
 
     assert math.isnan(found.detects) and math.isnan(found.spread[0]) and found.needed is None
-    with pytest.raises(InputError, match="no setting has a method beside random"):
+    with pytest.raises(InputError, match="no setting has both random"):
         power([write(tmp_path / "b.jsonl", one)], 0.01)
 
 

@@ -216,7 +216,7 @@ def test_a_stop_reaches_every_process_and_the_same_protocol_goes_on(finished: Pa
     ("change", "message"),
     [
         ({"methods": ["randm"]}, "no such method; did you mean 'random'"),
-        ({"methods": ["random", {"method": "random", "name": "random"}]}, "two entries are called 'random'"),
+        ({"methods": ["random", {"method": "random", "name": "random"}]}, "two entries have the name 'random'"),
         ({"methods": [{"method": "wmdd", "overrides": ["student.epochs=9"]}]}, "wmdd: changes student.epochs"),
         ({"methods": [{"method": "wmdd", "overrides": ["labels.temperature=1"]}]}, "wmdd: changes labels.temperature"),
         ({"methods": [{"method": "wmdd", "overrides": ["data.resolution=16"]}]}, "wmdd: changes data.resolution"),

@@ -59,7 +59,7 @@ def distill(session: Session, folder: RunFolder, blocks: list[Block]) -> None:
     most. A block is assembled when its last group is done.
 
     Raises:
-        InputError: a complete block was made with another teacher, or the method refuses the data.
+        InputError: a complete block was made with another teacher, or the method cannot use the dataset.
         Interrupted: a stop was requested. Finished groups and checkpoints are kept.
     """
     config, ranks = session.config, session.ranks
@@ -112,7 +112,7 @@ def _must_write(session: Session, folder: RunFolder, block: Block) -> bool:
     if reason:
         logger.warning(f"{reason}: the block is distilled again")
         with folder.locked(f"block-{block.index:05d}", session.stop):
-            if folder.damaged(block.index):  # and another process has not mended it since
+            if folder.damaged(block.index):  # unless another process has repaired it
                 folder.sidecar_file(block.index).unlink(missing_ok=True)
     if reason or sidecar is None:
         folder.check_arithmetic(session.ranks.arithmetic)
@@ -173,7 +173,7 @@ def _distilled(
 
 
 def _assemble_once(session: Session, folder: RunFolder, method: base.Method, block: Block) -> None:
-    """Assemble a block, unless another process was faster."""
+    """Assemble a block, unless another process has done so."""
     with folder.locked(f"block-{block.index:05d}", session.stop):
         if folder.sidecar(block.index) is None:
             _assemble(session, folder, method, block)

@@ -55,7 +55,7 @@ class Prepared:
     names: list[str]
     """Names of its classes"""
     images: Tensor
-    """[G·k, channels, H, W] float32, normalized; k is K but for spread groups"""
+    """[G·k, channels, H, W] float32, normalized; k is K, or less in spread groups"""
     labels: Tensor
     """[G·k] int64"""
     weights: Tensor

@@ -63,7 +63,7 @@ class RunFolder:
         return locked(self.lock_file(name), stop)
 
     def lock_file(self, name: str) -> Path:
-        """Return a lock file of this run."""
+        """Return the path of a lock file."""
         return self.path / "locks" / name
 
     def sweep(self) -> None:
@@ -88,12 +88,12 @@ class RunFolder:
         write_json(path, wanted)
 
     def check(self, config: Config, data: str) -> None:
-        """Refuse a folder that cannot be bound to a config and a data set.
+        """Check that the folder can be bound to a config and a dataset.
 
-        A folder in which nothing was distilled yet may be bound anew: its first config was perhaps a wrong one.
+        A folder without distilled images may be bound again: its first config was perhaps a mistake.
 
         Raises:
-            InputError: the folder belongs to another config; the message names the keys that differ.
+            InputError: the folder belongs to another config. The message names the differing keys.
         """
         path, wanted = self.path / "config.json", _binding(config, data)
         if path.exists() and any(self.path.rglob("*.safetensors")):

@@ -7,11 +7,11 @@ from wmdd.config.schema import Config
 from wmdd.errors import InputError
 
 SPREAD_CLASSES = 100
-"""Classes of a span that spread groups cut: those of a published batch (SRe2L, CDA)."""
+"""Number of classes in a span of spread groups: that of a published batch (SRe2L, CDA)."""
 GROUP_IMAGES = 100
-"""Images of a group, where the config does not say how many classes it has."""
+"""Number of images in a group, unless the config sets the number of classes."""
 GLOBAL_TARGETS = frozenset({"barycenter-global", "ce-global", "sre2l", "cda"})
-"""Shipped methods that match the teacher's running statistics, which are those of all classes together."""
+"""Shipped methods that match the teacher's running statistics, which belong to all classes together."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Group:
     index: int
     classes: tuple[int, ...]
     images: tuple[int, int] | None = None
-    """First image of each class and the one after the last; None for all of them."""
+    """First image of each class, and the one after the last; None for all images."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,33 @@ class Block:
 
 
 def is_spread(config: Config) -> bool:
-    """Return whether a group holds a few images of many classes, and not all images of a few."""
+    """Return whether a group has a few images of many classes, instead of all images of a few classes."""
     chosen = config.synthesis.grouping
     is_global = config.method in GLOBAL_TARGETS or (config.method == "wmdd" and config.synthesis.bn_target == "global")
     return is_global if chosen == "method" else chosen == "spread"
 
 
 def group_size(config: Config) -> int:
-    """Return the classes of a group by classes: those of the config, else as many as make up 100 images."""
+    """Return the number of classes in a group that is not spread: the config's, or as many as make up 100 images."""
     return config.synthesis.classes_per_group or max(1, GROUP_IMAGES // config.ipc)
 
 
 def group_images(config: Config, classes: int) -> int:
-    """Return the most images of a group of a run of so many classes."""
+    """Return the largest number of images in a group, in a run of ``classes`` classes."""
     if is_spread(config):
         return min(SPREAD_CLASSES, classes) * _images_of_class(config, min(SPREAD_CLASSES, classes))
     return min(group_size(config), classes) * config.ipc
 
 
 def plan(config: Config, classes: int) -> list[Block]:
-    """Split the classes into spans, each of one or several groups, and the spans into blocks.
+    """Split the classes into spans of one or several groups, and the spans into blocks.
 
-    A span is a group of its own, or, for a global target, 100 classes, whose groups hold one image of each class; of
-    fewer classes, as many as make up 100 images. The result depends on the config alone.
+    Usually a span is one group. For a global target, a span has 100 classes, and each of its groups has one image per
+    class. With fewer than 100 classes, such a group has as many images per class as make up 100 images. The result
+    depends on the config and the number of classes alone.
 
     Raises:
-        InputError: more blocks than spans, or spread groups whose classes several ranks are to share.
+        InputError: the config has more blocks than spans, or ``split_class`` with spread groups.
     """
     spread = is_spread(config)
     size = SPREAD_CLASSES if spread else group_size(config)
@@ -71,7 +72,7 @@ def plan(config: Config, classes: int) -> list[Block]:
     if spread and config.synthesis.split_class > 1:
         raise InputError(
             f"synthesis.split_class = {config.synthesis.split_class}: a group of {config.method} has few images of each"
-            " class, and is not shared among ranks; use split_class=1, or synthesis.grouping=classes"
+            " class, so ranks cannot share a class; use split_class=1, or synthesis.grouping=classes"
         )
     if config.blocks > len(spans):
         remedy = "" if spread else " or a smaller synthesis.classes_per_group"
@@ -92,7 +93,7 @@ def plan(config: Config, classes: int) -> list[Block]:
 
 
 def _parts(config: Config, span: tuple[int, ...], spread: bool) -> list[tuple[int, int] | None]:
-    """Return which images of each class the groups of a span hold."""
+    """Return the range of images per class in each group of a span."""
     if not spread:
         return [None]
     step = _images_of_class(config, len(span))

@@ -57,7 +57,7 @@ def descend(data: Single, positions: Single, rounds: int) -> tuple[Single, Singl
         cost = _costs(positions, data)
         temperature = np.float32(_START_TEMPERATURE ** (1 - share) * (_END_TEMPERATURE * w2) ** share)
         potentials, plan = _entropic(cost, potentials, temperature)
-        w2 = max(1 + float(np.vdot(plan, cost)), 1e-6)  # 1 is the mean squared norm of standardised features
+        w2 = max(1 + float(np.vdot(plan, cost)), 1e-6)  # 1 is the mean squared norm of standardized features
         masses = plan.sum(axis=1)
         positions = plan @ data / masses[:, None]
         astray = np.abs(count * masses - 1).mean()

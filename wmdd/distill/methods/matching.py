@@ -17,9 +17,9 @@ class Wmdd(Method):
         return Objective.from_settings(self.synthesis())
 
     def barycenter(self) -> BarycenterConfig | None:
-        """Return the config's settings, if features are matched to atoms or images start from the ones nearest to them.
+        """Return the config's settings, if features are matched to atoms or images start from real ones; else None.
 
-        All cells of the ablation thus start alike: what differs is what the images are optimized against.
+        All methods of the ablation thus have the same start images, and differ only in their objective.
         """
         objective = self.objective()
         matched = objective is not None and objective.feature > 0
@@ -35,21 +35,21 @@ class Wmdd(Method):
         elif atoms is not None:
             images = data.decode(atoms.images.tolist())
         else:
-            raise ValueError("a real start is a choice by the barycenter")
+            raise ValueError("a real start needs the barycenter of the class")
         if atoms is None:
             return ClassPlan(images)
         return ClassPlan(images, atoms.positions, atoms.weights.float(), w2=atoms.w2)
 
 
 class StartOnly(Wmdd):
-    """Ablation: the images that the other cells start from, never optimized."""
+    """Ablation: the start images of the other methods, never optimized."""
 
     def objective(self) -> None:
-        """Return nothing to optimize for."""
+        """Return None: the images are not optimized."""
 
 
 class Noise(Wmdd):
-    """Gaussian noise, never optimized: what labels alone can teach, and the floor of every comparison."""
+    """Gaussian noise, never optimized: it shows what labels alone can teach, the floor of every comparison."""
 
     uses_statistics = False
 
@@ -58,7 +58,7 @@ class Noise(Wmdd):
         return self.config.synthesis.replace({"start": "noise"})
 
     def objective(self) -> None:
-        """Return nothing to optimize for."""
+        """Return None: the images are not optimized."""
 
 
 class CrossEntropyClassBN(Wmdd):
