@@ -15,9 +15,9 @@ from wmdd.runtime.team import Team
 from wmdd.storage.files import try_lock
 
 _POLL_SECONDS = 0.5
-"""Time between two looks at items that another process holds."""
+"""Seconds between two checks of items that another process holds."""
 _END, _WAIT = -1, -2
-"""What the first rank of a team tells the others instead of the position of an item."""
+"""Values that the first rank of a team sends to the others instead of the position of an item."""
 
 Item = TypeVar("Item")
 
@@ -25,9 +25,10 @@ Item = TypeVar("Item")
 class WorkQueue(Generic[Item]):
     """Hands a team the missing items of a run (groups, students), one at a time.
 
-    A counter in the job's store deals the items to the teams of the job, so a fast team takes more than a slow one. A
-    lock on each item keeps other processes of the same run folder away: they take other items. An item that another
-    process holds comes last, and is skipped once that process has finished it. All ranks of a team must ask together.
+    A counter in the job's key-value store deals the items to the teams of the job, so a fast team takes more items than
+    a slow one. A lock on each item makes other processes of the same run folder take other items. An item that another
+    process holds comes last, and is skipped once that process has finished it. All ranks of a team must call ``next``
+    together.
 
     Args:
         name: name of the queue, which is used once in a job.
@@ -57,7 +58,7 @@ class WorkQueue(Generic[Item]):
 
     @property
     def ahead(self) -> bool:
-        """Whether to take an item before the present one is done: not where an idle team could take it."""
+        """Whether to take the next item before the current one is done; False if an idle team could take it."""
         return self._left >= self._team.count
 
     def next(self) -> tuple[int, Item] | None:
@@ -80,7 +81,7 @@ class WorkQueue(Generic[Item]):
             time.sleep(_POLL_SECONDS)
 
     def release(self, position: int) -> None:
-        """Let other processes have an item, which is finished."""
+        """Release the lock of a finished item."""
         if lock := self._locks.pop(position, None):
             lock.release()
 
@@ -102,7 +103,7 @@ class WorkQueue(Generic[Item]):
         return _WAIT if self._held_elsewhere else _END
 
     def _lock(self, position: int) -> bool:
-        """Lock an item; return whether this process holds it and it is still missing."""
+        """Lock an item; return whether this process holds the lock and the item is still missing."""
         item = self._items[position]
         lock = try_lock(self._lock_file(item))
         if lock is None:
