@@ -88,6 +88,7 @@ def test_what_is_lost_for_good_is_reported_and_the_command_that_status_prints_se
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
     config = load_config("digits", THREE_BLOCKS)
+    expected = local_blocks(config, tmp_path)  # the teacher is in the cache from here on
     # One task at a time on a node; SLURM must not help by requeueing the one whose node dies, nor wmdd the other.
     launched = submit(config, tmp_path / "run", blocks=3, using=profile(cpus_per_rank=8, requeue=False))
     run, job = tmp_path / "run", launched["distill"].job
@@ -118,8 +119,7 @@ def test_what_is_lost_for_good_is_reported_and_the_command_that_status_prints_se
         finish(run, 200)
     assert [row.state for row in rows(run)] == ["done"] * 3
     assert whole.stat().st_mtime_ns == before
-    pipeline.run(config, tmp_path / "local", share=pipeline.Share(("teacher", "distill")))
-    assert blocks_of(run) == blocks_of(tmp_path / "local")
+    assert blocks_of(run) == expected
 
 
 OTHER = "gpus_per_rank = 0\ncpus_per_rank = 2\nmemory_gb = 1\nminutes = 10\n"
@@ -139,6 +139,7 @@ def test_a_killed_task_one_that_fails_twice_and_a_bad_node_cost_starts_and_no_bl
         f'[ "$SLURMD_NODENAME" != {bad} ] || export PYTHONPATH={broken.parent}',
         '[ "$SLURM_ARRAY_TASK_ID" != 2 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge 2 ] || exit 3',
     )
+    expected = local_blocks(config, tmp_path)
     launched = submit(config, run, blocks=3, using=profile(cpus_per_rank=8, container=container))
     job = launched["distill"].job
     wait(lambda: "images ..." in log(run, f"{job}_0_"), 200, "block 0 is at work")
@@ -151,7 +152,7 @@ def test_a_killed_task_one_that_fails_twice_and_a_bad_node_cost_starts_and_no_bl
     assert f"device check failed on {bad}: libcuda.so.1" in said
     assert f"excluded from the rest of this array: {bad}" in said
     assert rows(run)[1].bad_nodes == (bad,)
-    assert blocks_of(run) == local_blocks(config, tmp_path)
+    assert blocks_of(run) == expected
     ends = [ask("squeue", "-h", "-t", "all", "-j", one.job, "-o", "%e") for one in list(launched.values())[:-1]]
     begun = ask("squeue", "-h", "-t", "all", "-j", launched["report"].job, "-o", "%S")
     assert max("\n".join(ends).splitlines()) <= begun, "the report did not run last"
@@ -164,6 +165,7 @@ def test_a_task_that_is_requeued_loses_its_node_and_is_warned_goes_on_from_its_c
     settings = ["synthesis.iterations=2500", "student.baselines=[]", "compute.workers=2"]
     config = load_config("digits", [*TINY, *LONG, *settings])
     run = tmp_path / "run"
+    expected = local_blocks(config, tmp_path)
     job = submit(config, run, ("teacher", "distill"))["distill"].job
     wait(lambda: iteration(run) > 0, 200, "synthesis begins")
     node = rows(run)[0].node
@@ -180,14 +182,13 @@ def test_a_task_that_is_requeued_loses_its_node_and_is_warned_goes_on_from_its_c
     wait(lambda: iteration(run) > first, 200, "synthesis goes on")
     # As at the end of its time: SLURM sends this signal, and nothing else.
     ask("scancel", "--signal=USR2", job)
-    pipeline.run(config, tmp_path / "local", share=pipeline.Share(("teacher", "distill")))
     finish(run)
     assert [row.state for row in rows(run)] == ["done"] and rows(run)[0].restarts == 3
     said = [int(line.split()[-1]) for line in log(run, job).splitlines() if "resumes at iteration" in line]
     assert 0 < said[0] <= lost and said[1] == first < said[2] < 2500, "it did not go on from its checkpoints"
     assert log(run, job).count("stop requested: checkpointed at iteration") >= 2
     assert "back into the queue, restart 3" in log(run, job)
-    assert blocks_of(run) == blocks_of(tmp_path / "local")
+    assert blocks_of(run) == expected
 
 
 def test_a_time_limit_requeues_a_task_in_a_container_and_a_cancelled_one_does_not_come_back(

@@ -177,7 +177,7 @@ def test_where_every_node_seems_bad_the_task_gives_up_and_nothing_waits_for_ever
 ) -> None:
     """The cluster's GPUs are stand-ins: SLURM grants them, and torch sees none on any node."""
     run = tmp_path / "run"
-    job = submit(digits, run, ("distill",), blocks=2, using=profile(gpus_per_rank=1))["distill"].job
+    job = submit(digits, run, ("distill",), blocks=1, using=profile(gpus_per_rank=1))["distill"].job
     finish(run, 300)
     found = status(run)
     assert {(row.state, row.restarts) for row in found.rows} == {("bad node", 2)}
@@ -185,5 +185,6 @@ def test_where_every_node_seems_bad_the_task_gives_up_and_nothing_waits_for_ever
     lines = mending(run, found)
     assert any(line.startswith("bad node: set exclude in the profile") and "127.0.0." in line for line in lines)
     assert ask("squeue", "-h") == "", "a job waits for ever"
-    assert "excluded from the rest of this array: 127.0.0." in log(run, job)
+    # Two of four nodes at most: the third start may go where it likes.
+    assert log(run, job).count("excluded from the rest of this array: 127.0.0.") == 2
     assert not list(run.rglob("*.safetensors"))
