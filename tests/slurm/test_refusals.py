@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from slurm import submissions
 from slurm import submit as submission
+from slurm.cli import app
 from slurm.local_cluster import LocalCluster
 from slurm.profile import STAGES, Profile
 from slurm.status import mending, status
@@ -95,6 +97,9 @@ def test_what_is_in_the_queue_is_not_submitted_twice(cluster: LocalCluster, digi
         assert prepare(digits, run, profile()).arrays == []
         with pytest.raises(InputError, match="tasks with another config are in the queue"):
             prepare(digits, run, profile(), blocks=1)
+        assert prepare(digits, run, profile(cpus_per_rank=4)).arrays == [], "another profile is another config"
+        assert CliRunner().invoke(app, ["throttle", str(run), "1"]).output.endswith(": 1 tasks at a time\n")
+        assert "ArrayTaskThrottle=1" in ask("scontrol", "show", "job", first["distill"].job)
         ask("scancel", *[one.job for one in first.values()])
     finally:
         ask("scontrol", "update", "partitionname=main", "state=up")

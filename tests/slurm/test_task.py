@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,17 @@ def test_a_task_that_was_given_a_gpu_never_works_on_the_cpu(
     with pytest.raises(DeviceFault, match="torch sees no GPU") if gpu and device == "auto" else nullcontext():
         asked._work()
     assert shares == ([] if gpu and device == "auto" else [pipeline.Share(("distill",), (0,), None, None)])
+
+
+def test_variables_of_the_profile_may_name_those_of_the_task(
+    digits: Config, tmp_path: Path, inside: pytest.MonkeyPatch
+) -> None:
+    inside.setenv("SLURM_PROCID", "0")
+    inside.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    inside.setattr(SlurmTask, "_work", lambda self: None)
+    replace(task(digits, tmp_path / "run"), environment={"TORCHINDUCTOR_CACHE_DIR": "/local/$SLURM_JOB_ID/$NONE"})()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/local/9/$NONE"
+    assert histories(tmp_path / "run", ["9"])["9_0"].last == "done"
 
 
 def test_each_start_of_a_job_meets_at_another_port(inside: pytest.MonkeyPatch) -> None:
