@@ -79,7 +79,7 @@ def test_an_array_writes_what_a_local_run_writes_and_reports_last(cluster: Local
     speed = measured(run)
     assert speed.rate and speed.update_seconds
     told = CliRunner().invoke(app, ["logs", str(run), "2"]).output
-    assert "block 2" in told and log_files(run, "distill", 2)[0].name in told
+    assert "iterations" in told and log_files(run, "distill", 2)[0].name in told
     shown = CliRunner().invoke(app, ["status", str(run), "--all"])
     assert shown.exit_code == 0 and shown.output.count("100%") == 10 and "no accounting" in shown.output
 
