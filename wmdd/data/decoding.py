@@ -24,8 +24,7 @@ Result = TypeVar("Result")
 
 
 class _Guarded(torch.utils.data.Dataset):
-    """A function as a dataset for DataLoader.  It returns errors, because DataLoader would hide a raised one's
-    message."""
+    """A function as a dataset for DataLoader.  It returns errors: DataLoader would hide the message of a raised error."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
@@ -79,7 +78,7 @@ def decoders(
         yield lambda batches: map(function, batches)
         return
     waiting: deque[Batch] = deque()
-    # The loader always asks for a few batches more than are read: it gets None where there is none.
+    # The loader always requests a few batches ahead.  It gets None when no batch is waiting.
     plan = (waiting.popleft() if waiting else None for _ in itertools.count())
     stream = _loaded(lambda batch: None if batch is None else function(batch), plan, cpus.processes(workers))
 

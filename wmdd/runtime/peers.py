@@ -83,15 +83,16 @@ class Peers:
             raise PeerLost(f"rank {self._rank} of {self._size}: {host}") from error
 
     def ticket(self, queue: str) -> int:
-        """Return the next number of a queue, from 0: each number is given to one rank of the job.
+        """Return the next number of a queue, from 0.  Each number goes to only one rank of the job.
 
         Raises:
-            PeerLost: the rank that keeps the store is gone.
+            PeerLost: the rank that hosts the job's key-value store is gone.
         """
         try:
             return int(self._store.add(f"queue/{queue}", 1)) - 1
         except RuntimeError as error:
-            raise PeerLost(f"rank {self._rank} of {self._size}: the rank that keeps the job's store is gone") from error
+            host = "the rank that hosts the job's key-value store is gone"
+            raise PeerLost(f"rank {self._rank} of {self._size}: {host}") from error
 
     def missing(self) -> list[int]:
         """Watch the heartbeats for a few seconds, and return the ranks that are gone."""
