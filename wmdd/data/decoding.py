@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class _Guarded(torch.utils.data.Dataset):
-    """A function as a dataset for DataLoader.  It returns errors: DataLoader would hide the message of a raised error."""
+    """A function as a dataset for DataLoader.  It returns errors: DataLoader would hide the message of a raise."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
