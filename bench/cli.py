@@ -55,7 +55,7 @@ def protocol(
         bool, typer.Option("--plan", help="Print how much work is done and how much is left; run nothing.")
     ] = False,
 ) -> None:
-    """Run the missing runs of protocols, and report all of them: differences paired by seed, with intervals."""
+    """Run and report protocols. Only missing runs are run; differences are paired by seed, with intervals."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes  # imports count
     from bench import protocol as protocols
     from bench import remaining
@@ -113,7 +113,7 @@ def throughput(
         Path | None, typer.Option(metavar="DIR", help="Folder for profiler traces and tables of kernels.")
     ] = None,
 ) -> None:
-    """Time each stage on one device: rate, memory, MFU, and speed compared with a plain reference."""
+    """Time each stage on one device. Reports rate, memory, MFU, and speed compared with a plain reference."""
     from bench import throughput as speeds
     from wmdd.config.loading import load_config
     from wmdd.runtime.log import results
@@ -139,7 +139,7 @@ def groups(
     ] = 2.0,
     out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File to append the records to.")] = None,
 ) -> None:
-    """Time the synthesis of 1, 2, 4, 8, ... classes in one group, and suggest synthesis.classes_per_group."""
+    """Time several group sizes. The command suggests a value of synthesis.classes_per_group."""
     from bench import group_size as study
     from wmdd.config.loading import load_config
     from wmdd.runtime.log import results
@@ -175,7 +175,7 @@ def evaluate(
     ] = "random,medoids",
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
 ) -> None:
-    """Measure a distilled set from elsewhere, compare it with real images at the same IPC, and write a report."""
+    """Measure a distilled set from elsewhere. The report compares it with real images at the same IPC."""
     from bench.evaluate import config_of
     from wmdd import pipeline
 
@@ -208,7 +208,7 @@ def scaling(
         typer.Option(help="Folder that keeps finished steps, on a shared disk. Default with --slurm: runs/scaling."),
     ] = None,
 ) -> None:
-    """Time the synthesis on several numbers of ranks: rate, efficiency, and time of each phase."""
+    """Time several numbers of ranks. Reports rate and efficiency of the synthesis, and the time of each phase."""
     from bench import scaling as study
     from wmdd import launchers
     from wmdd.config.loading import load_config
@@ -231,7 +231,7 @@ def plan(
         Path, typer.Option("--from", metavar="FILE.jsonl", help="File of speeds, from `wmdd bench throughput --out`.")
     ] = Path("speeds.jsonl"),
 ) -> None:
-    """Project GPU-hours and wall time of a whole run from measured speeds."""
+    """Project the GPU-hours of a run. The GPU-hours and the wall time follow from measured speeds."""
     from bench import projection
     from wmdd.config.loading import load_config
     from wmdd.runtime.log import results
@@ -248,7 +248,8 @@ def power(
         float, typer.Option(min=0.01, help="Difference from random images to detect, in points of top-1.")
     ] = 1.0,
 ) -> None:
-    """Print the smallest detectable difference from random images, and the number of sets that a given one needs."""
+    """Print the power of a comparison. It is the smallest detectable difference from random images, and the number of
+    sets that a given difference needs."""
     from bench import power as study
     from wmdd.runtime.log import results
 
@@ -265,7 +266,7 @@ def compare(
         float | None, typer.Option(min=0.01, help="Margin of a test of equivalence, in points of top-1.")
     ] = None,
 ) -> None:
-    """Compare the same methods under two recipes or precisions; differences are paired if the images are the same."""
+    """Compare two recipes or precisions. Both need the same methods; differences are paired on the same images."""
     from bench import recipes
     from wmdd.runtime.log import results
 
@@ -281,7 +282,7 @@ def check(
         bool, typer.Option("--mark", help="Before the check, write into each record whether its row has converged.")
     ] = False,
 ) -> None:
-    """Check that files of records can be published: seeds, test images, revisions, convergence. Exit code 1 if not."""
+    """Check files of records. Rules: seeds, test images, revisions and convergence. Exit code 1 if one is broken."""
     from bench import check as checks
 
     found = []

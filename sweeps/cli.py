@@ -107,7 +107,7 @@ def show(
     folder: SweepArgument,
     html: Annotated[Path | None, typer.Option(help="File of the page; DIR/sweep.html by default.")] = None,
 ) -> None:
-    """Print the trials, and write a page that shows the importance and the effect of each key."""
+    """Print the trials of a sweep. Also writes a page with the importance and the effect of each key."""
     from sweeps import page
     from sweeps.run import Sweep
     from sweeps.trial_log import Log
@@ -128,7 +128,7 @@ def best(
         bool, typer.Option("--no-test", help="Print the config without measuring it on the test set.")
     ] = False,
 ) -> None:
-    """Measure the best recipe on the test set, once, and print it as a config file for `wmdd run`."""
+    """Measure and print the best recipe. Measures it once, on the test set, and prints a config for `wmdd run`."""
     from sweeps.best import best as find
 
     typer.echo(find(folder, measure=not no_test), nl=False)
