@@ -91,7 +91,7 @@ def test_the_recipe_that_all_rows_share_stands_with_the_table_and_what_varies_in
 def test_the_summary_says_what_was_found_and_whether_the_interval_holds_zero(tmp_path: Path) -> None:
     run = make_pair(tmp_path)
     assert (
-        "wmdd 97.0 (96.0–98.0) % vs random 95.0 ± 2.5 %, +2.0 [−0.3, 4.3] (this set only) points, the interval holds 0,"
+        "wmdd 97.0 (96.0–98.0) % vs random 95.0 ± 2.5 %, +2.0 [−0.3, 4.3] points (this set only), the interval holds 0,"
         " n = 1×3; one set says nothing about another distillation" in printed(collect([run]))
     )
 

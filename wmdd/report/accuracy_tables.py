@@ -51,7 +51,7 @@ def headlines(report: "Report") -> list[tuple[str, str, str]]:
         references = {other["name"]: other for other in settings[setting] if _bare(other) == REFERENCE}
         reference = references.get(row["name"]) or references.get("")
         if reference and not pd.isna(row["difference"]):
-            result += f" vs {reference['method']} {percent(reference, 'top1')} %, {difference(row)} points"
+            result += f" vs {reference['method']} {percent(reference, 'top1')} %, {difference(row, unit=' points')}"
             result += ", the interval holds 0" if row["low"] <= 0 <= row["high"] else ""
         held = "" if row["recipe"]["evaluated_on"] == "test" else f", on the {row['recipe']['evaluated_on']} images"
         alone = f"; {ONE_SET}" if single(row) else ""
@@ -123,7 +123,7 @@ def accuracy(report: "Report") -> Table:
                if report.accuracy["top1_half_width"].notna().any() else " Means.")
             + (" In parentheses: least and most, where fewer than three independent values give no interval."
                if any(pd.isna(row["top1_half_width"]) and row["n"] > 1 for row in rows) else "")
-            + (f" Sets 1: {ONE_SET}." if any(single(row) for row in rows) else "")
+            + (f" n = 1×…: {ONE_SET}." if any(single(row) for row in rows) else "")
             + (" Where no seed changes the images, the interval is over their students."
                if any(row["fixed"] == 1 for row in rows) else "")
             + (f" Differences to {REFERENCE} real images: Welch's t-test over sets; p and interval are adjusted by Holm"

@@ -29,7 +29,7 @@ def percent(row: Row, metric: str) -> str:
     return f"{100 * mean:.1f}" + (f" ({span})" if span and span != f"{100 * mean:.1f}–{100 * mean:.1f}" else "")
 
 
-def difference(row: Row, prefix: str = "") -> str:
+def difference(row: Row, prefix: str = "", unit: str = "") -> str:
     """Return a difference in points with its interval: to the baseline, or with ``coreset_`` to the coreset."""
     value, scope, low, high = (row[f"{prefix}{key}"] for key in ("difference", "scope", "low", "high"))
     if pd.isna(value) or scope == SAME:
@@ -37,7 +37,7 @@ def difference(row: Row, prefix: str = "") -> str:
     text = points(value, "+")
     if not pd.isna(low):
         text += f" [{points(low)}, {points(high)}]"
-    return f"{text} (this set only)" if scope == "this set" else text
+    return f"{text}{unit} (this set only)" if scope == "this set" else f"{text}{unit}"
 
 
 def count(row: Row) -> str:

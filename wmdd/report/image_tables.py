@@ -67,7 +67,7 @@ def other_images(report: "Report") -> Table:
         both = two_way(_units(row, bits), _units(other, others))
         only, missed, p = mcnemar(_first(bits), _first(others))
         about = " (this set only)" if scope == "this set" else ""
-        cells = [str(sum(counts)), _interval(found), f"{_interval(both)}{about}", f"{only} / {missed}"]
+        cells = [str(sum(counts)), f"{_interval(found)}{about}", f"{_interval(both)}{about}", f"{only} / {missed}"]
         lines.append([*_setting(row), *cells, p_value(p) if scope == "sets" else NONE])
         origins.append(row["origins"])
     return Table(
