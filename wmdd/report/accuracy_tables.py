@@ -123,7 +123,7 @@ def accuracy(report: "Report") -> Table:
                if report.accuracy["top1_half_width"].notna().any() else " Means.")
             + (" In parentheses: least and most, where fewer than three independent values give no interval."
                if any(pd.isna(row["top1_half_width"]) and row["n"] > 1 for row in rows) else "")
-            + (f" n = 1×…: {ONE_SET}." if any(single(row) for row in rows) else "")
+            + (f" Where n is 1×m, {ONE_SET}." if any(single(row) for row in rows) else "")
             + (" Where no seed changes the images, the interval is over their students."
                if any(row["fixed"] == 1 for row in rows) else "")
             + (f" Differences to {REFERENCE} real images: Welch's t-test over sets; p and interval are adjusted by Holm"
