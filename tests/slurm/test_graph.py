@@ -158,7 +158,7 @@ def test_a_killed_task_one_that_fails_twice_and_a_bad_node_cost_starts_and_no_bl
     assert max("\n".join(ends).splitlines()) <= begun, "the report did not run last"
 
 
-def test_a_task_that_is_requeued_loses_its_node_and_is_warned_goes_on_from_its_checkpoints(
+def test_a_task_that_loses_its_node_and_is_requeued_goes_on_from_its_checkpoints(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
     # Decoders and solvers get the signals too.
@@ -179,15 +179,11 @@ def test_a_task_that_is_requeued_loses_its_node_and_is_warned_goes_on_from_its_c
     ask("scontrol", "requeue", job)
     wait(lambda: ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", 30, "the task has stopped")
     first = iteration(run)
-    wait(lambda: iteration(run) > first, 200, "synthesis goes on")
-    # As at the end of its time: SLURM sends this signal, and nothing else.
-    ask("scancel", "--signal=USR2", job)
     finish(run)
-    assert [row.state for row in rows(run)] == ["done"] and rows(run)[0].restarts == 3
+    assert [row.state for row in rows(run)] == ["done"] and rows(run)[0].restarts == 2
     said = [int(line.split()[-1]) for line in log(run, job).splitlines() if "resumes at iteration" in line]
-    assert 0 < said[0] <= lost and said[1] == first < said[2] < 2500, "it did not go on from its checkpoints"
-    assert log(run, job).count("stop requested: checkpointed at iteration") >= 2
-    assert "back into the queue, restart 3" in log(run, job)
+    assert 0 < said[0] <= lost < said[1] == first < 2500, "it did not go on from its checkpoints"
+    assert "stop requested: checkpointed at iteration" in log(run, job)
     assert blocks_of(run) == expected
 
 

@@ -182,14 +182,13 @@ def test_where_every_node_seems_bad_the_task_gives_up_and_nothing_waits_for_ever
 ) -> None:
     """The cluster's GPUs are stand-ins: SLURM grants them, and torch sees none on any node."""
     run = tmp_path / "run"
-    job = submit(digits, run, ("distill",), blocks=1, using=profile(gpus_per_rank=1))["distill"].job
+    job = submit(digits, run, ("distill",), blocks=1, using=profile(gpus_per_rank=1, retries=1))["distill"].job
     finish(run, 300)
     found = status(run)
-    assert {(row.state, row.restarts) for row in found.rows} == {("bad node", 2)}
+    assert {(row.state, row.restarts) for row in found.rows} == {("bad node", 1)}
     assert "torch sees no GPU" in found.rows[0].why
     lines = mending(run, found)
     assert any(line.startswith("bad node: set exclude in the profile") and "127.0.0." in line for line in lines)
     assert ask("squeue", "-h") == "", "a job waits for ever"
-    # Two of four nodes at most: the third start may go where it likes.
-    assert log(run, job).count("excluded from the rest of this array: 127.0.0.") == 2
+    assert log(run, job).count("excluded from the rest of this array: 127.0.0.") == 1
     assert not list(run.rglob("*.safetensors"))
