@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from wmdd import cli_options
 from wmdd.config.schema import BarycenterConfig, ComputeConfig
-from wmdd.distill.barycenter.pool import barycenters
+from wmdd.distill.barycenter.processes import barycenters
 from wmdd.distill.barycenter.solve import starts
 from wmdd.errors import InputError
 from wmdd.records import files, provenance

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from wmdd.errors import InputError
 from wmdd.records.power import MOST_SETS, sets_needed
-from wmdd.records.samples import Sample, compared
+from wmdd.records.set_samples import Sample, compared
 from wmdd.report.aggregate import where
 from wmdd.report.collect import collect
 from wmdd.report.comparison import REFERENCE, SETTING, sample_of_values

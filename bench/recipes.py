@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from wmdd.errors import InputError
+from wmdd.records.comparability import shorten
 from wmdd.records.intervals import Difference, paired
-from wmdd.records.likeness import shorten
 from wmdd.records.power import Equivalence, equivalence
-from wmdd.records.samples import Scope, compared
+from wmdd.records.set_samples import Scope, compared
 from wmdd.report.aggregate import where
 from wmdd.report.collect import collect
 from wmdd.report.comparison import SETTING, sample_of_values

@@ -19,7 +19,7 @@ from wmdd.errors import WmddError
 from wmdd.networks import create
 from wmdd.networks.accuracy import Validation
 from wmdd.networks.frozen import FrozenNetwork
-from wmdd.runs import partition
+from wmdd.runs import class_partition
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.seeding import seed_of
@@ -77,7 +77,7 @@ class BenchSession(Session):
         return name_of(self.config.data)
 
     @cached_property
-    def groups(self) -> list[partition.Group]:
+    def groups(self) -> list[class_partition.Group]:
         """Return the groups of the run, in order."""
         return groups_of(self.config, len(self.dataset.classes))
 
@@ -99,9 +99,9 @@ class BenchSession(Session):
             return dict(statistics.measure(self, list(classes), advance))
 
 
-def groups_of(config: Config, classes: int) -> list[partition.Group]:
+def groups_of(config: Config, classes: int) -> list[class_partition.Group]:
     """Return the groups of a run, in order."""
-    return [group for block in partition.plan(config, classes) for group in block.groups]
+    return [group for block in class_partition.plan(config, classes) for group in block.groups]
 
 
 @contextmanager

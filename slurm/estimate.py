@@ -15,7 +15,7 @@ from wmdd.distill.methods import registry
 from wmdd.errors import InputError, WmddError
 from wmdd.records.files import read_records
 from wmdd.records.schema import Record
-from wmdd.runs import partition
+from wmdd.runs import class_partition
 from wmdd.runs.baselines import baselines_of
 from wmdd.runs.folder import RunFolder
 from wmdd.storage.files import read_json
@@ -219,7 +219,7 @@ def _cost(config: Config, classes: int, array: "Array", speed: ClusterSpeed) -> 
         return _Cost(None, wall, 1.0, 1)
     ranks = array.resources.ranks
     if array.stage == "distill":
-        blocks = partition.plan(config, classes)
+        blocks = class_partition.plan(config, classes)
         team = config.synthesis.split_class
         pieces = [sum(len(blocks[block].groups) for block in task) for task in array.tasks]
         most = sum(len(block.groups) for block in blocks) * team
@@ -272,7 +272,7 @@ def memory_gb(config: Config, dataset: Dataset, stage: Stage, wanted: Resources,
     images = len(dataset.classes) * config.ipc
     held = {
         "teacher": (len(dataset.train) + len(dataset.validation)) * trains_teacher,
-        "distill": 16 * partition.group_images(config, len(dataset.classes)),
+        "distill": 16 * class_partition.group_images(config, len(dataset.classes)),
         "students": len(dataset.validation) + 2 * images,
         "report": 0,
     }[stage]

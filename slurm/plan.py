@@ -12,7 +12,7 @@ from wmdd import pipeline
 from wmdd.config.schema import Config
 from wmdd.data.dataset import Dataset
 from wmdd.errors import InputError, WmddError
-from wmdd.runs import partition
+from wmdd.runs import class_partition
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import candidates
 from wmdd.students import evaluate
@@ -71,7 +71,7 @@ def blocks_for(config: Config, classes: int, size: TaskSize, ranks: int) -> int:
     A task of seconds is all start-up, and one of a day loses much when it dies.  A task never has fewer groups than
     ranks, or than teams where ``synthesis.split_class`` ranks share a group.
     """
-    groups = len(partition.plan(config.replace({"blocks": 1}), classes)[0].groups)
+    groups = len(class_partition.plan(config.replace({"blocks": 1}), classes)[0].groups)
     most = max(1, groups * config.synthesis.split_class // ranks)
     if size.speed.rate is None:
         return most

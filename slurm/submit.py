@@ -23,7 +23,7 @@ from wmdd import pipeline
 from wmdd.config.schema import Config
 from wmdd.data.dataset import Dataset, load_dataset
 from wmdd.errors import InputError, WmddError
-from wmdd.runs import partition
+from wmdd.runs import class_partition
 from wmdd.runs.folder import RunFolder
 from wmdd.storage import cache
 from wmdd.storage.files import read_json
@@ -102,7 +102,7 @@ def prepare(
     # As many decoders as a rank has CPUs: it decides no result.  A task with fewer CPUs starts fewer (runtime.cpus).
     workers = profile.stages["distill"].cpus_per_rank if config.compute.workers else 0
     config = config.replace({"blocks": blocks, "compute.workers": workers})
-    partition.plan(config, classes)  # refuses more blocks than groups
+    class_partition.plan(config, classes)  # refuses more blocks than groups
     pipeline.check(config, dataset)
     selection = selection or Selection()
     selection.check(config.blocks)
@@ -324,7 +324,7 @@ def _items(request: Request, stage: Stage) -> dict[int, Item]:
                 tuple(below(run.sidecar_file(block.index)) for run in runs),
                 tuple(below(run.group_file(group.index)) for run in runs for group in block.groups),
             )
-            for block in partition.plan(config, len(request.dataset.classes))
+            for block in class_partition.plan(config, len(request.dataset.classes))
         }
     if stage == "students":
         students = enumerate(pipeline.students_of(config, request.folder))

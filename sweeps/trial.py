@@ -30,7 +30,7 @@ from wmdd.distill.synthesis.engine import State
 from wmdd.errors import InputError
 from wmdd.networks.checkpoint import StopCheck
 from wmdd.records.scores import label_robust_score
-from wmdd.runs import partition
+from wmdd.runs import class_partition
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime import progress_bars
 from wmdd.runtime.placement import Placement
@@ -109,7 +109,7 @@ def prepare(plan: SweepSetup, stop: Stop) -> SweepSetup:
         dataset = load_dataset(config.data, config.compute.workers, here)
         tasks.check(config, len(dataset.classes))
         method = blocks.check(config, dataset)
-        partition.plan(config, len(dataset.classes))
+        class_partition.plan(config, len(dataset.classes))
         session = _open(config, dataset, here, stop)
         if method.uses_statistics:
             indices = range(len(dataset.classes))
@@ -169,7 +169,7 @@ class _Synthesis:
         method = blocks.check(session.config, session.dataset)
         self.seconds = 0.0
         """Seconds of synthesis, without students"""
-        (block,) = partition.plan(session.config, len(session.dataset.classes))
+        (block,) = class_partition.plan(session.config, len(session.dataset.classes))
         found = dict(statistics.measure(session, block.classes if method.uses_statistics else []))
         self._groups = [prepare_group(session, method, group, found) for group in block.groups]
         self._states = [State(group.images) for group in self._groups]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from wmdd.config.schema import Config
+from wmdd.records.comparability import protocol_of
 from wmdd.records.files import write_records
-from wmdd.records.likeness import protocol_of
 from wmdd.records.schema import Record, SpeedRecord
 from wmdd.storage.files import FORMAT, digest, write_json, write_tensors
 

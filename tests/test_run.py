@@ -19,10 +19,10 @@ from wmdd.cli import app
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, WmddError
-from wmdd.records.bitmaps import unpack
+from wmdd.records.correct_bitmaps import unpack
 from wmdd.records.files import read_records
 from wmdd.report.collect import collect
-from wmdd.runs import partition
+from wmdd.runs import class_partition
 from wmdd.runs.distilled_set import DistilledSet, export, verify
 from wmdd.runs.folder import RunFolder
 
@@ -140,11 +140,11 @@ def test_plan_keeps_groups_whole_and_classes_in_order(tiny: Config) -> None:
     config = tiny.model_copy(
         update={"blocks": 3, "synthesis": tiny.synthesis.model_copy(update={"classes_per_group": 3})}
     )
-    blocks = partition.plan(config, 20)
+    blocks = class_partition.plan(config, 20)
     assert [index for block in blocks for index in block.classes] == list(range(20))
     assert [len(group.classes) for block in blocks for group in block.groups] == [3] * 6 + [2]
     with pytest.raises(InputError, match="blocks = 8: 20 classes in groups of 3 make 7 groups"):
-        partition.plan(config.model_copy(update={"blocks": 8}), 20)
+        class_partition.plan(config.model_copy(update={"blocks": 8}), 20)
 
 
 @pytest.mark.parametrize("ipc", [1, 3])

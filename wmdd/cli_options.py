@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from wmdd.errors import InputError, WmddError, tell
-from wmdd.runtime.garbage import expect_many_objects
+from wmdd.runtime.garbage_collection import expect_many_objects
 from wmdd.runtime.log import on_screen
 
 ConfigArgument = Annotated[

@@ -17,7 +17,7 @@ from wmdd.distill.blocks import check as check_method
 from wmdd.distill.blocks import distill
 from wmdd.distill.methods import registry
 from wmdd.errors import InputError, Interrupted
-from wmdd.runs import partition, progress
+from wmdd.runs import class_partition, progress
 from wmdd.runs.baselines import baselines_of
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log
@@ -160,7 +160,7 @@ def _run(
         registry.create(one)
     dataset = load_dataset(config.data, config.compute.workers, job, refresh)
     check(config, dataset)
-    blocks = _chosen(partition.plan(config, len(dataset.classes)), share.blocks, "block")
+    blocks = _chosen(class_partition.plan(config, len(dataset.classes)), share.blocks, "block")
     todo = _chosen(students_of(config, folder), share.students, "student")
     if job.main:
         for place, one in runs.items():
@@ -280,7 +280,7 @@ def check(config: Config, dataset: Dataset) -> None:
     tasks.check(config, len(dataset.classes))
     for one in (config, *baselines_of(config).values()):
         optimizes = check_method(one, dataset).objective() is not None
-        if optimizes and partition.is_spread(one) != partition.is_spread(config):
+        if optimizes and class_partition.is_spread(one) != class_partition.is_spread(config):
             raise InputError(
                 f"student.baselines: {one.method} groups images over many classes and {config.method} does not, or the"
                 " other way round; run it by itself, or both in one protocol (wmdd bench protocol)"
@@ -301,7 +301,7 @@ def disk_bytes(config: Config, classes: int, blocks: int, students: int, groups:
     pixels = config.data.channels * config.data.resolution**2
     runs = 1 + len(baselines_of(config))
     images = classes * config.ipc * blocks // config.blocks * runs
-    group = partition.group_images(config, classes)
+    group = class_partition.group_images(config, classes)
     # A block is held twice while it is put together, and a checkpoint has three fp32 tensors of a group.
     checkpoints = max(groups * 12 * group * pixels, trained * tasks.checkpoint_bytes(config, classes))
     labelled = stored_label_files(config, classes, students) * soft_labels.epoch_bytes(
@@ -321,7 +321,12 @@ def stored_label_files(config: Config, classes: int, students: int) -> int:
 
 
 def _check_room(
-    config: Config, classes: int, blocks: Sequence[partition.Block], students: Students, folder: RunFolder, ranks: int
+    config: Config,
+    classes: int,
+    blocks: Sequence[class_partition.Block],
+    students: Students,
+    folder: RunFolder,
+    ranks: int,
 ) -> None:
     """Check that the disk has room. Students in training are not counted: they have most of their files already."""
     missing = sum(not folder.sidecar_file(block.index).exists() for block in blocks)

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from wmdd.errors import EXIT_RESUMABLE, InputError, Interrupted, WmddError
-from wmdd.runtime.garbage import expect_many_objects
+from wmdd.runtime.garbage_collection import expect_many_objects
 from wmdd.runtime.log import on_screen
 from wmdd.runtime.signals import STOPS, StopRequest, stop_on
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from wmdd.config.schema import DataConfig
-from wmdd.data import decoding, download, sources, verdicts
+from wmdd.data import decode_checks, decoding, download, sources
 from wmdd.data.dataset import Dataset, check_files, load_dataset
 from wmdd.data.download import fetch
 from wmdd.data.pixels import normalize, pixel_range, quantize
@@ -453,7 +453,7 @@ def test_the_verdict_of_skipping_is_kept_until_a_file_changes(tree: Path, monkey
     first = load_dataset(config(tree, on_error="skip"))
     assert first.skipped == ("train/ant/2.jpg",)
     with monkeypatch.context() as patch:
-        patch.setattr(verdicts, "decoding_faults", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(decode_checks, "decoding_faults", lambda *_: pytest.fail("decoded again"))
         assert load_dataset(config(tree, on_error="skip")).fingerprint == first.fingerprint
     (tree / "train" / "ant" / "2.jpg").write_bytes(good)  # of the same size
     assert load_dataset(config(tree, on_error="skip")).skipped == ()

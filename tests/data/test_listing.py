@@ -19,8 +19,8 @@ from PIL import Image
 
 import wmdd
 from wmdd.config.schema import DataConfig
-from wmdd.data import lister, sources
 from wmdd.data import listing as listing_module
+from wmdd.data import listing_build, sources
 from wmdd.data.dataset import check_files, load_dataset
 from wmdd.data.listing import open_listing
 from wmdd.errors import InputError, Interrupted, WmddError
@@ -133,7 +133,7 @@ def test_a_finished_listing_is_read_without_a_lock_and_without_write_access(
     first = load_dataset(config(tree))
     (place,) = (cache / "listings").iterdir()
     (place / ".lock").unlink(missing_ok=True)
-    monkeypatch.setattr(lister, "locked", lambda *_: pytest.fail("a lock was taken"))
+    monkeypatch.setattr(listing_build, "locked", lambda *_: pytest.fail("a lock was taken"))
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     for path in (place, place.parent, cache):
         path.chmod(stat.S_IRUSR | stat.S_IXUSR)
@@ -304,7 +304,7 @@ def test_a_damaged_listing_is_made_again(tree: Path, cache: Path) -> None:
 def test_a_stop_while_images_are_listed_keeps_what_was_listed(
     tree: Path, looked_at: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lister, "_CLASSES_AT_A_TIME", 2)
+    monkeypatch.setattr(listing_build, "_CLASSES_AT_A_TIME", 2)
     with signals.stop_on(signal.SIGUSR2):
         original = listing_module.rows_of
 
@@ -313,7 +313,7 @@ def test_a_stop_while_images_are_listed_keeps_what_was_listed(
                 os.kill(os.getpid(), signal.SIGUSR2)
             return original(members, looks)
 
-        monkeypatch.setattr(lister, "rows_of", then_stop)
+        monkeypatch.setattr(listing_build, "rows_of", then_stop)
         with pytest.raises(Interrupted, match="listed classes are kept"):
             load_dataset(config(tree))
     looked_at.clear()
@@ -385,7 +385,7 @@ def test_what_a_listing_holds_is_what_was_listed(tree: Path, cache: Path) -> Non
 
 
 def test_listings_that_nobody_needs_any_more_go(tree: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lister, "_LISTINGS_KEPT", 3)
+    monkeypatch.setattr(listing_build, "_LISTINGS_KEPT", 3)
     for number in range(6):
         os.utime(tree / "train" / "n00", (1e9 + number, 1e9 + number))
         load_dataset(config(tree))

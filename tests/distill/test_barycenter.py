@@ -19,7 +19,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from wmdd.config.schema import BarycenterConfig
-from wmdd.distill.barycenter.pool import barycenters, solvers
+from wmdd.distill.barycenter.processes import barycenters, solvers
 from wmdd.distill.barycenter.solve import Atoms, barycenter, starts, w2_squared
 from wmdd.errors import InputError, WmddError
 from wmdd.runtime.signals import stop_on

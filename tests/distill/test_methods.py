@@ -26,7 +26,7 @@ from wmdd.errors import InputError
 from wmdd.networks import create
 from wmdd.networks.frozen import FrozenNetwork, Observation
 from wmdd.records.files import read_records
-from wmdd.runs import partition
+from wmdd.runs import class_partition
 from wmdd.runs.distilled_set import DistilledSet, verify
 from wmdd.runs.folder import RunFolder
 
@@ -112,8 +112,8 @@ def test_every_method_is_listed_with_a_summary_of_its_own() -> None:
 def test_blocks_change_no_byte_of_any_method(
     tiny: Config, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partition, "SPREAD_CLASSES", 2)  # spans of two classes, in groups of one image of each
-    monkeypatch.setattr(partition, "GROUP_IMAGES", 2)
+    monkeypatch.setattr(class_partition, "SPREAD_CLASSES", 2)  # spans of two classes, in groups of one image of each
+    monkeypatch.setattr(class_partition, "GROUP_IMAGES", 2)
     synthesis = tiny.synthesis.model_copy(update={"classes_per_group": 2})
     tiny = tiny.model_copy(update={"method": method, "synthesis": synthesis})
     for name, blocks in (("one", 1), ("two", 2)):
@@ -142,11 +142,11 @@ def test_a_method_with_a_global_target_has_100_images_of_as_many_classes_as_ther
 ) -> None:
     for method in ("sre2l", "cda", "ce-global", "barycenter-global"):
         config = load_config("tiny-imagenet", [f"ipc={ipc}", f"method={method}", "synthesis.classes_per_group=5"])
-        groups = [group for block in partition.plan(config, classes) for group in block.groups]
+        groups = [group for block in class_partition.plan(config, classes) for group in block.groups]
         assert [group.images for group in groups][: len(parts)] == parts
         assert {len(group.classes) for group in groups} == {min(100, classes)}
-        assert partition.group_images(config, classes) == 100
-    by_classes = partition.plan(config.model_copy(update={"method": "wmdd"}), classes)
+        assert class_partition.group_images(config, classes) == 100
+    by_classes = class_partition.plan(config.model_copy(update={"method": "wmdd"}), classes)
     assert {group.images for block in by_classes for group in block.groups} == {None}
 
 
@@ -157,14 +157,14 @@ def test_the_shipped_methods_with_a_global_target_are_those_whose_groups_are_spr
         if objective is not None and not objective.per_class:
             found.add(name)
 
-    assert found == partition.GLOBAL_TARGETS
-    assert partition.is_spread(load_config("digits", ["synthesis.bn_target=global"]))
+    assert found == class_partition.GLOBAL_TARGETS
+    assert class_partition.is_spread(load_config("digits", ["synthesis.bn_target=global"]))
 
 
 def test_the_images_of_a_spread_group_are_of_many_classes_and_a_block_has_them_class_by_class(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partition, "GROUP_IMAGES", 4)
+    monkeypatch.setattr(class_partition, "GROUP_IMAGES", 4)
     folder = pipeline.run(
         tiny.replace({"method": "sre2l"}), tmp_path / "run", share=pipeline.Share(("teacher", "distill"))
     )
@@ -183,9 +183,9 @@ def test_the_images_of_a_spread_group_are_of_many_classes_and_a_block_has_them_c
 
 def test_what_spread_groups_cannot_do_is_refused(tiny: Config) -> None:
     with pytest.raises(InputError, match=r"blocks = 2: 4 classes in spans of 100 make 1 spans"):
-        partition.plan(tiny.replace({"method": "sre2l", "blocks": 2}), 4)
+        class_partition.plan(tiny.replace({"method": "sre2l", "blocks": 2}), 4)
     with pytest.raises(InputError, match=r"split_class = 2: a group of sre2l has few images of each class"):
-        partition.plan(tiny.replace({"method": "sre2l", "synthesis.split_class": 2}), 4)
+        class_partition.plan(tiny.replace({"method": "sre2l", "synthesis.split_class": 2}), 4)
     dataset = load_dataset(tiny.data)
     with pytest.raises(InputError, match=r"grouping = spread: wmdd matches the moments of each class"):
         pipeline.check(tiny.replace({"synthesis.grouping": "spread"}), dataset)

@@ -4,7 +4,7 @@ from pydantic import ValidationError
 from report_runs import make_students
 from scipy import stats
 
-from wmdd.records.bitmaps import by_class, mcnemar, pack, two_way, unpack
+from wmdd.records.correct_bitmaps import by_class, mcnemar, pack, two_way, unpack
 from wmdd.records.intervals import welch
 
 

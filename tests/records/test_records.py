@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from wmdd.config.schema import ComputeConfig
 from wmdd.errors import InputError
 from wmdd.records import provenance as provenance_module
+from wmdd.records.comparability import refuse_unlike
 from wmdd.records.files import append, read_records, write_records
-from wmdd.records.likeness import refuse_unlike
 from wmdd.records.provenance import provenance
 from wmdd.records.schema import Record
 from wmdd.records.system import driver_version

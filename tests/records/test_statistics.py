@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from wmdd.records.files import read_records
-from wmdd.records.samples import compared, sample_of
+from wmdd.records.set_samples import compared, sample_of
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 DRAWS = 8000

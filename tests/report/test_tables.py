@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bench import published as shipped
 from wmdd.errors import InputError
-from wmdd.records.bitmaps import pack
+from wmdd.records.correct_bitmaps import pack
 from wmdd.records.files import write_records
 from wmdd.records.intervals import paired, welch
 from wmdd.records.schema import Record, SpeedRecord

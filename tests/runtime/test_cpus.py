@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from wmdd.config.schema import BarycenterConfig
-from wmdd.distill.barycenter.pool import solvers
+from wmdd.distill.barycenter.processes import solvers
 from wmdd.runtime import cpus
 
 

@@ -35,7 +35,7 @@ from wmdd.runs.folder import RunFolder
 from wmdd.runtime import memory
 from wmdd.runtime import ranks as ranks_module
 from wmdd.runtime.arithmetic import Hardware, resolve
-from wmdd.runtime.peers import Peers
+from wmdd.runtime.heartbeats import Peers
 from wmdd.runtime.placement import Placement
 from wmdd.runtime.progress_bars import observed_by
 from wmdd.runtime.ranks import Ranks, ranks

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from wmdd import cli, pipeline
 from wmdd.config.schema import Config, DataConfig
-from wmdd.data import verdicts
+from wmdd.data import decode_checks
 from wmdd.data.dataset import load_dataset
 from wmdd.errors import InputError, Interrupted
 from wmdd.runs.folder import RunFolder
@@ -138,14 +138,14 @@ def test_of_many_processes_one_decodes_to_find_what_cannot_be_read(own: Path, tm
             Image.new("RGB", (9, 9)).save(tmp_path / "data" / split / "ant" / f"{number}.png")
     config = DataConfig(source="folder", root=str(tmp_path / "data"), on_error="skip", resolution=8)
     age((tmp_path / "data").rglob("*"), days=1)  # the listing of a folder that has just been changed is made again
-    together, decode, decoded = fork.Barrier(4), verdicts.decoding_faults, fork.SimpleQueue()
+    together, decode, decoded = fork.Barrier(4), decode_checks.decoding_faults, fork.SimpleQueue()
 
     def counted(*arguments: object) -> dict[str, str]:
         decoded.put(os.getpid())
         return decode(*arguments)  # type: ignore[arg-type]
 
     def work() -> None:
-        verdicts.decoding_faults = counted  # type: ignore[assignment]
+        decode_checks.decoding_faults = counted  # type: ignore[assignment]
         together.wait(60)
         load_dataset(config)
 

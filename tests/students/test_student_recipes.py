@@ -21,8 +21,8 @@ from wmdd.errors import InputError
 from wmdd.networks import create
 from wmdd.networks.accuracy import Judgement
 from wmdd.networks.frozen import FrozenNetwork
+from wmdd.records.comparability import protocol_of
 from wmdd.records.files import read_records
-from wmdd.records.likeness import protocol_of
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.seeding import seed_of

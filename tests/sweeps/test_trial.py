@@ -13,7 +13,7 @@ from wmdd.distill import blocks, groups, statistics
 from wmdd.distill.synthesis.engine import State
 from wmdd.errors import InputError
 from wmdd.records.scores import label_robust_score
-from wmdd.runs.partition import plan
+from wmdd.runs.class_partition import plan
 from wmdd.runtime.ranks import ranks
 from wmdd.runtime.team import SINGLE
 from wmdd.session import open_session

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from wmdd.config.schema import DECIDES, Config, DataConfig
-from wmdd.data import lister
+from wmdd.data import listing_build
+from wmdd.data.decode_checks import chunks, decode_verdicts, decoding_faults
 from wmdd.data.decoding import decoders, in_order
 from wmdd.data.listing import Catalogue, Fault, ListedCatalogue, listed_in_memory, open_listing
 from wmdd.data.pixels import fit
 from wmdd.data.shards import Shards
 from wmdd.data.sources import SPLITS, Split, Tree, in_memory, open_source, tree_of
-from wmdd.data.verdicts import chunks, decode_verdicts, decoding_faults
 from wmdd.errors import InputError, Interrupted, WmddError, nearest
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.ranks import Ranks
@@ -257,7 +257,7 @@ def _listed(config: DataConfig, workers: int, refresh: bool) -> dict[str, str]:
         if missing:
             raise InputError(f"{config.source}: class {min(missing)!r} has {here} images but no {there} images")
     verdicts = partial(decode_verdicts, workers) if config.on_error == "skip" else None
-    path = lister.obtain(tree, _choose(names, config), verdicts, refresh)
+    path = listing_build.obtain(tree, _choose(names, config), verdicts, refresh)
     return {"format": tree.format, "root": str(tree.root), "listing": str(path)}
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from wmdd.config.schema import Config
 from wmdd.data.dataset import Dataset
 from wmdd.distill import statistics
-from wmdd.distill.barycenter.pool import Pending, solvers
+from wmdd.distill.barycenter.processes import Pending, solvers
 from wmdd.distill.checkpoints import finished_group
 from wmdd.distill.groups import distill_group, submitted
 from wmdd.distill.methods import base, registry
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.records.provenance import provenance
+from wmdd.runs.class_partition import Block, Group, is_spread
 from wmdd.runs.folder import RunFolder
-from wmdd.runs.partition import Block, Group, is_spread
 from wmdd.runs.work_queue import WorkQueue
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.progress_bars import progress

@@ -6,8 +6,8 @@ from typing import Any
 
 from wmdd.distill.synthesis.engine import State
 from wmdd.networks.checkpoint import is_of, marked
+from wmdd.runs.class_partition import Group
 from wmdd.runs.folder import RunFolder
-from wmdd.runs.partition import Group
 from wmdd.session import Session
 from wmdd.storage.files import digest, read_metadata, read_tensors, write_tensors
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wmdd.config.schema import Config
 from wmdd.data.pixels import pixel_range, quantize
-from wmdd.distill.barycenter.pool import Pending, Submit, deferred
+from wmdd.distill.barycenter.processes import Pending, Submit, deferred
 from wmdd.distill.checkpoints import identity, read_checkpoint, write_checkpoint
 from wmdd.distill.methods import base
 from wmdd.distill.statistics import StatisticsByClass
@@ -19,8 +19,8 @@ from wmdd.distill.synthesis.engine import Problem, State, synthesize
 from wmdd.distill.synthesis.objective import Target
 from wmdd.errors import WmddError
 from wmdd.networks.checkpoint import Clock, StopCheck
+from wmdd.runs.class_partition import Group
 from wmdd.runs.folder import RunFolder
-from wmdd.runs.partition import Group
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.meter import Meter
 from wmdd.runtime.ranks import Ranks

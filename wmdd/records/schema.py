@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from wmdd.config.schema import Count, Positive, View
-from wmdd.records.bitmaps import unpack
+from wmdd.records.correct_bitmaps import unpack
 
 Sha = Annotated[str, Field(min_length=1)]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from wmdd.config.schema import DECIDES, DEFAULTS, decides
+from wmdd.records.comparability import complete, refuse_unlike
 from wmdd.records.convergence import base_view, convergence
-from wmdd.records.likeness import complete, refuse_unlike
 from wmdd.records.schema import Record, SpeedRecord
 from wmdd.report.comparison import REFERENCE, SETTING, compare, several_teachers
 from wmdd.report.runs import MissingRun, Run

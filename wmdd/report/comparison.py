@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 from wmdd.records.intervals import Difference, adjusted_level, holm, paired
-from wmdd.records.samples import FEWEST, Sample, Scope, compared, sample_of
+from wmdd.records.set_samples import FEWEST, Sample, Scope, compared, sample_of
 from wmdd.runs.baselines import RANDOM
 
 SETTING = ["dataset", "classes", "resolution", "ipc", "network", "regime", "view"]

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from wmdd.records.bitmaps import by_class, mcnemar, two_way, unpack
+from wmdd.records.correct_bitmaps import by_class, mcnemar, two_way, unpack
 from wmdd.records.intervals import Difference
-from wmdd.records.samples import compared
 from wmdd.records.schema import Record
+from wmdd.records.set_samples import compared
 from wmdd.report.comparison import REFERENCE, SETTING, sample_of_values
 from wmdd.report.format import NONE, Row, p_value, points
 from wmdd.report.table import Table

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from wmdd.records.intervals import Difference
-from wmdd.records.samples import Scope, compared
 from wmdd.records.scores import hard_label_recovery, normalized
+from wmdd.records.set_samples import Scope, compared
 from wmdd.report.comparison import REFERENCE, SETTING, sample_of_values
 
 WEIGHT = 0.5

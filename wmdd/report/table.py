@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wmdd.records.likeness import shorten
+from wmdd.records.comparability import shorten
 from wmdd.report.format import NONE, UNITS
 
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from wmdd.config.schema import ComputeConfig
 from wmdd.errors import InputError, Interrupted, WmddError, tell
 from wmdd.runtime.arithmetic import Arithmetic, applied, hardware_of, resolve
+from wmdd.runtime.heartbeats import PeerLost, Peers, describe
 from wmdd.runtime.memory import within_memory
-from wmdd.runtime.peers import PeerLost, Peers, describe
 from wmdd.runtime.placement import Placement, choose_device, placement_of
 from wmdd.runtime.team import T, Team
 

@@ -11,10 +11,10 @@ from wmdd.config.schema import Config, decides
 from wmdd.data.synthetic import name_of
 from wmdd.errors import InputError
 from wmdd.networks.checkpoint import Checkpoint
-from wmdd.records.bitmaps import pack
+from wmdd.records.comparability import complete, protocol_of
 from wmdd.records.convergence import base_view
+from wmdd.records.correct_bitmaps import pack
 from wmdd.records.files import read_records, write_records
-from wmdd.records.likeness import complete, protocol_of
 from wmdd.records.provenance import provenance
 from wmdd.records.schema import Record
 from wmdd.runs.distilled_set import DistilledSet, complete_manifest
