@@ -148,15 +148,25 @@ def _start_seconds(run: Path, config: Config) -> float:
     return median(found) if found else 0.0
 
 
-def student_seconds(config: Config, classes: int, speed: ClusterSpeed, update_seconds: float | None = None) -> float:
-    """Return the mean seconds of a student of this run: its updates and its validation; 0 when not known."""
+def student_seconds(
+    config: Config, classes: int, speed: ClusterSpeed, update_seconds: float | None = None, growth: float = 0.5
+) -> float:
+    """Return the mean seconds of a student of this run: its updates and its validation; 0 when not known.
+
+    Args:
+        config: config of the run.
+        classes: number of its classes.
+        speed: measured speeds.
+        update_seconds: seconds of an update; by default the measured mean.
+        growth: exponent with which an update grows with a batch larger than the measured one: 1 where the device was
+            full, 0 where it was not.
+    """
     each = update_seconds or speed.update_seconds
     if not each:
         return 0.0
     images = classes * config.ipc
     updates = mean(tasks_module.update_count(config, view, images) for view in config.student.views)
-    # A larger batch takes longer in proportion; a smaller one need not be faster.
-    larger = max(1.0, _batch(config, classes) / speed.batch) if speed.batch else 1.0
+    larger = max(1.0, _batch(config, classes) / speed.batch) ** growth if speed.batch else 1.0
     return updates * each * larger + classes * speed.validation_seconds
 
 
@@ -232,8 +242,8 @@ def _cost(config: Config, classes: int, array: "Array", speed: ClusterSpeed) -> 
         pieces = [len(task) for task in array.tasks]
         most = sum(pieces) * team
         seconds, low, high = (
-            student_seconds(config, classes, speed, one) or None
-            for one in _or_range(speed.update_seconds, speed.updates, 1)
+            student_seconds(config, classes, speed, one, growth) or None
+            for one, growth in zip(_or_range(speed.update_seconds, speed.updates, 1), (0.5, 0.0, 1.0), strict=True)
         )
         extra = 0.0
     teams = max(1, ranks // team)

@@ -1,5 +1,6 @@
 """What is planned before anything is submitted: blocks, chunks, estimates, profiles.  Needs no cluster."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -99,6 +100,10 @@ def test_students_of_another_size_take_their_own_updates_and_fill_all_ranks_of_a
     short, long = student_seconds(probe, 20, speed), student_seconds(full, 1000, speed)
     assert long - 1000 * 0.2 == pytest.approx(50 * (short - 20 * 0.2))
     assert student_seconds(full, 1000, ClusterSpeed()) == 0.0
+    batch = slurm.estimate._batch(full, 1000)
+    small = dataclasses.replace(speed, batch=batch / 4, validation_seconds=0.0)
+    seconds = [student_seconds(full, 1000, small, None, growth) for growth in (0.0, 0.5, 1.0)]
+    assert seconds == pytest.approx([seconds[0], 2 * seconds[0], 4 * seconds[0]]), "four times the images an update"
     size = TaskSize(30, speed)
     assert long > 1800 and students_a_task(full, 1000, size, ranks=8) == 8, "a GPU of the task has no student"
     in_teams = full.model_copy(update={"student": full.student.model_copy(update={"ranks": 4})})
