@@ -1,5 +1,6 @@
 """The stages of a run, in order. Each reads and writes through the run folder, and resumes where it stopped."""
 
+import filecmp
 import logging
 import os
 import shutil
@@ -28,7 +29,7 @@ from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.signals import STOPS, StopRequest, stop_on
 from wmdd.session import open_session
 from wmdd.storage import cache
-from wmdd.storage.files import digest, expect, write_json
+from wmdd.storage.files import digest, expect
 from wmdd.students import evaluate, soft_labels, tasks
 from wmdd.teacher import obtain
 
@@ -186,7 +187,7 @@ def _run(
         _copy_log(session.teacher.epochs, folder.epoch_log("teacher"))
     for place, one in runs.items():
         if job.main:
-            write_json(place.path / "teacher.json", session.teacher.facts)
+            place.keep_teacher(session.teacher.facts)
         if "distill" in share.stages:
             distill(replace(session, config=one), place, blocks)
     if not {"distill", "students"} <= set(share.stages):
@@ -219,7 +220,8 @@ def _copy_log(source: Path, target: Path) -> None:
     """Copy what the cache has of a training to the logs of this run."""
     with suppress(OSError):  # the teacher was imported, or there is no room
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
+        if not (target.exists() and filecmp.cmp(source, target, shallow=False)):
+            shutil.copyfile(source, target)
 
 
 def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: Share, stop: StopRequest) -> None:

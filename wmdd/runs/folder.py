@@ -149,6 +149,14 @@ class RunFolder:
                 f" {found.keys_unlike(own)} on such a device, or use another --out"
             )
 
+    def keep_teacher(self, facts: dict[str, Any]) -> None:
+        """Write ``teacher.json``, unless it has these facts already: a thousand tasks share the folder."""
+        path = self.path / "teacher.json"
+        with suppress(WmddError):  # absent or damaged
+            if read_json(path) == facts:
+                return
+        write_json(path, facts)
+
     def bound_teacher(self) -> dict[str, Any] | None:
         """Return the facts of the teacher of this folder's images; None without images."""
         path = self.path / "teacher.json"
