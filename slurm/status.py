@@ -240,29 +240,20 @@ def render(found: Status, everything: bool = False) -> Table:
         states = Counter(row.state for row in rows).items()
         counts = ", ".join(f"{count} {state}" for state, count in states) if len(rows) > 1 else rows[0].state
         share = sum(row.progress for row in rows) / len(rows)
-        _add(table, stage, "", counts, share, "", [row.restarts for row in rows], [row.seconds for row in rows], "bold")
+        table.add_row(stage, "", counts, f"{share:.0%}", "", *_spent(rows), style="bold")
         for row in rows:
             if everything or row.state != "done":
                 state = f"{row.state} ({row.why})" if row.why else row.state
                 items = ranges(row.items) if stage in ("distill", "students") else ""
-                _add(table, f"  {row.task}", items, state, row.progress, row.node, [row.restarts], [row.seconds])
+                table.add_row(f"  {row.task}", items, state, f"{row.progress:.0%}", row.node, *_spent([row]))
     return table
 
 
-def _add(
-    table: Table,
-    name: str,
-    items: str,
-    state: str,
-    share: float,
-    node: str,
-    restarts: Sequence[int],
-    seconds: Sequence[int],
-    style: str = "",
-) -> None:
-    total = sum(seconds)
+def _spent(rows: Sequence[Row]) -> tuple[str, str]:
+    """Return the number of restarts of some tasks, and their time as H:MM:SS."""
+    total = sum(row.seconds for row in rows)
     clock = f"{total // 3600}:{total % 3600 // 60:02}:{total % 60:02}"
-    table.add_row(name, items, state, f"{share:.0%}", node, str(sum(restarts) or ""), clock, style=style)
+    return str(sum(row.restarts for row in rows) or ""), clock
 
 
 def log_files(run: Path, stage: Stage, item: int) -> list[Path]:
