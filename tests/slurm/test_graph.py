@@ -106,7 +106,7 @@ def test_what_is_lost_for_good_is_reported_and_the_command_that_status_prints_se
         assert re.search(r"missing\s+block 0.1\b", said), f"the report does not say what is missing: {said}"
         assert ask("squeue", "-h") == "", "a job waits for ever"
         (tmp_path / "other.toml").write_text(OTHER)
-        result = CliRunner().invoke(app, ["status", str(run)])
+        result = CliRunner().invoke(app, ["status", str(run)], env={"COLUMNS": "200"})
         told = result.output.splitlines()
         assert result.exit_code == 1 and "killed by signal 9" in result.output
         assert told[-1] == f"wmdd slurm submit {run} --profile test"
