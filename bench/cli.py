@@ -55,7 +55,7 @@ def protocol(
         bool, typer.Option("--plan", help="Print how much work is done and how much is left; run nothing.")
     ] = False,
 ) -> None:
-    """Run and report protocols. Only missing runs are run; differences are paired by seed, with intervals."""
+    """Run and report protocols. Only missing runs are run. Intervals are over independent distilled sets."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes  # imports count
     from bench import protocol as protocols
     from bench import remaining

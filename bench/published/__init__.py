@@ -1,4 +1,4 @@
-"""Accuracies from the literature, one TOML file for each dataset (``wmdd.published`` describes the keys).
+"""Accuracies from the literature, one TOML file for each dataset (``wmdd.report.published`` describes the keys).
 
 The mark of an entry is ``author`` (from the authors' own pages or repositories), ``second-hand`` (quoted by others) or
 ``memory`` (to be checked).

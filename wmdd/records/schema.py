@@ -59,7 +59,7 @@ class Record(Measurement):
     test_images: tuple[Count, ...] | None = None
     """Number of images of each class that it was measured on."""
     correct: str | None = None
-    """Which of them it got right at the last epoch, class by class: a bit each (``bitmaps.pack``)."""
+    """Which of them it got right at the last epoch, class by class: a bit each (``correct_bitmaps.pack``)."""
     convergence: Literal["converged", "improving", "not checked"] | None = None
     """Whether students of this row improve when they train twice as long (``wmdd bench check --mark``)."""
     tuned_on: Literal["unknown", "published", "holdout", "test"] | None = None
@@ -82,7 +82,7 @@ class Record(Measurement):
     artefact: Sha | None = None
     """SHA-256 of the distilled set's manifest, or of the teacher's weights."""
     cost: dict[str, float] = {}
-    """What it took (``wmdd.cost``): seconds, device_seconds, peak_bytes, joules; of a student also updates,
+    """What it took (``Meter.read``): seconds, device_seconds, peak_bytes, joules; of a student also updates,
     labelling_flops and the bytes on disk of what it learned from: image_bytes, label_bytes, teacher_bytes (online)."""
 
     @model_validator(mode="after")

@@ -79,7 +79,7 @@ def compare(students: "pd.DataFrame") -> "pd.DataFrame":
         Accuracies and differences as fractions: ``top1``, its ``top1_half_width`` where at least three independent
         sets tell one, ``top1_least`` and ``top1_most`` of the values; the same of ``top5``. ``sets`` (distinct
         distilled sets), ``students`` (most of one set), ``n`` (all), ``fixed``, and ``values`` by set and student seed.
-        ``difference`` to ``REFERENCE``; its ``scope`` (``samples.Scope`` or ``SAME``); ``low`` and ``high`` at the
+        ``difference`` to ``REFERENCE``; its ``scope`` (``set_samples.Scope`` or ``SAME``); ``low`` and ``high`` at the
         level of ``p_adjusted``, or at 95 % for this set only; ``p``; ``p_adjusted`` by Holm over the distinct
         comparisons of the setting; ``detects``, the smallest difference found with 80 % power. The same with
         ``coreset_`` for ``CORESET``. ``same_as``: an earlier method of the setting that chose the same images. Missing

@@ -8,6 +8,8 @@ RUN/groups/group-00012.*         finished groups of incomplete blocks, and check
 RUN/students/*                   checkpoints of students in training
 RUN/manifest.json                derived from the sidecars; nothing reads it
 RUN/records/*.jsonl              results of the students
+RUN/progress/*                   what each process is doing, for ``wmdd status``
+RUN/locks/*                      one lock for each block, group and student at work
 RUN/logs/*                       logs for people; no program reads them, and they may be deleted at any time
 RUN/baselines/METHOD/            run folder of a baseline
 """
