@@ -1,6 +1,6 @@
 """Runs as tables of numbers: accuracy, coverage, cost, provenance; fractions, seconds and bytes throughout.
 
-Only like is averaged and compared with like: students of one setting (``comparability.SETTING``) share one recipe and
+Only like is averaged and compared with like: students of one setting (``comparison.SETTING``) share one recipe and
 one set of test images, and runs of one name share one distillation; else the report is refused with what differs.
 """
 
