@@ -89,7 +89,8 @@ def status(
     run: RunArgument,
     all_tasks: Annotated[bool, typer.Option("--all", help="Show the tasks that are done, too.")] = False,
     watch: Annotated[
-        float | None, typer.Option(min=30, help="Ask again every so many seconds until all tasks have ended.")
+        float | None,
+        typer.Option(min=30, help="Seconds between two updates; the command ends when all tasks have ended."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print plain values instead of a table.")] = False,
 ) -> None:

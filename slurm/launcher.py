@@ -38,7 +38,7 @@ class Slurm(Launcher):
 
     def launch(self, runs: Sequence[tuple[Config, Path]], title: str) -> None:
         """Submit what is missing of every run and is not in the queue; ``wmdd slurm status FOLDER`` follows each."""
-        # Whoever launched them reports them together.
+        # The command that launched them reports them together.
         wanted = Selection([stage for stage in STAGES if stage != "report"])
         submitted = jobs = 0
         with progress(f"submitting {title}", len(runs), "runs") as advance:

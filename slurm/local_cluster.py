@@ -326,7 +326,7 @@ def _alive(pid: int, started: int) -> bool:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of ``count`` consecutive ports that nobody listens on."""
+    """Return the first of ``count`` consecutive free ports."""
     for _ in range(100):
         first = 20000 + secrets.randbelow(10000)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):

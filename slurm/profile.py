@@ -1,4 +1,4 @@
-"""Profiles: what a cluster is asked for, as TOML files that are checked like every config."""
+"""Profiles: the resources that tasks request from a cluster, as TOML files that are checked like every config."""
 
 from importlib import resources
 from pathlib import Path
@@ -43,9 +43,9 @@ class Resources(Strict):
     memory_gb: Rate = 32
     """Memory on each node, in GB."""
     minutes: Positive = 60
-    """Time limit of one task; reached, the task checkpoints, requeues itself and goes on."""
+    """Time limit of one task. A task that reaches it writes a checkpoint, is requeued and resumes."""
     signal_seconds: Positive = 120
-    """SLURM warns a task so many seconds before its time limit; it must be able to write a checkpoint in that time."""
+    """Number of seconds before the time limit at which SLURM warns a task. It must suffice to write a checkpoint."""
     parallel: Positive = 32
     """Tasks of an array that run at the same time."""
     requeue: bool = True

@@ -46,7 +46,7 @@ class Accounted:
 
 
 def require(*programs: str) -> None:
-    """Refuse to go on without SLURM's programs.
+    """Check that SLURM's programs are installed.
 
     Raises:
         InputError: one is not on the PATH.

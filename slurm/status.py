@@ -113,7 +113,7 @@ def status(run: Path) -> Status:
     rows: list[Row] = []
     spent = 0.0
     for number, one in enumerate(launched):
-        anew = {
+        again = {
             item.index
             for later in launched[number + 1 :]
             if later.stage == one.stage
@@ -124,7 +124,7 @@ def status(run: Path) -> Status:
             account = accounts.get(name, accounts.get(one.job)) if accounts else None
             row = _row(one, name, items, queue.get(name), account, attempts.of_task(histories, name), tree)
             spent += row.seconds * max(1, one.gpus or one.ranks)
-            if not anew.issuperset(row.items):
+            if not again.issuperset(row.items):
                 rows.append(row)
     for position in [position for position, row in enumerate(rows) if row.over][:_CAUSES]:
         rows[position] = _with_cause(run, rows[position])

@@ -145,7 +145,7 @@ def submit(request: Request) -> list[Submitted]:
         for place, one in runs.items():
             place.bind(one, request.dataset.fingerprint)
             if any(array.stage == "students" for array in request.arrays):
-                # A task looks at the records of its own students alone: here go those of students that nobody trains.
+                # A task checks the records of its own students only. Records of students that no task trains move here.
                 images = len(request.dataset.classes) * one.ipc
                 evaluate.set_aside(place, partial(evaluate.is_of_recipe, config=one, images=images))
             cache.pin(pipeline.entries_of(one, request.dataset))
@@ -368,7 +368,7 @@ def _pattern(request: Request, array: Array) -> Path:
 
 
 def private(folder: Path) -> None:
-    """Make a folder for the pickles of jobs: they are code, so that nobody else may write there.
+    """Make a private folder for the pickles of jobs. Pickles are code, so no other user may write there.
 
     Raises:
         InputError: others can write there, or could have.

@@ -25,7 +25,7 @@ def unpack(text: str, count: int) -> "NDArray[np.bool_]":
     """Return the bits of ``pack``: bool [count].
 
     Raises:
-        ValueError: the text is no base64, or not of so many images.
+        ValueError: the text is not base64, or it has another number of images.
     """
     import numpy as np
 

@@ -11,7 +11,7 @@ from wmdd.storage.files import write_bytes
 
 
 def append(path: Path, record: Record | SpeedRecord) -> None:
-    """Add one line to a file; the whole file is written anew, so that a reader never meets half a line.
+    """Add one line to a file. The whole file is written again, so that a reader never sees half a line.
 
     One process writes a file: give each task a file of its own.
 

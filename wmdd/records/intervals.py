@@ -79,7 +79,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     """Return the mean of d = a − b with its error s_d / √n: for values that share something, such as their images.
 
     The interval and p are ``scipy.stats.ttest_rel``'s. The error is NaN for one pair, and where all differences are
-    equal: so many values cannot tell how they vary.
+    equal: n values cannot show how they vary.
 
     Raises:
         ValueError: the lengths differ, or there are no pairs.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from wmdd.records.intervals import LEVEL, POWER, Difference
 
 MOST_SETS = 10_000
-"""Sets of each method beyond which nobody will distill."""
+"""Largest number of sets of each method that a study plans."""
 
 
 def sets_needed(one: float, other: float, difference: float, level: float = LEVEL, power: float = POWER) -> int | None:

@@ -18,7 +18,7 @@ from wmdd.runtime.placement import placement_of
 def provenance(compute: ComputeConfig, arithmetic: Arithmetic | None = None) -> dict[str, Any]:
     """Return the circumstances of a measurement taken now in this process; the host's name is left out.
 
-    ``precision`` is what was resolved if ``arithmetic`` is given, else what was asked for.
+    ``precision`` is what was resolved if ``arithmetic`` is given, else what the config requests.
 
     ``revision`` is the commit of the checkout that the package runs from and ``dirty`` whether tracked files differ
     from it; both are None for an installed package.
@@ -66,7 +66,7 @@ def _checkout() -> tuple[str | None, bool | None]:
     if git is None:
         return None, None
     try:
-        # A package installed below somebody else's checkout is in its folder, but not in its index.
+        # A package installed below another project's checkout is in its folder, but not in its index.
         ask("ls-files", "--error-unmatch", "__init__.py")
         return ask("rev-parse", "HEAD"), bool(ask("status", "--porcelain", "--untracked-files=no"))
     except (subprocess.SubprocessError, OSError):

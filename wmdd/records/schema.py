@@ -104,14 +104,14 @@ class Record(Measurement):
 
 
 class SpeedRecord(Measurement):
-    """A speed: one stage of the work on so many ranks, by one engine."""
+    """A speed: one stage of the work, on a number of ranks, by one engine."""
 
     kind: Literal["throughput", "scaling"]
     """One engine on one set of ranks, or one point of a study over their number."""
     stage: Literal["synthesis", "statistics", "students", "barycenters"]
     """What was timed."""
     engine: str
-    """``wmdd``, or what it is held against: ``reference`` (the method written plainly), ``pot``."""
+    """``wmdd``, or what it is compared with: ``reference`` (the method written plainly), ``pot``."""
     dataset: str
     """Name of the data set; generated images are called ``synthetic``."""
     network: str | None = None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def coverage_line(report: "Report") -> str:
-    """Return in a sentence how much of what was asked for is there."""
+    """Return in a sentence how much of the requested work is done."""
     complete = int((report.coverage["missing"] == "").sum())
     return f"{complete} of {len(report.coverage)} runs are complete." if len(report.coverage) else ""
 

@@ -57,7 +57,7 @@ def points(value: Any, sign: str = "") -> str:
 
 
 def number(value: Any, unit: int = 1, digits: int = 1) -> str:
-    """Return a number of so many units."""
+    """Return a number with its unit."""
     return NONE if pd.isna(value) else f"{value / unit:,.{digits}f}"
 
 

@@ -60,7 +60,7 @@ def grids(runs: Sequence[Run], problems: list[str]) -> tuple[list[Grid], int]:
 
 
 def _grid(key: tuple[Any, ...], runs: list[Run], problems: list[str]) -> Grid:
-    # What others are held against is always among them.
+    # The baseline of all comparisons is always among them.
     shown = sorted(runs, key=lambda run: run.method != REFERENCE)[:MAX_METHODS]
     shown.sort(key=runs.index)
     tensors = [_images(run, problems) for run in shown]

@@ -47,7 +47,7 @@ class Run:
 
     @property
     def baseline(self) -> bool:
-        """Whether others are held against it."""
+        """Whether other methods are compared with it."""
         return self.owner is not None or self.method == REFERENCE
 
     @property
@@ -104,7 +104,7 @@ def read(places: Sequence[Path], problems: list[str]) -> tuple[list[Run], list[M
     if not runs and not loose and not waiting:
         remedy = f"; {problems[0]}" if problems else ""
         raise InputError(f"{', '.join(map(str, places))}: no measurement could be read{remedy}")
-    # Places below the runs say enough, and a published page should not show somebody's home folder.
+    # Places below the runs say enough, and a published page should not show a user's home folder.
     problems[:] = [problem.replace(f"{base}{os.sep}", "") for problem in problems]
     return [*runs.values(), *loose], waiting
 
