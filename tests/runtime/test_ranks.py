@@ -77,7 +77,7 @@ def test_blocks_and_ranks_together_write_the_same_bytes(ungrouped: Config, tmp_p
 def test_a_slow_rank_takes_fewer_groups_of_all_blocks_and_no_byte_changes(ungrouped: Config, tmp_path: Path) -> None:
     share = pipeline.Share(("teacher", "distill"))
     # Every block has one group: dealt block by block, one rank would do them all.
-    blocks = ungrouped.replace({"blocks": 4, "student.baselines": ()})
+    blocks = ungrouped.replace({"data.classes": 6, "blocks": 6, "student.baselines": ()})
     pipeline.run(blocks, tmp_path / "one", share=share)
     distill_group = blocks_module.distill_group
 
@@ -87,20 +87,20 @@ def test_a_slow_rank_takes_fewer_groups_of_all_blocks_and_no_byte_changes(ungrou
         def counted(session: Session, *arguments: Any) -> None:
             nonlocal done
             done += 1
-            if session.ranks.rank == 0:  # leaves its first group to the other rank's last one
-                while sum(path.exists() for path in finished) < 2:
+            if session.ranks.rank == 0:  # this rank holds one group and the next one: the other rank does the rest
+                while sum(path.exists() for path in finished) < 4:
                     time.sleep(0.01)
             distill_group(session, *arguments)
 
         folder = RunFolder(tmp_path / "two")
-        finished = [folder.sidecar_file(block) for block in range(4)]
+        finished = [folder.sidecar_file(block) for block in range(6)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks_module, "distill_group", counted)
             pipeline.run(blocks, folder.path, share=share)
         return done
 
     shares = in_ranks(2, work)
-    assert sum(shares) == 4 and 1 <= shares[0] < shares[1], shares
+    assert sum(shares) == 6 and 1 <= shares[0] < shares[1], shares
     assert blocks_of(tmp_path / "two") == blocks_of(tmp_path / "one")
 
 
