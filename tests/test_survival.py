@@ -163,6 +163,7 @@ def test_a_file_system_without_locks_still_runs(
     assert len(DistilledSet.load(tmp_path / "run")) == 8
 
 
+@pytest.mark.slow
 def test_a_stale_file_handle_is_read_again_and_a_lasting_one_is_named(
     blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_used_up_quota_is_told_and_costs_no_finished_block(
     assert len(DistilledSet.load(tmp_path / "run")) == 8
 
 
+@pytest.mark.slow
 def test_slow_reads_lose_nothing(blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Path.read_bytes
 

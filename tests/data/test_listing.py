@@ -145,6 +145,7 @@ def test_a_finished_listing_is_read_without_a_lock_and_without_write_access(
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_processes_that_come_together_list_once(tree: Path, cache: Path) -> None:
     command = [sys.executable, "-c", WATCHED, str(tree), "0", "0"]
     many = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(3)]
@@ -176,6 +177,7 @@ with ranks(ComputeConfig(device="cpu")) as job:
 """
 
 
+@pytest.mark.slow
 def test_other_ranks_read_what_rank_0_has_listed_and_get_its_error(tree: Path, tmp_path: Path) -> None:
     for part in ("good", "bad"):
         (tmp_path / part).mkdir()

@@ -128,6 +128,7 @@ print(*[name for name in opened if name.endswith((".json", ".safetensors"))])
 """
 
 
+@pytest.mark.slow
 def test_a_process_opens_the_index_and_the_shards_of_its_own_classes(tree: Path, tmp_path: Path) -> None:
     folder = packed_tree(tree, tmp_path / "packed")
     command = [sys.executable, "-c", OPENED, str(folder)]

@@ -386,6 +386,7 @@ def test_ranks_of_another_run_are_refused(tiny: Config, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_team_whose_ranks_see_different_checkpoints_does_not_go_on(tiny: Config, tmp_path: Path) -> None:
     """As on a network file system where one node still sees the folder as it was."""
     synthesis = tiny.synthesis.model_copy(update={"split_class": 2, "iterations": 40})

@@ -61,6 +61,7 @@ print("\\n".join(seen))
 """
 
 
+@pytest.mark.slow
 def test_a_finished_entry_is_read_without_a_lock_and_without_a_write(own: Path, tmp_path: Path) -> None:
     def changes(out: str) -> list[str]:
         command = [sys.executable, "-c", WATCHED, str(tmp_path / out), *TINY]
