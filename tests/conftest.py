@@ -87,7 +87,7 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch = pytest.MonkeyPatch()
     patch.setenv("WMDD_CACHE", str(tmp_path_factory.mktemp("store")))
     patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-    patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes that compile would import torch anew
+    patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes that compile would import torch again
     torch.set_num_threads(1)
     # The first backward pass of a process decides whether autograd starts threads.  After a compilation it would, and
     # the ranks that tests fork could compute no gradients.

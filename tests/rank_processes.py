@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def in_ranks(size: int, work: Callable[[], Any]) -> list[Any]:
-    """Call ``work`` in so many processes with the environment that torchrun gives, and return what each returned."""
+    """Call ``work`` in ``size`` processes with the environment that torchrun gives, and return what each returned."""
     port = str(free_port())
     results = fork.SimpleQueue()
 

@@ -163,12 +163,17 @@ def test_a_whole_trajectory_equals_the_plain_loop_in_float64(
     assert own.curve["total"][0] > own.curve["total"][-1]
 
 
-def test_an_interrupted_synthesis_ends_in_the_same_bytes(classifier: nn.Module, images: Tensor, alone: Ranks) -> None:
+@pytest.fixture
+def problem(classifier: nn.Module) -> Problem:
+    """Return what a group is optimized for in 12 iterations."""
     target, _ = targets(classifier)
     settings = SynthesisConfig(iterations=12, lr=0.05)
     limits = torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)
     objective = Objective.from_settings(settings)
-    problem = Problem(FrozenNetwork(classifier), objective, target, settings, limits, (0, "group"))
+    return Problem(FrozenNetwork(classifier), objective, target, settings, limits, (0, "group"))
+
+
+def test_an_interrupted_synthesis_ends_in_the_same_bytes(problem: Problem, images: Tensor, alone: Ranks) -> None:
     whole = synthesize(problem, State(images), alone)
     saved: list[State] = []
     asked = iter([False] * 5 + [True] * 10)
@@ -180,12 +185,7 @@ def test_an_interrupted_synthesis_ends_in_the_same_bytes(classifier: nn.Module, 
     assert whole.curve["total"] == resumed.curve["total"]
 
 
-def test_a_paused_synthesis_ends_in_the_same_bytes(classifier: nn.Module, images: Tensor, alone: Ranks) -> None:
-    target, _ = targets(classifier)
-    settings = SynthesisConfig(iterations=12, lr=0.05)
-    limits = torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)
-    objective = Objective.from_settings(settings)
-    problem = Problem(FrozenNetwork(classifier), objective, target, settings, limits, (0, "group"))
+def test_a_paused_synthesis_ends_in_the_same_bytes(problem: Problem, images: Tensor, alone: Ranks) -> None:
     paused = synthesize(problem, State(images), alone, until=5)
     assert paused.iteration == 5 and not torch.equal(paused.images, images)
     assert synthesize(problem, paused, alone, until=5).iteration == 5

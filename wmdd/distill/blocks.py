@@ -89,7 +89,8 @@ def distill(session: Session, folder: RunFolder, blocks: list[Block]) -> None:
         for position, group in _distilled(session, folder, method, team, queue, todo):
             queue.release(position)
             block = owners[group.index]
-            if team.rank == 0 and all(finished_group(session, folder, each) for each in block.groups):
+            # The last groups first: while one of them is missing, no other file is read.
+            if team.rank == 0 and all(finished_group(session, folder, each) for each in reversed(block.groups)):
                 _assemble_once(session, folder, method, block)
     finally:
         queue.close()

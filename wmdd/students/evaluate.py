@@ -120,7 +120,8 @@ def evaluate(sets: Sequence[SetOfStudents]) -> None:
             one.folder.merge()
             one.set_aside_others()
         missing = [position for position, (one, task) in enumerate(everything) if not one.is_done(task)]
-        for one, task in (pair for position, pair in enumerate(everything) if position not in missing):
+        for position in set(range(len(everything))) - set(missing):
+            one, task = everything[position]
             # A checkpoint remains after a kill between record and removal.
             one.folder.student_checkpoint(_name(task)).unlink(missing_ok=True)
     todo = [everything[position] for position in ranks.broadcast_from_main(missing)]

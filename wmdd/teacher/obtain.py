@@ -1,8 +1,8 @@
 """The frozen teacher: trained here or imported, kept in the cache, identified by the SHA-256 of its weights."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,10 @@ def get_or_train_teacher(
             )
         folder, origin = _entry(config, dataset, ranks.arithmetic)
         if not ranks.broadcast_from_main(ranks.main and _is_complete(folder)):
-            _add(config, dataset, validation, ranks, folder, origin, stop)
+            with _to_be_filled(folder, ranks, stop) as missing:
+                if missing:
+                    _make(config, dataset, validation, ranks, folder, origin, stop)
+                ranks.barrier()
     if ranks.main:
         cache.note_use(folder)
     file, facts = folder / _FILE, folder / _FACTS
@@ -101,25 +104,16 @@ def get_or_train_teacher(
     return Teacher(frozen, known["sha256"], known, folder / _EPOCHS)
 
 
-def _add(
-    config: Config,
-    dataset: Dataset,
-    validation: Validation,
-    ranks: Ranks,
-    folder: Path,
-    origin: Path | None,
-    stop: Callable[[], bool],
-) -> None:
-    """Add the teacher to the cache, unless another process has done so."""
+@contextmanager
+def _to_be_filled(folder: Path, ranks: Ranks, stop: Callable[[], bool]) -> Iterator[bool]:
+    """Hold the lock of a cache entry; yield whether it is still missing, or another process has made it."""
     if ranks.main:
         cache.prepare(folder)
     with locked(folder / ".lock", stop) if ranks.main else nullcontext():
         if ranks.main:
             expect([folder / _FACTS], stop, seconds=0.1)
             sweep(folder)
-        if ranks.broadcast_from_main(ranks.main and not _is_complete(folder)):
-            _make(config, dataset, validation, ranks, folder, origin, stop)
-        ranks.barrier()
+        yield ranks.broadcast_from_main(ranks.main and not _is_complete(folder))
 
 
 def is_stored(
