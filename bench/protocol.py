@@ -137,9 +137,9 @@ def folders(protocols: Sequence[Protocol], out: Path | None) -> list[Path]:
 
 
 def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[ProtocolRun]:
-    """Return the runs of a protocol, sorted by IPC, then method, then seed.
+    """Return the runs of a protocol, sorted by IPC, then seed, then method.
 
-    A stopped protocol thus has complete rows, with intervals, for the methods that it lists first.
+    A stopped protocol thus compares all methods, with the sets that are done.
 
     Args:
         protocol: protocol to run.
@@ -159,7 +159,7 @@ def cells(protocol: Protocol, out: Path, overrides: Sequence[str] = ()) -> list[
     ):
         common += [f"{key}={list(chosen)}"] if chosen else []
     made = []
-    for ipc, entry, seed in product(protocol.ipc, protocol.methods, range(protocol.distillation_seeds)):
+    for ipc, seed, entry in product(protocol.ipc, range(protocol.distillation_seeds), protocol.methods):
         students = f"student.seeds={protocol.student_seeds}", f"student.first_seed={seed * protocol.student_seeds}"
         varied = [f"ipc={ipc}", f"seed={seed}", *students]
         if protocol.teacher_seeds > 1:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from itertools import groupby
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -66,13 +66,13 @@ def tell(table: Sequence[ProtocolRun], console: Console) -> None:
     shown.add_column("Runs", overflow="fold")  # a long name is folded, so that the figures keep their room
     for column in ("Sets done", "Students done", "img·iter left", "Updates left"):
         shown.add_column(column, justify="right", no_wrap=True)
-    total = Remaining()
-    for folder, group in groupby(table, lambda cell: cell.folder.parent):
-        found = sum((remaining_of(cell) for cell in group), Remaining())
+    rows: dict[Path, Remaining] = {}
+    for cell in table:
+        rows[cell.folder.parent] = rows.get(cell.folder.parent, Remaining()) + remaining_of(cell)
+    for folder, found in rows.items():
         shown.add_row(str(folder), *_figures(found))
-        total += found
     shown.add_section()
-    shown.add_row("all", *_figures(total))
+    shown.add_row("all", *_figures(sum(rows.values(), Remaining())))
     console.print(shown)
 
 

@@ -86,10 +86,11 @@ def test_two_processes_measure_what_one_does_and_a_finished_protocol_does_nothin
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
 
 
-def test_cells_come_in_the_order_of_the_file_each_with_all_its_seeds(tmp_path: Path) -> None:
+def test_cells_come_by_ipc_and_seed_so_that_a_stopped_protocol_compares_all_methods(tmp_path: Path) -> None:
     order = [str(cell.folder.relative_to(tmp_path)) for cell in table(tmp_path, ipc=[2, 1])]
-    assert order[:3] == ["ipc-002/random/seed-000", "ipc-002/random/seed-001", "ipc-002/herding/seed-000"]
-    assert order[6:8] == ["ipc-001/random/seed-000", "ipc-001/random/seed-001"]
+    assert order[:3] == ["ipc-002/random/seed-000", "ipc-002/herding/seed-000", "ipc-002/noise/seed-000"]
+    assert order[3] == "ipc-002/random/seed-001"
+    assert order[6] == "ipc-001/random/seed-000"
 
 
 @pytest.mark.slow
