@@ -252,7 +252,8 @@ def test_the_first_sets_of_a_method_train_students_that_show_whether_they_have_c
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "digits-tuning"])
+# digits-tuning compares trials, and imagenette trains as long as the paper did, with as many sets as two cores can make.
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in ("digits-tuning", "imagenette")])
 def test_every_shipped_protocol_asks_whether_students_have_converged_on_at_least_five_sets(name: str) -> None:
     protocol = protocols.load_protocol(name)
 
@@ -273,7 +274,7 @@ def test_each_set_may_have_a_teacher_of_its_own_and_sharing_some_is_refused(tmp_
     cells = table(tmp_path, distillation_seeds=3, teacher_seeds=3, methods=["random", "wmdd"])
 
     assert [(c.config.method, c.config.seed, c.config.teacher.seed) for c in cells] == [
-        (method, seed, seed) for method in ("random", "wmdd") for seed in range(3)
+        (method, seed, seed) for seed in range(3) for method in ("random", "wmdd")
     ]
     assert {c.config.teacher.seed for c in table(tmp_path, methods=["random"])} == {0}
     file = tmp_path / "two.toml"
