@@ -252,7 +252,7 @@ def test_the_first_sets_of_a_method_train_students_that_show_whether_they_have_c
     ]
 
 
-# digits-tuning compares trials, and imagenette trains as long as the paper did, with as many sets as two cores can make.
+# digits-tuning compares trials. imagenette trains as long as the paper did, with as many sets as two cores can make.
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name not in ("digits-tuning", "imagenette")])
 def test_every_shipped_protocol_asks_whether_students_have_converged_on_at_least_five_sets(name: str) -> None:
     protocol = protocols.load_protocol(name)
