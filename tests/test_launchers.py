@@ -189,6 +189,7 @@ cli.main()
         [sys.executable, "-c", code, *COMMANDS[command]], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 75 and "stopped" in done.stderr.splitlines()[-1], done.stderr
+    assert "the same command resumes" in done.stderr.splitlines()[-1]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "protocol.json"]
 
 

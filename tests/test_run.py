@@ -18,6 +18,7 @@ from wmdd import pipeline
 from wmdd.cli import app
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
+from wmdd.data.synthetic import generate
 from wmdd.errors import InputError, WmddError
 from wmdd.records.correct_bitmaps import unpack
 from wmdd.records.files import read_records
@@ -25,6 +26,7 @@ from wmdd.report.collect import collect
 from wmdd.runs import class_partition
 from wmdd.runs.distilled_set import DistilledSet, export, verify
 from wmdd.runs.folder import RunFolder
+from wmdd.storage.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -239,9 +241,7 @@ def wmdd_command(*arguments: str, **environment: str) -> subprocess.CompletedPro
 def test_a_refusal_on_the_command_line_is_one_line_and_exit_code_2() -> None:
     result = wmdd_command("run", "digits", "--set", "ipc=0")
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines() == [
-        "wmdd: config digits: ipc: Input should be greater than or equal to 1 (given: 0)"
-    ]
+    assert result.stderr.strip().splitlines() == ["wmdd: config digits: ipc: expected 1 or more (given: 0)"]
 
 
 @pytest.mark.slow
@@ -412,14 +412,32 @@ def test_command_line_tells_and_exports(finished: Path, tmp_path: Path) -> None:
     assert told("verify", str(finished)).startswith(f"{finished}: 8 images of 4 classes are intact")
     told("export", str(finished), "--out", str(tmp_path / "out"))
     assert len(list((tmp_path / "out").rglob("*.png"))) == 8
+    described = read_json(tmp_path / "out" / "distilled.json")
+    assert described["classes"] == sorted(folder.name for folder in (tmp_path / "out").iterdir() if folder.is_dir())
+    assert described["sha256"] == wmdd.DistilledSet.load(finished).sha256
+    assert len(described["mean"]) == len(described["std"]) == described["channels"]
     told("report", str(finished), "--html", str(tmp_path / "page.html"), "--csv", str(tmp_path / "table.csv"))
     assert "top1" in (tmp_path / "table.csv").read_text()
     assert "random" in told("methods")
     assert "bn_weight = 300.0" in told("config", "show", "digits")
     assert "upstream" in told("config", "list")
     assert "torch" in told("doctor")
-    assert "all images can be read" in told("data", "check", "digits")
+    assert "images of 10 classes can be read" in told("data", "check", "digits")
     assert "teachers" in told("cache", "list")
+
+
+def test_data_check_accepts_only_what_a_run_accepts(tmp_path: Path) -> None:
+    generate(tmp_path / "tree", 2, 4, 16, 2, seed=0, workers=1)
+    bad = sorted((tmp_path / "tree" / "train").rglob("*.JPEG"))[0]
+    bad.write_bytes(bad.read_bytes()[:100])
+    own = ["data", "check", "digits", *(f"--set=data.{key}" for key in ("source=folder", f"root={tmp_path / 'tree'}"))]
+
+    refused = CliRunner().invoke(app, own)
+    assert refused.exit_code == 1 and bad.name in refused.output
+    skipped = CliRunner().invoke(app, [*own, "--set=data.on_error=skip", "--set=ipc=3"])
+    assert skipped.exit_code == 0 and "11 images of 2 classes can be read; 1 unreadable" in skipped.output
+    with pytest.raises(InputError, match="ipc = 4: class 'class-00000' has 3 training images"):
+        CliRunner().invoke(app, [*own, "--set=data.on_error=skip", "--set=ipc=4"], catch_exceptions=False)
 
 
 def test_status_expects_the_students_of_every_view(tmp_path: Path) -> None:

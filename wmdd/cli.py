@@ -231,17 +231,25 @@ def data_pack(
 
 @data_app.command("check", epilog="Example:  wmdd data check tiny-imagenet --set data.root=/scratch/tiny-imagenet-200")
 def data_check(config: ConfigArgument, override: SetOption = None, refresh: RefreshOption = False) -> None:
-    """Decode every image of a config.  Exit 1 if an image cannot be read, and list all such images."""
+    """Decode every image of a config, and check that a run can use the dataset.  List all unreadable images.
+
+    Exit 1 if an image cannot be read, unless data.on_error=skip leaves it out.
+    """
+    from wmdd import pipeline
     from wmdd.config.loading import load_config
-    from wmdd.data.dataset import check_files
+    from wmdd.data.dataset import check_files, load_dataset
 
     settings = load_config(config, override or [])
     bad = check_files(settings.data, settings.compute.workers, refresh)
     for name, reason in bad:
         typer.echo(f"{name}: {reason}")
-    if bad:
+    if bad and settings.data.on_error == "fail":
         raise typer.Exit(1)
-    typer.echo("all images can be read")
+    dataset = load_dataset(settings.data, settings.compute.workers)
+    pipeline.check(settings, dataset)
+    images = sum(len(part) for part in (dataset.train, dataset.holdout, dataset.test) if part is not None)
+    left_out = f"; {len(bad)} unreadable images are left out" if bad else ""
+    typer.echo(f"{images:,} images of {len(dataset.classes)} classes can be read{left_out}")
 
 
 @data_app.command(

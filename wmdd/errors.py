@@ -1,6 +1,7 @@
 """Errors that users see, and their exit codes."""
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,31 +33,62 @@ class Interrupted(WmddError):
     exit_code = EXIT_RESUMABLE
 
 
+_EXPECTED = {
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "{le:g} or less",
+    "literal_error": "{expected}",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "too_short": "a list of at least {min_length} values",
+    "too_long": "a list of at most {max_length} values",
+    "missing": "a value: the key is missing",
+}
+"""Plain words for the errors of pydantic that users meet, by type."""
+
+
 def tell(error: WmddError) -> None:
     """Print an error on standard error, as the command line does; further calls with the same error print nothing."""
     if not error.told:
         error.told = True
-        print(f"wmdd: {error}", file=sys.stderr, flush=True)
+        remedy = (
+            "; the same command resumes" if isinstance(error, Interrupted) and "same command" not in str(error) else ""
+        )
+        print(f"wmdd: {error}{remedy}", file=sys.stderr, flush=True)
 
 
-def complaint(item: "ErrorDetails", valid: list[str], section: str = "") -> str:
+def complaint(item: "ErrorDetails", valid: list[str], section: str = "", elsewhere: Sequence[str] = ()) -> str:
     """Return one validation error of pydantic as a line; for an unknown key, with the nearest valid name.
 
     Args:
         item: one item of ``ValidationError.errors()``.
         valid: valid keys of the section.
         section: name of the section, written before the key.
+        elsewhere: dotted names of all keys, to find a key that is missing only its section.
     """
     key = ".".join(str(part) for part in ([section] if section else []) + list(item["loc"]))
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key!r}: {nearest(str(item['loc'][-1]), valid)}"
+        last = str(item["loc"][-1])
+        homes = [name for name in elsewhere if name.endswith(f".{last}")]
+        hint = f"did you mean {' or '.join(map(repr, homes))}?" if homes else nearest(last, valid)
+        return f"unknown key {key!r}: {hint}"
     message = reason(item)
     given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
     return f"{key}: {message}{given}" if key else message
 
 
 def reason(item: "ErrorDetails") -> str:
-    """Return the message of one validation error of pydantic."""
+    """Return the message of one validation error of pydantic, in plain words."""
+    if item["type"] in _EXPECTED:
+        return "expected " + _EXPECTED[item["type"]].format(**item.get("ctx", {}))
     return str(item["msg"]).removeprefix("Value error, ")
 
 

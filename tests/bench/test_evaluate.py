@@ -248,7 +248,7 @@ def damaged(folder: Path, case: str) -> None:
             "auto",
             "no folder, the first is 0. Folders found: digit 0, digit 1, ..., digit 3. Name each folder like its class",
         ),
-        ("whole", "sre2l", "external.layout: Input should be 'auto', 'classes' or 'numbered'"),
+        ("whole", "sre2l", "external.layout: expected 'auto', 'classes' or 'numbered'"),
         ("gone", "auto", "no such folder"),
     ],
 )

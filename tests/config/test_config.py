@@ -55,14 +55,16 @@ def test_a_file_extends_a_preset(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["synthesys.lr=1"], "unknown key 'synthesys': did you mean 'synthesis'"),
+        (["iterations=5"], "unknown key 'iterations': did you mean 'synthesis.iterations'"),
+        (["epochs=5"], "unknown key 'epochs': did you mean 'teacher.epochs' or 'student.epochs'"),
         (["synthesis.bn_wieght=1"], "unknown key 'synthesis.bn_wieght': did you mean 'bn_weight'"),
-        (["ipc=0"], "ipc: Input should be greater than or equal to 1"),
-        (["ipc=many"], "ipc: Input should be a valid integer"),
+        (["ipc=0"], "ipc: expected 1 or more"),
+        (["ipc=many"], "ipc: expected a whole number"),
         (["synthesis.crop_scale=[0.9, 0.1]"], "smallest crop 0.9 exceeds the largest 0.1"),
         (["data.channels=3"], "data.mean has 1 values, data.channels is 3"),
         (["synthesis=3"], "synthesis is a section"),
         (["ipc"], "expected key=value"),
-        (["compute.precision=fp8"], "compute.precision: Input should be 'fp32', 'tf32', 'bf16' or 'auto'"),
+        (["compute.precision=fp8"], "compute.precision: expected 'fp32', 'tf32', 'bf16' or 'auto'"),
     ],
 )
 def test_wrong_keys_and_values_are_named(overrides: list[str], message: str) -> None:

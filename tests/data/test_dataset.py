@@ -338,7 +338,7 @@ def test_a_missing_root_names_the_path_and_the_remedy(tmp_path: Path, monkeypatc
 
 def test_a_root_without_splits_names_what_is_missing(tree: Path) -> None:
     shutil.rmtree(tree / "val")
-    assert f"{tree}: has no folder 'test'" in message(tree)
+    assert f"{tree}: has no folder 'val'" in message(tree)
     shutil.rmtree(tree / "train")
     assert f"{tree}: has no folder 'train'" in message(tree)
 

@@ -141,8 +141,10 @@ def _parse(text: str) -> Any:
 
 def _explain(error: ValidationError) -> str:
     """Return the first three validation errors of pydantic on one line."""
-    items = error.errors()[:3]
-    return "; ".join(complaint(item, list(_section_at(item["loc"][:-1]).model_fields)) for item in items)
+    keys = [key for key, _, _ in describe(Config())]
+    return "; ".join(
+        complaint(item, list(_section_at(item["loc"][:-1]).model_fields), elsewhere=keys) for item in error.errors()[:3]
+    )
 
 
 def _section_at(location: tuple[Any, ...]) -> type[BaseModel]:

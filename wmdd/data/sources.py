@@ -134,11 +134,12 @@ class Tree(Source):
         Raises:
             InputError: a folder is missing.
         """
-        folders: dict[Split, str] = {"train": "train", "test": "val" if (self.root / "val").is_dir() else "test"}
+        test = next((name for name in ("val", "test") if (self.root / name).is_dir()), "val")
+        folders: dict[Split, str] = {"train": "train", "test": test}
         for folder in folders.values():
             if not (self.root / folder).is_dir():
                 raise InputError(
-                    f"{self.root}: has no folder {folder!r}; expected train/CLASS/ and val/CLASS/ (or test/)"
+                    f"{self.root}: has no folder {folder!r}; expected train/CLASS/ and val/CLASS/ (or test/CLASS/)"
                 )
         return folders
 

@@ -145,7 +145,7 @@ def _distilled(
     images = sum(len(train.of_class(index)) for index in classes)
     steps = method.synthesis().iterations * len(todo) if method.objective() else 0
     with (
-        progress("statistics", -(-images // team.count), "images") as measured,
+        progress("statistics", -(-images // team.count), "images", timed=False) as measured,
         progress(config.method, -(-steps // team.count), "iterations") as optimized,
         solvers(config.compute.workers, session.stop) as submit,
         train.decoders(config.compute.workers) as decode,

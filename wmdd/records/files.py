@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from wmdd.errors import InputError
+from wmdd.errors import InputError, reason
 from wmdd.records.schema import LINE, Line, Record, SpeedRecord
 from wmdd.storage.files import write_bytes
 
@@ -79,7 +79,6 @@ def _line(record: Record | SpeedRecord) -> bytes:
 
 
 def _reason(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
+    first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])  # after the kind of the line
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return f"{where}: {reason(first)}" if where else reason(first)

@@ -15,7 +15,7 @@ from wmdd.data.pixels import normalize
 from wmdd.errors import InputError, WmddError
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime.arithmetic import Arithmetic
-from wmdd.storage.files import read_tensors, write_bytes
+from wmdd.storage.files import read_tensors, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
         config = Config.model_validate(folder.bound()["config"])
         manifest = complete_manifest(folder)
         if problems := verify(folder):
-            raise WmddError(f"{'; '.join(problems)}; run the same command again")
+            raise WmddError(f"{'; '.join(problems)}; start the run again: it distills damaged blocks once more")
         files = [folder.block_file(block) for block in range(config.blocks)]
         parts = [read_tensors(file) for file in files]
         merged = {name: torch.cat([part[name] for part in parts]) for name in ("images", "labels", "weights")}
@@ -89,7 +89,9 @@ def complete_manifest(folder: RunFolder) -> dict[str, Any]:
     manifest = folder.manifest()
     if manifest["missing"]:
         missing, blocks = ", ".join(map(str, manifest["missing"])), folder.bound()["config"]["blocks"]
-        raise WmddError(f"{folder.path}: of {blocks} blocks, these are missing: {missing}; run the same command again")
+        raise WmddError(
+            f"{folder.path}: of {blocks} blocks, these are missing: {missing}; start the run again: it distills them"
+        )
     return manifest
 
 
@@ -111,7 +113,10 @@ def verify(folder: RunFolder) -> list[str]:
 def export(
     distilled: DistilledSet, format: str, out: Path, advance: Callable[[int], None] = lambda images: None
 ) -> None:
-    """Write the set for other tools, losslessly.
+    """Write the set for other tools, losslessly, and describe it in ``OUT/distilled.json``.
+
+    The description has the class names in the order of the labels, mean and standard deviation of the channels (scale 0
+    to 1), the resolution, and the SHA-256 of the set.
 
     Args:
         distilled: set to write.
@@ -147,6 +152,9 @@ def export(
         buffer = io.BytesIO()
         pandas.DataFrame(rows).to_parquet(buffer)
         write_bytes(out / "distilled.parquet", buffer.getvalue())
+    keys = {"resolution", "channels", "mean", "std"}
+    description = {"classes": distilled.classes, "sha256": distilled.sha256, **distilled.data.model_dump(include=keys)}
+    write_json(out / "distilled.json", description)
 
 
 def _png(image: Tensor) -> bytes:

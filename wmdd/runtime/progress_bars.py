@@ -29,11 +29,20 @@ def observed_by(observer: Observer) -> Iterator[None]:
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str, observed: bool = True) -> Iterator[Callable[[int], None]]:
+def progress(
+    title: str, total: int, unit: str, observed: bool = True, timed: bool = True
+) -> Iterator[Callable[[int], None]]:
     """Show the progress of one piece of work; yields ``advance(steps)``.  May be nested.
 
-    Without a terminal, one line reports the begin and one line the end.  ``observed=False`` calls no observers.  They
-    write to the run folder, which may belong to another run until the dataset is known.
+    Without a terminal, one line reports the begin and one line the end.
+
+    Args:
+        title: name of the work.
+        total: number of steps.
+        unit: what is counted, in the plural.
+        observed: whether observers are called.  They write to the run folder, which may belong to another run until
+            the dataset is known.
+        timed: whether the last line says how long the work took.  False for work that alternates with other work.
     """
     if total == 0:
         yield lambda steps: None
@@ -56,7 +65,7 @@ def progress(title: str, total: int, unit: str, observed: bool = True) -> Iterat
         tell()
         yield advance
         tell()
-    logger.info(f"{title}: {done:,} {unit} in {time.monotonic() - begun:.1f} s")
+    logger.info(f"{title}: {done:,} {unit}{f' in {time.monotonic() - begun:.1f} s' if timed else ''}")
 
 
 @contextmanager
