@@ -1,7 +1,6 @@
 """The docs say what the program does: commands, keys, links, tables and examples are checked against the code."""
 
 import json
-import os
 import re
 import runpy
 import shlex
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY
+from forked import python
 from typer.testing import CliRunner
 
 import wmdd
@@ -276,16 +276,7 @@ def test_the_guide_to_own_images_works_word_for_word(tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_the_examples_run(tmp_path: Path) -> None:
     def run(name: str, *arguments: str) -> str:
-        command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
+        done = python(str(ROOT / "examples" / name), *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,6 +1,5 @@
 """Whole runs on digits: what they promise, and how they refuse wrong input."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, blocks_of
+from forked import python
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -232,19 +232,12 @@ def test_importing_wmdd_is_light() -> None:
     subprocess.run([sys.executable, "-c", light], check=True)
 
 
-def wmdd_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "wmdd", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
-
-
-@pytest.mark.slow
 def test_a_refusal_on_the_command_line_is_one_line_and_exit_code_2() -> None:
-    result = wmdd_command("run", "digits", "--set", "ipc=0")
+    result = python("-m", "wmdd", "run", "digits", "--set", "ipc=0")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines() == ["wmdd: config digits: ipc: expected 1 or more (given: 0)"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -253,8 +246,7 @@ def test_a_refusal_on_the_command_line_is_one_line_and_exit_code_2() -> None:
     ],
 )
 def test_a_program_beside_the_command_line_refuses_in_one_line_too(arguments: list[str], said: str) -> None:
-    command = [sys.executable, "-m", "bench.barycenters", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    result = python("-m", "bench.barycenters", *arguments)
     assert (result.returncode, result.stderr.strip()) == (2, said)
 
 

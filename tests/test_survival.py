@@ -311,19 +311,6 @@ def test_a_signal_to_all_processes_ends_no_decoder(number: signal.Signals) -> No
     assert process.exitcode == 0 and found.get()
 
 
-@pytest.mark.slow
-def test_decoders_are_forked_whatever_python_starts_by_default() -> None:
-    code = """
-import multiprocessing
-from wmdd.data import decoding
-multiprocessing.set_start_method("forkserver")
-factor = 2
-print(list(decoding.in_order(lambda number: factor * number, list(range(4)), workers=2)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
-    assert done.stdout == "[0, 2, 4, 6]\n", done.stderr
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_decoding_looks_at_the_stop_request_between_few_images(tiny: Config, workers: int) -> None:
     images = dataset.load_dataset(tiny.data).train
@@ -343,15 +330,20 @@ def test_checking_files_looks_at_the_stop_request(tiny: Config) -> None:
 
 
 @pytest.mark.slow
-def test_decoders_end_with_a_program_that_ends_by_an_error() -> None:
+def test_decoders_are_forked_whatever_python_starts_by_default_and_end_with_a_program_that_ends_by_an_error() -> None:
     code = """
+import multiprocessing
 from wmdd.data import decoding
+multiprocessing.set_start_method("forkserver")
+factor = 2
+print(list(decoding.in_order(lambda number: factor * number, list(range(4)), workers=2)))
 decoding._DECODER_GRACE_SECONDS = 3600
 stream = decoding.in_order(abs, list(range(40)), workers=2)
 next(stream), next(stream)
 raise RuntimeError("the cause")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout == "[0, 2, 4, 6]\n", done.stderr
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "RuntimeError: the cause"
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,16 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Forked, python
 from PIL import Image
+from rank_processes import in_ranks
 
 import wmdd
-from wmdd.config.schema import DataConfig
+from wmdd.config.schema import ComputeConfig, DataConfig
 from wmdd.data import listing as listing_module
 from wmdd.data import listing_build, sources
 from wmdd.data.dataset import check_files, load_dataset
 from wmdd.data.listing import open_listing
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.runtime import signals
+from wmdd.runtime.ranks import ranks
 
 CLASSES = tuple(f"n{index:02}" for index in range(12))
 
@@ -99,9 +101,8 @@ print(json.dumps({"opened": [name for name in opened if name.startswith(root)], 
 
 
 def watched(tree: Path, start: int, stop: int) -> dict[str, Any]:
-    command = [sys.executable, "-c", WATCHED, str(tree), str(start), str(stop)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[str, Any] = json.loads(told)
+    done = python("-c", WATCHED, str(tree), str(start), str(stop))
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -145,49 +146,36 @@ def test_a_finished_listing_is_read_without_a_lock_and_without_write_access(
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
-@pytest.mark.slow
 def test_processes_that_come_together_list_once(tree: Path, cache: Path) -> None:
-    command = [sys.executable, "-c", WATCHED, str(tree), "0", "0"]
-    many = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(3)]
+    many = [Forked("-c", WATCHED, str(tree), "0", "0") for _ in range(3)]
     try:
         told = [json.loads(one.communicate(timeout=120)[0]) for one in many]
     finally:
         for one in many:
-            one.kill()
+            one.end()
     assert sorted(len(one["opened"]) for one in told) == [0, 0, 8 * len(CLASSES)]
     assert len(listings(cache)) == 1
 
 
-RANKS = """
-import json, sys
-from pathlib import Path
-opened = []
-sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event in ("open", "os.scandir") else None)
-from wmdd.config.schema import ComputeConfig, DataConfig
-from wmdd.data.dataset import load_dataset
-from wmdd.runtime.ranks import ranks
-from wmdd.errors import InputError
-root, out = sys.argv[1:]
-with ranks(ComputeConfig(device="cpu")) as job:
-    try:
-        told = load_dataset(DataConfig(root=root, resolution=8), 0, job).fingerprint
-    except InputError as error:
-        told = str(error)
-    Path(out, f"{job.rank}.json").write_text(json.dumps([told, [name for name in opened if name.startswith(root)]]))
-"""
+@pytest.mark.ranks
+def test_other_ranks_read_what_rank_0_has_listed_and_get_its_error(tree: Path) -> None:
+    def work() -> tuple[str, list[str]]:
+        opened: list[str] = []
 
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            if event in ("open", "os.scandir"):
+                opened.append(str(arguments[0]))
 
-@pytest.mark.slow
-def test_other_ranks_read_what_rank_0_has_listed_and_get_its_error(tree: Path, tmp_path: Path) -> None:
-    for part in ("good", "bad"):
-        (tmp_path / part).mkdir()
-        (tmp_path / "script.py").write_text(RANKS)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-        launch += ["--standalone", str(tmp_path / "script.py"), str(tree), str(tmp_path / part)]
-        subprocess.run(launch, capture_output=True, timeout=180, check=True)
-        (first, by_first), (second, by_second) = (
-            json.loads((tmp_path / part / f"{rank}.json").read_text()) for rank in (0, 1)
-        )
+        sys.addaudithook(watch)  # of this rank alone
+        with ranks(ComputeConfig(device="cpu")) as job:
+            try:
+                told = load_dataset(config(tree), 0, job).fingerprint
+            except InputError as error:
+                told = str(error)
+        return told, [name for name in opened if name.startswith(str(tree))]
+
+    for _ in ("good", "bad"):
+        (first, by_first), (second, by_second) = in_ranks(2, work)
         assert first == second and by_first and not by_second
         shutil.rmtree(tree / "val" / "n08", ignore_errors=True)
     assert "class 'n08' has training images but no validation images" in first

@@ -3,8 +3,6 @@
 import json
 import multiprocessing
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, blocks_of
+from forked import python
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -128,11 +127,9 @@ print(*[name for name in opened if name.endswith((".json", ".safetensors"))])
 """
 
 
-@pytest.mark.slow
 def test_a_process_opens_the_index_and_the_shards_of_its_own_classes(tree: Path, tmp_path: Path) -> None:
     folder = packed_tree(tree, tmp_path / "packed")
-    command = [sys.executable, "-c", OPENED, str(folder)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    found = python("-c", OPENED, str(folder)).stdout.split()
     assert found == [str(folder / "index.json"), str(shards(folder)[1])]
 
 

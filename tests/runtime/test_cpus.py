@@ -2,12 +2,11 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from forked import python
 
 from wmdd.config.schema import BarycenterConfig
 from wmdd.distill.barycenter.processes import solvers
@@ -43,10 +42,10 @@ def test_none_is_started_unasked_and_one_for_each_cpu_at_most(one_cpu: None) -> 
     assert [cpus.processes(wanted) for wanted in (0, 1, 16)] == [0, 1, 1]
 
 
-@pytest.mark.slow
 def test_presets_for_large_machines_decode_on_one_cpu_without_a_warning_and_in_the_same_order() -> None:
     code = """
-import os, multiprocessing
+import os, multiprocessing, warnings
+warnings.filterwarnings("error", "This DataLoader will create")
 from wmdd.data import decoding
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 stream = decoding.in_order(abs, list(range(-40, 0)), workers=16)
@@ -54,8 +53,7 @@ first = next(stream)
 assert len(multiprocessing.active_children()) == 1
 assert [first, *stream] == list(range(40, 0, -1))
 """
-    command = [sys.executable, "-W", "error:This DataLoader will create", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = python("-c", code)
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, blocks_of, wait_until
+from forked import python
 from rank_processes import fork, free_port, in_ranks, take
 from synthesis_targets import targets
 from torch import Tensor, nn
@@ -422,8 +423,7 @@ def test_a_team_whose_ranks_see_different_checkpoints_does_not_go_on(tiny: Confi
 def test_a_lack_of_memory_names_the_key_to_change(tmp_path: Path) -> None:
     # The draws of so many iterations fill more than a process can address.
     words = overrides(["synthesis.iterations=100000000000000", "student.baselines=[]"])
-    command = [sys.executable, "-m", "wmdd", "run", "digits", "--out", str(tmp_path / "run"), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python("-m", "wmdd", "run", "digits", "--out", str(tmp_path / "run"), *words)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     told = (
         r"wmdd: out of memory on cpu, with a peak of [\d.]+ GB of [\d.]+ GB; set synthesis\.classes_per_group below 2"
@@ -488,8 +488,7 @@ for settings in sys.argv[2:], [*sys.argv[2:], "data.classes=11"], [*sys.argv[2:]
 
 @pytest.mark.slow
 def test_a_run_leaves_its_process_as_it_found_it_also_when_it_fails(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "run"), *TINY, "student.baselines=[]"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python("-c", FRESH, str(tmp_path / "run"), *TINY, "student.baselines=[]")
     assert done.stdout.splitlines() == ["done", "{}", "InputError", "{}", "done", "{}"], done.stdout + done.stderr
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 from filelock import FileLock
+from forked import python
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -64,8 +65,8 @@ print("\\n".join(seen))
 @pytest.mark.slow
 def test_a_finished_entry_is_read_without_a_lock_and_without_a_write(own: Path, tmp_path: Path) -> None:
     def changes(out: str) -> list[str]:
-        command = [sys.executable, "-c", WATCHED, str(tmp_path / out), *TINY]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        done = python("-c", WATCHED, str(tmp_path / out), *TINY)
+        assert done.returncode == 0, done.stderr
         return done.stdout.split("\n")[:-1] if done.stdout.strip() else []
 
     assert "open .lock" in changes("first")
