@@ -93,7 +93,8 @@ def protocol(
 
 @app.command(
     epilog="Examples:  wmdd bench throughput digits   |   "
-    "wmdd bench throughput imagenet-1k --set data.root=/scratch/synthetic --stage synthesis --profile profiles"
+    "wmdd bench throughput imagenet-1k --set data.root=/scratch/synthetic --stage synthesis --profile profiles   |   "
+    "wmdd bench throughput imagenet-1k --count"
 )
 def throughput(
     config: ConfigArgument,
@@ -112,12 +113,27 @@ def throughput(
     profile: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for profiler traces and tables of kernels.")
     ] = None,
+    count: Annotated[
+        bool,
+        typer.Option(
+            "--count", help="Count kernels, bytes and FLOPs of one step of each stage. Time nothing, read no images."
+        ),
+    ] = False,
 ) -> None:
     """Time each stage on one device. Reports rate, memory, MFU, and speed compared with a plain reference."""
     from bench import throughput as speeds
     from wmdd.config.loading import load_config
+    from wmdd.errors import InputError
     from wmdd.runtime.log import results
 
+    if count:
+        from bench import counts
+
+        if out or profile:
+            raise InputError("--count times nothing and writes no records or profiles: leave out --out and --profile")
+        settings = load_config(config, override or [])
+        counts.tell(settings, counts.run(settings), results())
+        return
     stages = speeds.stages_of(stage)
     found = speeds.run(load_config(config, override or []), stages, repeats, seconds, reference, profile)
     speeds.tell(found, out, results())

@@ -48,7 +48,7 @@ def train(
     torch.manual_seed(seed_of(settings.seed, "teacher"))
     network = create_network(config, len(dataset.classes)).to(ranks.device)
     FrozenNetwork(network)  # refuses a network without BatchNorm before it is trained
-    optimizer = _optimizer(network, config)
+    optimizer = optimizer_of(network, config)
     batches = -(-len(dataset.train) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
@@ -94,21 +94,43 @@ def train(
                     continue  # BatchNorm cannot train on one image
                 own = team.own(start, end)
                 shown = augment.warp(normalize(images[places[own]].to(ranks.device), data), draws[own])
-                with ranks.autocast():
-                    logits = parallel(shown)
-                wanted = classes[own]
-                smoothing = settings.label_smoothing
-                loss = functional.cross_entropy(logits.float(), wanted, label_smoothing=smoothing, reduction="sum")
-                optimizer.zero_grad(set_to_none=True)
-                (loss * (team.size / (end - start))).backward()
+                factor = team.size / (end - start)
+                loss = update(parallel, optimizer, ranks, (shown, classes[own]), factor, settings.label_smoothing)
                 log.count(loss, end - start)
-                optimizer.step()
                 schedule.step()
                 advance(1)
             log.end_epoch(epoch + 1, done, lr)
             log.write_if_due()
     save()
     return network.cpu()
+
+
+def update(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    batch: tuple[Tensor, Tensor],
+    factor: float,
+    smoothing: float,
+) -> Tensor:
+    """Do one update of the optimizer; return the loss summed over the images.
+
+    Args:
+        network: network in training mode.
+        optimizer: optimizer of its weights.
+        ranks: ranks of the job, with the precision.
+        batch: normalized images [b, channels, H, W] and their classes [b].
+        factor: factor on the sum whose gradient is taken.
+        smoothing: label smoothing of the cross-entropy.
+    """
+    shown, wanted = batch
+    with ranks.autocast():
+        logits = network(shown)
+    loss = functional.cross_entropy(logits.float(), wanted, label_smoothing=smoothing, reduction="sum")
+    optimizer.zero_grad(set_to_none=True)
+    (loss * factor).backward()
+    optimizer.step()
+    return loss
 
 
 def to_gpu_if_it_fits(images: Tensor, device: torch.device) -> Tensor:
@@ -121,7 +143,8 @@ def to_gpu_if_it_fits(images: Tensor, device: torch.device) -> Tensor:
     return images
 
 
-def _optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer:
+def optimizer_of(network: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return the optimizer that the config sets for a teacher."""
     settings = config.teacher
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
