@@ -61,6 +61,7 @@ def protocol(
     from bench import remaining
     from wmdd import launchers
     from wmdd.errors import InputError
+    from wmdd.records.files import record_files
     from wmdd.report import collect, text
     from wmdd.report.html import write_html
     from wmdd.runtime.log import results
@@ -81,7 +82,7 @@ def protocol(
     for one, table, folder in zip(chosen, tables, folders, strict=True):
         protocols.write_plan(one, table, folder)
     launcher.launch([(cell.config, cell.folder) for cell in todo], f"protocol {', '.join(one.name for one in chosen)}")
-    if not any(path for folder in folders for path in folder.rglob("records/*.jsonl")):
+    if not any(path for folder in folders for path in record_files(folder)):
         typer.echo(f"{', '.join(map(str, folders))}: no student has finished yet; the same command reports them later")
         return
     html = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"

@@ -24,7 +24,7 @@ from wmdd.records.correct_bitmaps import unpack
 from wmdd.records.files import read_records
 from wmdd.report.collect import collect
 from wmdd.runs import class_partition
-from wmdd.runs.distilled_set import DistilledSet, export, verify
+from wmdd.runs.distilled_set import DistilledSet, export
 from wmdd.runs.folder import RunFolder
 from wmdd.storage.files import read_json
 
@@ -208,7 +208,6 @@ def test_a_flipped_byte_is_found_named_and_redone(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert verify(RunFolder(tmp_path / "run")) == [f"{file}: its SHA-256 differs from the one in its sidecar"]
     with pytest.raises(WmddError, match=re.escape(f"{file}: its SHA-256")):
         DistilledSet.load(tmp_path / "run")
     assert images_only(tiny, tmp_path / "run") == before

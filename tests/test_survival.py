@@ -122,7 +122,7 @@ def test_a_truncated_sidecar_or_manifest_is_named_and_rebuilt(
 ) -> None:
     pipeline.run(blocked, tmp_path / "run", share=DISTIL)
     before, folder = blocks_of(tmp_path / "run"), RunFolder(tmp_path / "run")
-    folder.merge()
+    folder.merge(folder.manifest())
     for path in (folder.sidecar_file(2), tmp_path / "run" / "manifest.json"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(WmddError, match="these are missing: 2"):

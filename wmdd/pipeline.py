@@ -228,7 +228,8 @@ def _expect_others(runs: Mapping[RunFolder, Config], students: Students, share: 
     """Wait for the files of other processes: a shared file system may show them late on this machine."""
     files: list[Path] = []
     if "students" in share.stages:
-        blocks = [(place, block) for place, one in runs.items() for block in range(one.blocks)]
+        used = {place for place, _ in students}
+        blocks = [(place, block) for place, one in runs.items() if place in used for block in range(one.blocks)]
         files += [file for place, block in blocks for file in (place.sidecar_file(block), place.block_file(block))]
     elif "report" in share.stages:
         # No student trains on a set that lacks a block.

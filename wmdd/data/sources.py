@@ -262,6 +262,7 @@ class Arrays(Source):
         """Store images (uint8, [N, H, W] or [N, H, W, 3]) and class indices ([N]) of each split."""
         self.title = title
         self._classes = classes
+        self._places = {name: place for place, name in enumerate(classes)}
         self._splits = splits
 
     def classes(self, split: Split) -> list[str]:
@@ -270,7 +271,7 @@ class Arrays(Source):
 
     def members(self, split: Split, label: str) -> Members:
         """Return the positions in the array as names, in order."""
-        positions = np.flatnonzero(self._splits[split][1] == self._classes.index(label))
+        positions = np.flatnonzero(self._splits[split][1] == self._places[label])
         return Members([str(position) for position in positions], ((split, 0),))
 
     def look(self, name: str) -> Look:

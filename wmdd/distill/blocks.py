@@ -71,10 +71,14 @@ def distill(session: Session, folder: RunFolder, blocks: list[Block]) -> None:
     )
     if not wanted:
         return
-    owners = {group.index: block for block in blocks if block.index in wanted for group in block.groups}
-    groups = [group for block in blocks if block.index in wanted for group in block.groups]
-    missing = ranks.broadcast_from_main(
-        [group.index for group in groups if finished_group(session, folder, group) is None] if ranks.main else []
+    chosen = set(wanted)
+    made = [block for block in blocks if block.index in chosen]
+    owners = {group.index: block for block in made for group in block.groups}
+    groups = [group for block in made for group in block.groups]
+    missing = set(
+        ranks.broadcast_from_main(
+            [group.index for group in groups if finished_group(session, folder, group) is None] if ranks.main else []
+        )
     )
     todo = [group for group in groups if group.index in missing]
 
@@ -96,9 +100,8 @@ def distill(session: Session, folder: RunFolder, blocks: list[Block]) -> None:
         queue.close()
     ranks.barrier()
     if ranks.main:
-        for block in blocks:
-            if block.index in wanted:
-                _assemble_once(session, folder, method, block)
+        for block in made:
+            _assemble_once(session, folder, method, block)
     ranks.barrier()
 
 

@@ -1,6 +1,7 @@
 """Files of records: read, appended to, written."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -51,7 +52,7 @@ def read_records(
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*.jsonl") if f.parent.name == "records")
+    files = [path] if path.is_file() else sorted(record_files(path))
     records: list[Line] = []
     problems: list[str] = []
     for file in files:
@@ -72,6 +73,19 @@ def read_records(
                 if isinstance(record, kind):
                     records.append(record)
     return records, problems
+
+
+_WITHOUT_RECORDS = {"blocks", "groups", "students", "labels", "progress", "locks", "logs", "slurm", "superseded"}
+"""Folders of a run that hold thousands of files and no records."""
+
+
+def record_files(path: Path) -> Iterator[Path]:
+    """Yield the files ``records/*.jsonl`` in and below a folder.  The large folders of runs are not listed."""
+    for folder, inner, names in os.walk(path):
+        if "config.json" in names:  # a run
+            inner[:] = [name for name in inner if name not in _WITHOUT_RECORDS]
+        if os.path.basename(folder) == "records":
+            yield from (Path(folder, name) for name in names if name.endswith(".jsonl"))
 
 
 def _line(record: Record | SpeedRecord) -> bytes:

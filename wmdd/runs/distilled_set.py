@@ -1,7 +1,7 @@
 """The distilled set: load, verify, export."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from wmdd.config.schema import Config, DataConfig
+from wmdd.data.image_parts import ImageParts
 from wmdd.data.pixels import normalize
 from wmdd.errors import InputError, WmddError
 from wmdd.runs.folder import RunFolder
-from wmdd.runtime.arithmetic import Arithmetic
-from wmdd.storage.files import read_tensors, write_bytes, write_json
+from wmdd.storage.files import map_tensors, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,7 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
             WmddError: blocks are missing or damaged. The message names them.
         """
         folder = RunFolder(Path(run))
-        config = Config.model_validate(folder.bound()["config"])
-        manifest = complete_manifest(folder)
-        if problems := verify(folder):
-            raise WmddError(f"{'; '.join(problems)}; start the run again: it distills damaged blocks once more")
-        files = [folder.block_file(block) for block in range(config.blocks)]
-        parts = [read_tensors(file) for file in files]
-        merged = {name: torch.cat([part[name] for part in parts]) for name in ("images", "labels", "weights")}
-        sidecars = [folder.sidecar(block) or {} for block in range(config.blocks)]
-        return DistilledSet(
-            **merged,
-            classes=tuple(manifest["classes"]),
-            data=config.data,
-            sha256=manifest["sha256"],
-            bytes=sum(file.stat().st_size for file in files),
-            seeded=all(sidecar.get("seeded", True) for sidecar in sidecars),
-        )
+        return map_set(folder, complete_manifest(folder)).joined()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -95,19 +80,68 @@ def complete_manifest(folder: RunFolder) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: RunFolder) -> list[str]:
-    """Check the SHA-256 of every block that has a sidecar, and compare arithmetics; return one line per problem."""
-    blocks = range(folder.bound()["config"]["blocks"])
-    problems = [reason for block in blocks if (reason := folder.damaged(block))]
-    used: dict[str, list[int]] = {}
-    for block in blocks:
-        if sidecar := folder.sidecar(block):
-            found = Arithmetic.from_facts(sidecar.get("arithmetic"))
-            used.setdefault(str(found or "an unknown arithmetic"), []).append(block)
-    if len(used) > 1:
-        parts = "; ".join(f"{', '.join(map(str, own))} in {name}" for name, own in used.items())
-        problems.append(f"{folder.path}: its blocks were computed differently ({parts}); delete those of one kind")
-    return problems
+@dataclass(frozen=True)
+class MappedSet:
+    """A distilled set whose images stay in the files of its blocks. All processes of a machine share these pages.
+
+    The attributes are those of ``DistilledSet``.
+    """
+
+    images: ImageParts
+    labels: Tensor
+    weights: Tensor
+    classes: tuple[str, ...]
+    data: DataConfig
+    sha256: str
+    bytes: int
+    seeded: bool
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def joined(self) -> DistilledSet:
+        """Return the set with all images in one tensor. The images of a set of one block are not copied."""
+        return DistilledSet(**{**vars(self), "images": self.images.joined()})
+
+
+def map_set(folder: RunFolder, manifest: Mapping[str, Any]) -> MappedSet:
+    """Memory-map the blocks of a complete run folder, and check their SHA-256. Each file is opened once.
+
+    Args:
+        folder: run folder.
+        manifest: its manifest (``complete_manifest``).
+
+    Raises:
+        WmddError: blocks are damaged, or were computed differently. The message names them.
+    """
+    data = Config.model_validate(folder.bound()["config"]).data
+    problems, parts, size = [], [], 0
+    for index, wanted in manifest["blocks"].items():
+        file = folder.block_file(int(index))
+        try:
+            tensors, sha = map_tensors(file)
+        except WmddError as error:
+            problems.append(str(error))
+            continue
+        if sha != wanted:
+            problems.append(f"{file}: its SHA-256 differs from the one in its sidecar")
+        parts.append(tensors)
+        size += file.stat().st_size
+    if len(used := manifest["arithmetics"]) > 1:
+        names = "; ".join(f"{', '.join(map(str, own))} in {name}" for name, own in used.items())
+        problems.append(f"{folder.path}: its blocks were computed differently ({names}); delete those of one kind")
+    if problems:
+        raise WmddError(f"{'; '.join(problems)}; start the run again: it distills damaged blocks once more")
+    return MappedSet(
+        ImageParts([part["images"] for part in parts]),
+        torch.cat([part["labels"] for part in parts]),
+        torch.cat([part["weights"] for part in parts]),
+        tuple(manifest["classes"]),
+        data,
+        manifest["sha256"],
+        size,
+        manifest["seeded"],
+    )
 
 
 def export(

@@ -14,7 +14,8 @@ RUN/logs/*                       logs for people; no program reads them, and the
 RUN/baselines/METHOD/            run folder of a baseline
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +86,17 @@ class RunFolder:
                 return
         except WmddError:
             pass  # damaged before any image was distilled
-        if not any(self.path.rglob("*.safetensors")):
+        if not self._has_images():
             (self.path / "arithmetic.json").unlink(missing_ok=True)
         write_json(path, wanted)
+
+    def _has_images(self) -> bool:
+        """Return whether a block, a group or a checkpoint of a group exists.  Only their two folders are listed."""
+        for name in ("blocks", "groups"):
+            with suppress(FileNotFoundError), os.scandir(self.path / name) as entries:
+                if any(entry.name.endswith(".safetensors") for entry in entries):
+                    return True
+        return False
 
     def check(self, config: Config, data: str) -> None:
         """Check that the folder can be bound to a config and a dataset.
@@ -98,7 +107,7 @@ class RunFolder:
             InputError: the folder belongs to another config. The message names the differing keys.
         """
         path, wanted = self.path / "config.json", _binding(config, data)
-        if path.exists() and any(self.path.rglob("*.safetensors")):
+        if path.exists() and self._has_images():
             found = self.bound()
             if found.get("data") != data and found.get("fingerprint") == wanted["fingerprint"]:
                 raise InputError(f"{self.path}: was made from other images than those of data.root; use another --out")
@@ -186,26 +195,40 @@ class RunFolder:
             return f"{path}: its SHA-256 differs from the one in its sidecar"
         return None
 
-    def merge(self) -> None:
-        """Write ``manifest.json`` for people and other tools. This package reads only the sidecars."""
-        write_json(self.path / "manifest.json", self.manifest())
+    def merge(self, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest to ``manifest.json``, unless the file has this content already.
+
+        The file is for people and other tools. This package reads only the sidecars.
+        """
+        path = self.path / "manifest.json"
+        with suppress(WmddError):  # absent or damaged
+            if read_json(path) == manifest:
+                return
+        write_json(path, manifest)
 
     def manifest(self) -> dict[str, Any]:
-        """Derive the manifest from the sidecars.
+        """Derive the manifest from the sidecars, each of which is read once.
 
         ``sha256`` identifies the distilled set. It depends on the images, labels and weights of each class, not on the
-        blocks.
+        blocks. ``seeded`` says whether another seed gives other images, ``arithmetics`` which blocks were computed how.
         """
         config = self.bound()
         expected = config["config"]["blocks"]
         sidecars = {index: self.sidecar(index) for index in range(expected)}
         present = [sidecar for sidecar in sidecars.values() if sidecar is not None]
         contents = {name: sha for sidecar in present for name, sha in sidecar["class_sha256"].items()}
+        arithmetics: dict[str, list[int]] = {}
+        for index, sidecar in sidecars.items():
+            if sidecar is not None:
+                used = Arithmetic.from_facts(sidecar.get("arithmetic"))
+                arithmetics.setdefault(str(used or "an unknown arithmetic"), []).append(index)
         return {
             "fingerprint": config["fingerprint"],
             "classes": list(contents),
             "blocks": {f"{index:05d}": sidecar["sha256"] for index, sidecar in sidecars.items() if sidecar},
             "missing": [index for index, sidecar in sidecars.items() if sidecar is None],
+            "seeded": all(sidecar.get("seeded", True) for sidecar in present),
+            "arithmetics": arithmetics,
             "sha256": digest(list(contents.items())) if len(present) == expected else None,
         }
 

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,13 @@ from wmdd.runs.folder import RunFolder
 from wmdd.runtime.progress_bars import observed_by
 from wmdd.storage.files import read_json, write_json
 
-_WRITE_EVERY_SECONDS = 5.0
-"""Least seconds between two writes; a change of stage is written at once."""
+
+def write_interval(environment: Mapping[str, str]) -> float:
+    """Return the least seconds between two writes of a process. A change of stage is written at once.
+
+    A thousand tasks of a SLURM array share one folder, so each of them writes seldom.
+    """
+    return 60.0 if "SLURM_JOB_ID" in environment else 5.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class ProcessState:
     """Host and process number"""
     message: str
     """Reason of the end; empty while the process runs"""
+    interval: float = 5.0
+    """Seconds between two reports of the process"""
 
     @property
     def left(self) -> float | None:
@@ -69,13 +76,14 @@ class _Writer:
         self._stages: dict[str, tuple[float, int]] = {}
         self._last: tuple[str, int, int, str] = ("starting", 0, 0, "")
         self._written = float("-inf")
+        self._interval = write_interval(os.environ)
 
     def observe(self, title: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
         turned = title != self._last[0]
         begun, first = self._stages.setdefault(title, (now, done))
         self._last = (title, done, total, unit)
-        if turned or now - self._written > _WRITE_EVERY_SECONDS:
+        if turned or now - self._written > self._interval:
             rate = (done - first) / (now - begun) if now > begun else 0.0
             self._write(rate, "")
 
@@ -91,7 +99,8 @@ class _Writer:
         stage, done, total, unit = self._last
         content = {"stage": stage, "done": done, "total": total, "unit": unit, "rate": rate, "message": message}
         with suppress(WmddError):  # a progress file is no reason to stop; the work itself reports a full disk
-            write_json(self.path, {**content, "time": time.time(), "process": f"{platform.node()}:{os.getpid()}"})
+            content |= {"interval": self._interval, "time": time.time(), "process": f"{platform.node()}:{os.getpid()}"}
+            write_json(self.path, content, sync=False)  # no result depends on it
 
 
 def read(folder: RunFolder) -> list[ProcessState]:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STALE_AFTER_SECONDS = 60.0
-"""Seconds without a report after which a process has probably ended."""
+_STALE_AFTER_REPORTS = 3
+"""A process without a report for both of these times has probably ended."""
 
 
 def show(run: Path, console: "Console") -> None:
@@ -58,7 +59,7 @@ def _sentence(report: progress.ProcessState) -> str:
         done += f", {report.rate:,.1f} per second, {timedelta(seconds=round(report.left))} left"
     silent = (
         f"; no report for {timedelta(seconds=round(report.age))}: has probably ended"
-        if report.age > _STALE_AFTER_SECONDS
+        if report.age > max(_STALE_AFTER_SECONDS, _STALE_AFTER_REPORTS * report.interval)
         else ""
     )
     return f"{done} ({report.process}){silent}"

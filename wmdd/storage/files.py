@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import math
+import mmap
 import os
 import secrets
 import time
@@ -30,13 +32,14 @@ _NO_LINKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up"}
 
 
-def write_bytes(path: Path, content: bytes, new: bool = False) -> None:
+def write_bytes(path: Path, content: bytes, new: bool = False, sync: bool = True) -> None:
     """Write ``content`` so that a reader sees the old file or the new one, never a part.
 
     Args:
         path: path of the file.  Its folder is created if it is absent.
         content: content of the file.
         new: whether to refuse to replace an existing file.
+        sync: whether the content must survive a crash of the machine.
 
     Raises:
         FileExistsError: ``new`` is true and the file exists.
@@ -48,7 +51,8 @@ def write_bytes(path: Path, content: bytes, new: bool = False) -> None:
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         _put(temporary, path, new)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -88,9 +92,9 @@ def _put(temporary: Path, path: Path, new: bool) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: Path, value: Any, new: bool = False) -> None:
+def write_json(path: Path, value: Any, new: bool = False, sync: bool = True) -> None:
     """Write ``value`` as indented JSON, atomically (``write_bytes``)."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), new)
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), new, sync)
 
 
 def read_json(path: Path) -> Any:
@@ -148,6 +152,52 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise WmddError(f"{path}: is not a complete safetensors file ({error})") from error
 
 
+def map_tensors(path: Path) -> tuple[dict[str, Any], str]:
+    """Memory-map a safetensors file, which is opened once.  Return its tensors and the file's SHA-256.
+
+    The processes of a machine share the pages of the file.  A tensor that is changed gets a private copy of its pages;
+    the file never changes.
+
+    Raises:
+        WmddError: the file is absent or damaged; the message names the file.
+    """
+    import torch
+
+    def opened() -> mmap.mmap:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    try:
+        content = _patiently(opened)
+        start = 8 + int.from_bytes(content[:8], "little")
+        tensors = {}
+        for name, entry in json.loads(content[8:start]).items():
+            if name != "__metadata__":
+                shape, kind = entry["shape"], getattr(torch, _TYPES[entry["dtype"]])
+                low, high = (start + offset for offset in entry["data_offsets"])
+                if high > len(content):
+                    raise ValueError("it ends too early")
+                flat = torch.frombuffer(content, dtype=kind, count=math.prod(shape), offset=low) if high > low else None
+                tensors[name] = torch.empty(shape, dtype=kind) if flat is None else flat.reshape(shape)
+    except OSError as error:
+        raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WmddError(f"{path}: is not a complete safetensors file ({error})") from error
+    return tensors, hashlib.sha256(content).hexdigest()
+
+
+_TYPES = {
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file, or {} if the file is absent or damaged.
 
@@ -200,7 +250,7 @@ def expect(paths: Iterable[Path], stop: Callable[[], bool] = lambda: False, seco
         Interrupted: a stop was requested.
     """
     deadline = time.monotonic() + seconds
-    missing = [path for path in paths if not path.exists()]
+    missing = _absent(paths)
     while missing and time.monotonic() < deadline:
         for folder in {path.parent for path in missing}:
             with suppress(OSError):
@@ -210,6 +260,24 @@ def expect(paths: Iterable[Path], stop: Callable[[], bool] = lambda: False, seco
             raise Interrupted(f"stopped while waiting for {missing[0]}")
         if missing:
             time.sleep(max(0.0, min(0.5, deadline - time.monotonic())))
+
+
+def _absent(paths: Iterable[Path]) -> list[Path]:
+    """Return the paths that do not exist.  The files of a folder cost one listing, not one request each."""
+    by_folder: dict[Path, list[Path]] = {}
+    for path in paths:
+        by_folder.setdefault(path.parent, []).append(path)
+    missing = []
+    for folder, own in by_folder.items():
+        if len(own) <= 2:
+            missing += [path for path in own if not path.exists()]
+            continue
+        try:
+            found = set(os.listdir(folder))
+        except OSError:
+            found = set()
+        missing += [path for path in own if path.name not in found]
+    return missing
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wmdd.config.schema import Config, LabelsConfig
 from wmdd.data import augment
+from wmdd.data.image_parts import ImageParts, take
 from wmdd.data.pixels import normalize
 from wmdd.runtime.seeding import generator
 
@@ -73,15 +74,15 @@ def batches(
     ]
 
 
-def augmented_batch(images: Tensor, batch: Batch, config: Config) -> Tensor:
+def augmented_batch(images: Tensor | ImageParts, batch: Batch, config: Config) -> Tensor:
     """Return the cropped, flipped and mixed images of a batch: [b, channels, H, W] float32.
 
     Args:
         images: images of the whole set, [N, channels, H, W] uint8.
-        batch: batch to compute, on the same device.
+        batch: batch to compute. Its device may be another one.
         config: config with normalization and kind of mixing.
     """
-    seen = augment.warp(normalize(images[batch.images], config.data), batch.draws)
+    seen = augment.warp(normalize(take(images, batch.images), config.data), batch.draws)
     others = seen[batch.partners]
     if config.labels.mix == "cutmix":
         return torch.where(augment.inside(batch.box, seen.shape[-1]), others, seen)

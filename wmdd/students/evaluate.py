@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wmdd.config.schema import Config, decides
 from wmdd.data.synthetic import name_of
@@ -17,7 +18,7 @@ from wmdd.records.correct_bitmaps import pack
 from wmdd.records.files import read_records, write_records
 from wmdd.records.provenance import provenance
 from wmdd.records.schema import Record
-from wmdd.runs.distilled_set import DistilledSet, complete_manifest
+from wmdd.runs.distilled_set import MappedSet, complete_manifest, map_set
 from wmdd.runs.folder import RunFolder
 from wmdd.runs.work_queue import WorkQueue
 from wmdd.runtime.arithmetic import Arithmetic, permits
@@ -39,21 +40,28 @@ class SetOfStudents:
     """Session of the run, or of the baseline"""
     folder: RunFolder
     tasks: tuple[StudentTask, ...]
-    images: int
-    """Number N of images of the set"""
-    sha256: str
-    """Digest of the set (``DistilledSet.sha256``)"""
+    manifest: dict[str, Any]
+    """Manifest of the complete set"""
 
     @staticmethod
     def open(session: Session, folder: RunFolder, tasks: Sequence[StudentTask]) -> "SetOfStudents":
-        """Return the students of a complete run folder.
+        """Return the students of a complete run folder. All ranks call it; rank 0 reads the sidecars.
 
         Raises:
             WmddError: blocks of the set are missing. The message names them.
         """
-        manifest = complete_manifest(folder)
-        images = len(manifest["classes"]) * session.config.ipc
-        return SetOfStudents(session, folder, tuple(tasks), images, manifest["sha256"])
+        manifest = session.ranks.broadcast_from_main(complete_manifest(folder) if session.ranks.main else {})
+        return SetOfStudents(session, folder, tuple(tasks), manifest)
+
+    @property
+    def images(self) -> int:
+        """Number N of images of the set."""
+        return len(self.manifest["classes"]) * self.session.config.ipc
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the set (``DistilledSet.sha256``)."""
+        return str(self.manifest["sha256"])
 
     def recipe(self, regime: str, view: str) -> dict[str, object]:
         """Return all that must be equal before two students are compared."""
@@ -80,7 +88,7 @@ class SetOfStudents:
 
         set_aside(self.folder, wanted, None if whole else self.tasks)
 
-    def train(self, task: StudentTask, distilled: DistilledSet, team: Team, advance: Callable[[int], None]) -> None:
+    def train(self, task: StudentTask, distilled: MappedSet, team: Team, advance: Callable[[int], None]) -> None:
         """Train and measure one student, and write its record."""
         config, folder, name = self.session.config, self.folder, _name(task)
         recipe = self.recipe(task.regime, task.view)
@@ -117,10 +125,10 @@ def evaluate(sets: Sequence[SetOfStudents]) -> None:
     missing: list[int] = []
     if ranks.main:
         for one in sets:
-            one.folder.merge()
+            one.folder.merge(one.manifest)
             one.set_aside_others()
         missing = [position for position, (one, task) in enumerate(everything) if not one.is_done(task)]
-        for position in set(range(len(everything))) - set(missing):
+        for position in sorted(set(range(len(everything))) - set(missing)):
             one, task = everything[position]
             # A checkpoint remains after a kill between record and removal.
             one.folder.student_checkpoint(_name(task)).unlink(missing_ok=True)
@@ -134,14 +142,14 @@ def evaluate(sets: Sequence[SetOfStudents]) -> None:
 
     names = f"students of {sets[0].folder.path}"
     queue = WorkQueue(names, ranks, team, todo, lock_file, lambda pair: pair[0].is_done(pair[1]), stop)
-    held: DistilledSet | None = None
+    held: MappedSet | None = None
     try:
         with progress(f"{len(todo)} students", -(-total // team.count), "updates") as advance:
             while claimed := queue.next():
                 position, (one, task) = claimed
                 if held is None or held.sha256 != one.sha256:
                     held = None  # released before the next set is read
-                    held = DistilledSet.load(one.folder.path)
+                    held = map_set(one.folder, one.manifest)
                 one.train(task, held, team, advance)
                 queue.release(position)
     finally:
@@ -205,7 +213,7 @@ def _read(path: Path) -> tuple[list[Record], list[str]]:
 
 
 def _record(
-    session: Session, task: StudentTask, result: train.Result, distilled: DistilledSet, recipe: dict[str, object]
+    session: Session, task: StudentTask, result: train.Result, distilled: MappedSet, recipe: dict[str, object]
 ) -> Record:
     config = session.config
     return Record(

@@ -3,12 +3,12 @@
 from torch import Tensor
 from torch.nn import functional
 
-from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet, MappedSet
 from wmdd.runtime.team import Team
 from wmdd.students import batches
 
 
-def importance_of(distilled: DistilledSet) -> Tensor:
+def importance_of(distilled: DistilledSet | MappedSet) -> Tensor:
     """Return the weight of each image in the loss, [N]: its barycenter weight, scaled to mean 1."""
     weights = distilled.weights.float()
     return weights * (len(weights) / weights.sum())

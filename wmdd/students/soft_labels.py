@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from wmdd.config.schema import Config, LabelsConfig
+from wmdd.data.image_parts import ImageParts
 from wmdd.errors import InputError, Interrupted, WmddError
-from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet, MappedSet
 from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.team import SINGLE, Team
 from wmdd.storage.files import digest, read_tensors, sweep, write_tensors
@@ -39,7 +40,7 @@ class SoftLabels:
     def __init__(
         self,
         config: Config,
-        distilled: DistilledSet,
+        distilled: DistilledSet | MappedSet,
         teacher: Teacher,
         regime: str,
         seed: int,
@@ -79,7 +80,7 @@ class SoftLabels:
         """Return the epoch whose views and labels a student gets in epoch ``epoch``."""
         return epoch % self._epochs if self.stored else epoch
 
-    def store(self, images: Tensor, epoch: int, stop: Callable[[], bool] = lambda: False) -> None:
+    def store(self, images: Tensor | ImageParts, epoch: int, stop: Callable[[], bool] = lambda: False) -> None:
         """Write one epoch's logits, in the order in which the epoch visits the images.
 
         Raises:

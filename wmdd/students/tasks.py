@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wmdd.config.schema import Config, StudentConfig
+from wmdd.data.image_parts import ImageParts
 from wmdd.errors import InputError
 from wmdd.networks import create
 from wmdd.records.convergence import base_view
@@ -76,7 +77,7 @@ def updates_per_epoch(config: Config, images: int) -> int:
 
 
 def reads_stored_labels(
-    soft: soft_labels.SoftLabels, images: Tensor, epoch: int, team: Team, stop: Callable[[], bool]
+    soft: soft_labels.SoftLabels, images: Tensor | ImageParts, epoch: int, team: Team, stop: Callable[[], bool]
 ) -> list[Tensor]:
     """Return the logits of one epoch from its file, which is written first if it is missing."""
 

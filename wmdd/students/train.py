@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wmdd.config.schema import StudentConfig
+from wmdd.data.image_parts import near
 from wmdd.errors import Interrupted
 from wmdd.networks import create
 from wmdd.networks.accuracy import Judgement
 from wmdd.networks.checkpoint import Checkpoint, StopCheck
 from wmdd.networks.epoch_log import EpochLog
-from wmdd.runs.distilled_set import DistilledSet
+from wmdd.runs.distilled_set import DistilledSet, MappedSet
 from wmdd.runtime.meter import Meter
 from wmdd.runtime.seeding import seed_of
 from wmdd.runtime.team import Team
@@ -54,7 +55,7 @@ class Result:
 def train(
     session: Session,
     task: StudentTask,
-    distilled: DistilledSet,
+    distilled: DistilledSet | MappedSet,
     team: Team,
     folder: Path,
     advance: Callable[[int], None] = lambda updates: None,
@@ -92,7 +93,7 @@ def train(
     soft = None
     if task.regime != "hard":
         soft = soft_labels.SoftLabels(config, distilled, session.teacher, task.regime, task.seed, ranks, folder)
-    images, classes = distilled.images.to(ranks.device), distilled.labels.to(ranks.device)
+    images, classes = near(distilled.images, ranks.device), distilled.labels.to(ranks.device)
     importance = importance_of(distilled).to(ranks.device) if config.labels.weighted else None
     # Not torch's AveragedModel: its counter makes the host wait for the device in every update.
     weights, follow = list(network.parameters()), get_ema_multi_avg_fn(settings.ema)

@@ -168,9 +168,9 @@ def _places(root: Path, layout: str, classes: Sequence[str], known: Sequence[str
         wanted, hint = {name: name for name in classes}, "Name each folder like its class"
         found = {name: name for name in folders}
     else:
-        order = sorted(known)
-        wanted = {name: str(order.index(name)) for name in classes}
-        found, hint = _numbers(root, numbered, len(order)), "Name each folder by its number, new000 or 00000"
+        numbers = {name: str(number) for number, name in enumerate(sorted(known))}
+        wanted = {name: numbers[name] for name in classes}
+        found, hint = _numbers(root, numbered, len(numbers)), "Name each folder by its number, new000 or 00000"
     missing = [name for name in classes if wanted[name] not in found]
     if missing:
         first = missing[0] if layout == "classes" else f"{missing[0]}, number {wanted[missing[0]]} of {len(known)}"
