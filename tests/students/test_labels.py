@@ -16,7 +16,7 @@ from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE, Team
 from wmdd.session import Session
-from wmdd.storage.files import write_tensors
+from wmdd.storage.files import read_tensors, write_tensors
 from wmdd.students import batches as batches_module
 from wmdd.students import logit_files, losses, soft_labels, tasks
 from wmdd.students import train as train_module
@@ -111,6 +111,20 @@ def test_stored_labels_are_the_online_ones_rounded_to_fp16(
     online = [soft.online(batches_module.augmented_batch(distilled.images, batch, config)) for batch in batches]
     for stored, computed in zip(soft.read(1), online, strict=True):
         assert torch.equal(stored, computed.half().float())
+
+
+@pytest.mark.parametrize("encoding", get_args(LabelsConfig.model_fields["encoding"].annotation))
+def test_stored_labels_stay_encoded_until_their_batch_is_used(
+    config: Config, distilled: DistilledSet, teacher: Teacher, alone: Ranks, tmp_path: Path, encoding: str
+) -> None:
+    config = config.replace({"labels.encoding": encoding})
+    soft = soft_labels.SoftLabels(config, distilled, teacher, "stored", 3, alone, tmp_path)
+    soft.store(distilled.images, 1)
+    stored = soft.read(1)
+    assert str(soft.file(1)) in Path("/proc/self/maps").read_text(), "the file is read whole"
+    assert [len(part) for part in stored] == [4, 4, 2] and {part.dtype for part in stored} == {torch.float32}
+    whole = logit_files.decode(read_tensors(soft.file(1)), 5)
+    assert torch.equal(torch.cat(list(stored)), whole)
 
 
 def test_labels_of_another_set_seed_or_recipe_lie_elsewhere(

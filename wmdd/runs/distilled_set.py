@@ -15,7 +15,7 @@ from wmdd.data.image_parts import ImageParts
 from wmdd.data.pixels import normalize
 from wmdd.errors import InputError, WmddError
 from wmdd.runs.folder import RunFolder
-from wmdd.storage.files import map_tensors, write_bytes, write_json
+from wmdd.storage.files import map_and_hash, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def map_set(folder: RunFolder, manifest: Mapping[str, Any]) -> MappedSet:
     for index, wanted in manifest["blocks"].items():
         file = folder.block_file(int(index))
         try:
-            tensors, sha = map_tensors(file)
+            tensors, sha = map_and_hash(file)
         except WmddError as error:
             problems.append(str(error))
             continue

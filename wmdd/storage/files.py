@@ -152,7 +152,12 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise WmddError(f"{path}: is not a complete safetensors file ({error})") from error
 
 
-def map_tensors(path: Path) -> tuple[dict[str, Any], str]:
+def map_tensors(path: Path) -> dict[str, Any]:
+    """Memory-map a safetensors file, and return its tensors (``map_and_hash``)."""
+    return _tensors_of(_map(path), path)
+
+
+def map_and_hash(path: Path) -> tuple[dict[str, Any], str]:
     """Memory-map a safetensors file, which is opened once.  Return its tensors and the file's SHA-256.
 
     The processes of a machine share the pages of the file.  A tensor that is changed gets a private copy of its pages;
@@ -161,29 +166,45 @@ def map_tensors(path: Path) -> tuple[dict[str, Any], str]:
     Raises:
         WmddError: the file is absent or damaged; the message names the file.
     """
-    import torch
+    content = _map(path)
+    return _tensors_of(content, path), hashlib.sha256(content).hexdigest()
 
+
+def _map(path: Path) -> mmap.mmap:
     def opened() -> mmap.mmap:
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     try:
-        content = _patiently(opened)
-        start = 8 + int.from_bytes(content[:8], "little")
-        tensors = {}
-        for name, entry in json.loads(content[8:start]).items():
-            if name != "__metadata__":
-                shape, kind = entry["shape"], getattr(torch, _TYPES[entry["dtype"]])
-                low, high = (start + offset for offset in entry["data_offsets"])
-                if high > len(content):
-                    raise ValueError("it ends too early")
-                flat = torch.frombuffer(content, dtype=kind, count=math.prod(shape), offset=low) if high > low else None
-                tensors[name] = torch.empty(shape, dtype=kind) if flat is None else flat.reshape(shape)
+        return _patiently(opened)
     except OSError as error:
         raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # it is empty
+        raise WmddError(f"{path}: is not a complete safetensors file ({error})") from error
+
+
+def _tensors_of(content: mmap.mmap, path: Path) -> dict[str, Any]:
+    """Return the tensors of a mapped safetensors file, as views of the mapping."""
+    import torch
+
+    found = {}
+    try:
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name, entry in json.loads(content[8:start]).items():
+            if name == "__metadata__":
+                continue
+            shape, kind = entry["shape"], getattr(torch, _TYPES[entry["dtype"]])
+            low, high = (start + offset for offset in entry["data_offsets"])
+            if high > len(content):
+                raise ValueError("it ends too early")
+            count = math.prod(shape)
+            flat = (
+                torch.frombuffer(content, dtype=kind, count=count, offset=low) if count else torch.empty(0, dtype=kind)
+            )
+            found[name] = flat.reshape(shape)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WmddError(f"{path}: is not a complete safetensors file ({error})") from error
-    return tensors, hashlib.sha256(content).hexdigest()
+    return found
 
 
 _TYPES = {

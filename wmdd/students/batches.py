@@ -30,6 +30,15 @@ class Batch:
     """λ, the share of the image itself in the mix"""
 
 
+def batch_rows(count: int, batch_size: int) -> list[slice]:
+    """Return the rows of each batch of an epoch, in the order in which the epoch visits ``count`` images.
+
+    A single remaining image joins the previous batch, because BatchNorm needs two.
+    """
+    cuts = list(range(batch_size, count - 1, batch_size))
+    return [slice(start, stop) for start, stop in zip([0, *cuts], [*cuts, count], strict=True)]
+
+
 def batches(
     seed: int,
     epoch: int,
@@ -46,15 +55,15 @@ def batches(
         epoch: number of the epoch, from 0.
         count: number of images in the distilled set.
         size: height and width of the images, in pixels.
-        batch_size: images per update. A single remaining image joins the previous batch, because BatchNorm needs two.
+        batch_size: images per update (``batch_rows``).
         settings: crops, flips and mixing.
         device: device of the batches. All are copied at once: every copy makes the host wait.
     """
     source = generator("student", seed, "epoch", epoch)
     order = torch.randperm(count, generator=source)
     draws = augment.draw((count,), size, (settings.crop_scale, 1.0), settings.flip, 0, source)
-    cuts = list(range(batch_size, count - 1, batch_size))
-    concentration = torch.full((len(cuts) + 1,), settings.mix_alpha)
+    rows = batch_rows(count, batch_size)
+    concentration = torch.full((len(rows),), settings.mix_alpha)
     # Beta(α, α) as a ratio of Gammas, because torch.distributions takes no generator.
     gammas = [torch._standard_gamma(concentration, generator=source) for _ in range(2)]
     shares = gammas[0] / (gammas[0] + gammas[1])
@@ -65,7 +74,6 @@ def batches(
         boxes = torch.zeros_like(boxes)
     if settings.mix == "none":
         shares = torch.ones_like(shares)
-    rows = [slice(start, stop) for start, stop in zip([0, *cuts], [*cuts, count], strict=True)]
     partners = torch.cat([torch.randperm(piece.stop - piece.start, generator=source) for piece in rows]).to(device)
     order, draws, boxes = order.to(device), draws.to(device), boxes.to(device)
     return [

@@ -1,7 +1,9 @@
 """Soft labels: the teacher's logits, online or stored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.runs.distilled_set import DistilledSet, MappedSet
 from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.team import SINGLE, Team
-from wmdd.storage.files import digest, read_tensors, sweep, write_tensors
-from wmdd.students.batches import Batch, augmented_batch, batches
+from wmdd.storage.files import digest, map_tensors, sweep, write_tensors
+from wmdd.students.batches import Batch, augmented_batch, batch_rows, batches
 from wmdd.students.logit_files import decode, encode, row_bytes
 from wmdd.teacher.obtain import Teacher
 
@@ -86,24 +88,27 @@ class SoftLabels:
         Raises:
             Interrupted: a stop was requested. No file was written.
         """
-        logits = []
+        encoded: list[dict[str, Tensor]] = []
         for batch in self._plan(epoch):
             if stop():
                 raise Interrupted("stopped while soft labels were computed")
-            logits.append(self.online(augmented_batch(images, batch, self._config)))
-        write_tensors(self.file(epoch), encode(torch.cat(logits), self._config.labels), {"labels": self.identity})
+            logits = self.online(augmented_batch(images, batch, self._config))
+            encoded.append({name: part.cpu() for name, part in encode(logits, self._config.labels).items()})
+        joined = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+        write_tensors(self.file(epoch), joined, {"labels": self.identity})
 
-    def read(self, epoch: int) -> list[Tensor]:
-        """Return one epoch's stored logits, float32, batch by batch.
+    def read(self, epoch: int) -> "StoredLogits":
+        """Return one epoch's stored logits.
 
         Raises:
             WmddError: the file is absent or damaged, or does not fit the set.
         """
-        logits = decode(read_tensors(self.file(epoch)), self._classes)
-        if len(logits) != self._count:
-            raise WmddError(f"{self.file(epoch)}: contains labels of {len(logits)} images, the set has {self._count}")
-        sizes = [len(batch.images) for batch in self._plan(epoch)]
-        return [part.to(self._ranks.device) for part in logits.split(sizes)]
+        stored = map_tensors(self.file(epoch))
+        if any(len(part) != self._count for part in stored.values()):
+            found = len(next(iter(stored.values())))
+            raise WmddError(f"{self.file(epoch)}: contains labels of {found} images, the set has {self._count}")
+        rows = batch_rows(self._count, self._config.student.batch_size)
+        return StoredLogits(stored, rows, self._classes, self._ranks.device)
 
     def cost(self, labelled: int, team: Team = SINGLE) -> dict[str, float]:
         """Return the bytes on disk and the FLOPs of the labels of a finished student.
@@ -132,6 +137,26 @@ class SoftLabels:
         data, student = self._config.data, self._config.student
         recipe, device = self._config.labels, self._ranks.device
         return batches(self._seed, epoch, self._count, data.resolution, student.batch_size, recipe, device)
+
+
+@dataclass(frozen=True)
+class StoredLogits(Sequence[Tensor]):
+    """The logits of one epoch, which stay encoded in their file.  Item i is decoded on access: [b, C] float32."""
+
+    stored: Mapping[str, Tensor]
+    """Encoded logits, memory-mapped (``logit_files.encode``)"""
+    rows: Sequence[slice]
+    """Rows of each batch"""
+    classes: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: Any) -> Any:
+        own = {name: part[self.rows[position]] for name, part in self.stored.items()}
+        logits = decode(own, self.classes)
+        return logits.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else logits
 
 
 STORED = ("stored", "budget")

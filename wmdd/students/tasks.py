@@ -78,7 +78,7 @@ def updates_per_epoch(config: Config, images: int) -> int:
 
 def reads_stored_labels(
     soft: soft_labels.SoftLabels, images: Tensor | ImageParts, epoch: int, team: Team, stop: Callable[[], bool]
-) -> list[Tensor]:
+) -> soft_labels.StoredLogits:
     """Return the logits of one epoch from its file, which is written first if it is missing."""
 
     # In a team each rank may write the file: all write the same bytes, to temporary files with different names.
