@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from wmdd.errors import WmddError
+from wmdd.records.data_sheets import data_sheet_value
 from wmdd.runtime.meter import energy_joules
 from wmdd.storage.files import write_bytes
 
@@ -181,17 +182,6 @@ def flops(work: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-DATA_SHEET_PEAKS = {
-    "NVIDIA H200": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
-    "NVIDIA H100 PCIe": {"bf16": 756e12, "tf32": 378e12, "fp32": 51e12},
-    "NVIDIA H100": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
-    "NVIDIA A100": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
-    "NVIDIA L40S": {"bf16": 362e12, "tf32": 183e12, "fp32": 91.6e12},
-    "NVIDIA GeForce RTX 4090": {"bf16": 165e12, "tf32": 82.6e12, "fp32": 82.6e12},
-}
-"""FLOP/s of dense products from NVIDIA's data sheets, by the beginning of the device's name; SXM where not said."""
-
-
 def data_sheet_peak(device: torch.device, precision: str, name: str | None = None) -> float | None:
     """Return the FLOP/s that a GPU's data sheet states for dense products; None on CPUs and for unknown GPUs.
 
@@ -202,9 +192,7 @@ def data_sheet_peak(device: torch.device, precision: str, name: str | None = Non
     """
     if device.type != "cuda":
         return None
-    found = name or torch.cuda.get_device_name(device)
-    beginnings = [known for known in DATA_SHEET_PEAKS if found.startswith(known)]
-    return DATA_SHEET_PEAKS[max(beginnings, key=len)].get(precision) if beginnings else None
+    return data_sheet_value(name or torch.cuda.get_device_name(device), precision)
 
 
 def matmul_peak(device: torch.device, precision: str, seconds: float = 1.0) -> float:
