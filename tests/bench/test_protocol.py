@@ -74,18 +74,6 @@ def test_every_cell_is_there_and_seeds_pair_methods_without_repeating_students(f
     assert len(losses) == 4, "students on one set differ by their seeds"
 
 
-@pytest.mark.slow
-def test_two_processes_measure_what_one_does_and_a_finished_protocol_does_nothing(
-    finished: Path, tmp_path: Path
-) -> None:
-    cells = table(tmp_path)
-    do(cells, jobs=2)
-    assert measured(tmp_path) == measured(finished)
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
-    do(cells)
-    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
-
-
 def test_cells_come_by_ipc_and_seed_so_that_a_stopped_protocol_compares_all_methods(tmp_path: Path) -> None:
     order = [str(cell.folder.relative_to(tmp_path)) for cell in table(tmp_path, ipc=[2, 1])]
     assert order[:3] == ["ipc-002/random/seed-000", "ipc-002/herding/seed-000", "ipc-002/noise/seed-000"]
@@ -183,7 +171,9 @@ def test_the_plan_lists_every_cell(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stop_reaches_every_process_and_the_same_protocol_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_a_stop_reaches_every_process_and_two_processes_go_on_to_what_one_measures(
+    finished: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     longer = ["student.epochs=100000", "compute.checkpoint_seconds=0"]
 
@@ -209,8 +199,11 @@ def test_a_stop_reaches_every_process_and_the_same_protocol_goes_on(finished: Pa
         for pid in members(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.join()
-    do(table(out))
+    do(table(out), jobs=2)
     assert measured(out) == measured(finished)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl")}
+    do(table(out))
+    assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl")}, "a finished protocol does nothing"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Networks by name, and what the frozen one reports."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from wmdd.errors import InputError
 from wmdd.networks import create, weights
 from wmdd.networks import frozen as frozen_module
 from wmdd.networks.frozen import FrozenNetwork
+
+
+def slow(*values: object) -> Any:
+    """Return the values of a network that takes a second to create."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def test_reported_moments_are_those_of_the_batchnorm_inputs(classifier: nn.Module) -> None:
@@ -51,7 +57,7 @@ def test_it_stays_frozen(classifier: nn.Module) -> None:
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "googlenet", "vgg11_bn"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "googlenet", slow("vgg11_bn")])
 def test_torchvision_classifiers_with_batchnorm_serve_as_teachers(name: str) -> None:
     frozen = FrozenNetwork(create.create(name, 4, 3, 64))
     with torch.inference_mode():
@@ -87,7 +93,7 @@ def test_a_teacher_without_batchnorm_is_refused() -> None:
         FrozenNetwork(create.create("alexnet", 4, 3, 64))
 
 
-@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), ("inception_v3", 75)])
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), slow("inception_v3", 75)])
 def test_networks_with_auxiliary_heads_train_like_the_others(
     name: str, side: int, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -98,7 +104,7 @@ def test_networks_with_auxiliary_heads_train_like_the_others(
     assert not [warning for warning in recwarn if "initialization" in str(warning.message)]
 
 
-@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), ("inception_v3", 75)])
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), slow("inception_v3", 75)])
 def test_weights_with_auxiliary_heads_fit_without_them(name: str, side: int, tmp_path: Path) -> None:
     published = torchvision.models.get_model(name, weights=None, num_classes=3, aux_logits=True, init_weights=False)
     network = create.create(name, 3, 3, side)

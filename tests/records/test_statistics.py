@@ -12,7 +12,7 @@ from wmdd.records.files import read_records
 from wmdd.records.set_samples import compared, sample_of
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-DRAWS = 8000
+DRAWS = 4000
 
 
 def committed() -> tuple[np.ndarray, np.ndarray]:
