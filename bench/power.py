@@ -15,7 +15,7 @@ from wmdd.records.power import MOST_SETS, sets_needed
 from wmdd.records.set_samples import Sample, compared
 from wmdd.report.aggregate import where
 from wmdd.report.collect import collect
-from wmdd.report.comparison import REFERENCE, SETTING, sample_of_values
+from wmdd.report.comparison import COMPARABLE, REFERENCE, sample_of_values
 from wmdd.report.format import NONE, points
 
 
@@ -48,8 +48,8 @@ def power(places: list[Path], difference: float) -> list[Power]:
     rows = [row for row in collect(places).accuracy.to_dict("records") if row["ipc"] == row["ipc"]]
     found = []
     for row in rows:
-        setting = [row[key] for key in SETTING]
-        random = [one for one in rows if [one[key] for key in SETTING] == setting and _is_random(one)]
+        setting = [row[key] for key in COMPARABLE]
+        random = [one for one in rows if [one[key] for key in COMPARABLE] == setting and _is_random(one)]
         if not random or _is_random(row):
             continue
         other = next((one for one in random if one["name"] == row["name"]), random[0])

@@ -8,7 +8,7 @@ from sweeps.format import show
 from sweeps.objective import SweepObjective, seeds_of
 from sweeps.space import Parameter, Range
 from sweeps.trial_log import Trial
-from wmdd.report.plots import Drawing
+from wmdd.report.drawing import Drawing
 
 _COLOURS = {"ink": "#100001", "accent": "#100002", "quiet": "#100003", "line": "#100004", "page": "#100005"}
 """Placeholders, replaced by the page's own colors: plots are legible in light and in dark mode."""

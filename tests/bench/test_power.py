@@ -111,13 +111,13 @@ def test_the_same_images_under_two_recipes_are_paired_and_other_images_are_not(t
 
     found, differing = effects(one, other, 0.02)
 
-    by_method = {effect.method: effect for effect in found}
+    by_method = {one.effect.method: one.effect for one in found}
     assert by_method["random"].shared and not by_method["wmdd"].shared
     assert by_method["random"].found.p == pytest.approx(paired(eval_mode, batch).p)
     assert by_method["random"].found.p < 0.01 < 0.5 < welch(eval_mode, batch).p
     assert by_method["wmdd"].found.p == pytest.approx(welch(OWN, RANDOM).p)
-    assert verdict(by_method["random"]) == "equivalent" and verdict(by_method["wmdd"]) == "not decided"
-    assert differing == {"teacher_mode": ("None", "batch")}
+    assert {one.effect.method: verdict(one) for one in found} == {"random": "equivalent", "wmdd": "not decided"}
+    assert differing == {"teacher_mode": ("eval", "batch")}
     shown = CliRunner().invoke(app, ["bench", "compare", str(one), str(other), "--margin", "2"])
     assert shown.exit_code == 0 and "equivalent" in shown.output
 
@@ -126,6 +126,6 @@ def test_one_set_under_two_recipes_shows_no_effect_of_the_recipe(tmp_path: Path)
     one = write(tmp_path / "a.jsonl", make_students("wmdd", {"w": OWN}))
     other = write(tmp_path / "b.jsonl", make_students("wmdd", {"w": RANDOM}, recipe={"lr": 0.1}))
 
-    ((effect,), _) = effects(one, other, 0.01)
+    ((found,), _) = effects(one, other, 0.01)
 
-    assert (effect.scope, effect.equivalent, verdict(effect)) == ("none", None, "too few sets")
+    assert (found.effect.scope, found.equivalent, verdict(found)) == ("none", None, "too few sets")

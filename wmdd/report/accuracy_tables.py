@@ -1,14 +1,17 @@
 """Tables of accuracies: methods beside each other, beside what is published, across networks, taken apart."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from wmdd.report.aggregate import BYTES, where
-from wmdd.report.comparison import CORESET, REFERENCE, SETTING
+from wmdd.report.aggregate import BYTES
+from wmdd.report.comparison import COMPARABLE, CORESET, REFERENCE
+from wmdd.report.families import bare
 from wmdd.report.format import NONE, Row, count, difference, p_value, percent, points, size
-from wmdd.report.published import PublishedAccuracy
+from wmdd.report.sections import REGIMES, ReportSection, sections
 from wmdd.report.table import Table, term
+from wmdd.report.verdict import ONE_SET, improving, single
 
 if TYPE_CHECKING:
     from wmdd.report.collect import Report
@@ -24,125 +27,99 @@ _UNOPTIMIZED = {"start": ("nothing", "nothing"), "noise": ("nothing", "nothing")
 """Rows beside the four cells where they were measured: the images that all start from, and noise."""
 
 
-ONE_SET = "one set says nothing about another distillation"
-"""What stands wherever a seeded method has a single distilled set."""
+def overview(report: "Report") -> Iterator[Table]:
+    """Yield methods × (IPC, labels) of each section, where several methods were measured under several of these."""
+    several = len(sections(report)) > 1
+    for section in sections(report):
+        rows = section.students
+        across = list(dict.fromkeys((row["ipc"], row["regime"]) for row in rows))
+        across.sort(key=lambda pair: (REGIMES.index(pair[1]), pair[0]))
+        lines: dict[tuple[Any, ...], dict[tuple[int, str], Row]] = {}
+        for row in rows:
+            key = tuple(row[key] for key in ("dataset", "network", "view", "method"))
+            lines.setdefault(key, {})[row["ipc"], row["regime"]] = row
+        if len(across) > 1 and len({method for *_, method in lines}) > 2:
+            yield _overview(section.name if several else "", across, lines)
 
 
-def single(row: Row) -> bool:
-    """Return whether a row is of one distilled set of a method whose seed changes the images."""
-    return bool(row["sets"] == 1 and not row["fixed"])
-
-
-def improving(row: Row) -> bool:
-    """Return whether students of a row are known to change when they train twice as long."""
-    return not pd.isna(row["convergence"]) and row["convergence"].state == "improving"
-
-
-def headlines(report: "Report") -> list[tuple[str, str, str]]:
-    """Return (setting, method, result) of every method that is no baseline, as words."""
-    lines = []
-    rows = report.accuracy.to_dict("records")
-    settings: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        settings.setdefault(tuple(row[key] for key in SETTING), []).append(row)
-    for row in (row for row in rows if not row["baseline"]):
-        setting = tuple(row[key] for key in SETTING)
-        result = f"{percent(row, 'top1')} %"
-        references = {other["name"]: other for other in settings[setting] if _bare(other) == REFERENCE}
-        reference = references.get(row["name"]) or references.get("")
-        if reference and not pd.isna(row["difference"]):
-            result += f" vs {reference['method']} {percent(reference, 'top1')} %, {difference(row, unit=' points')}"
-            result += ", the interval holds 0" if row["low"] <= 0 <= row["high"] else ""
-        held = "" if row["recipe"]["evaluated_on"] == "test" else f", on the {row['recipe']['evaluated_on']} images"
-        alone = f"; {ONE_SET}" if single(row) else ""
-        alone += f"; students are still {row['convergence'].text} when trained twice as long" if improving(row) else ""
-        lines.append((where(setting), row["method"], f"{result}, n = {count(row)}{held}{alone}"))
-    return lines
-
-
-def overview(report: "Report") -> Table:
-    """Return methods × (IPC, labels), where several methods were measured under several of these."""
-    rows = [row for row in report.accuracy.to_dict("records") if not pd.isna(row["ipc"])]
-    regimes = list(dict.fromkeys(row["regime"] for row in rows))
-    across = sorted({(row["ipc"], row["regime"]) for row in rows}, key=lambda pair: (pair[0], regimes.index(pair[1])))
-    lines: dict[tuple[Any, ...], dict[tuple[int, str], Row]] = {}
-    for row in rows:
-        key = tuple(row[key] for key in ("dataset", "network", "view", "method"))
-        lines.setdefault(key, {})[row["ipc"], row["regime"]] = row
-    if len(across) < 2 or len({method for *_, method in lines}) < 3:
-        lines = {}
+def _overview(
+    section: str, across: list[tuple[int, str]], lines: dict[tuple[Any, ...], dict[tuple[int, str], Row]]
+) -> Table:
+    # The method that leads in most settings comes first.
+    order = sorted(
+        lines, key=lambda key: (key[1:3], -sum(row["top1"] for row in lines[key].values()) / len(lines[key]))
+    )
+    names = {place: f"IPC {place[0]} {place[1]}" for place in across}
+    cells = [(number, place, lines[key][place]) for number, key in enumerate(order) for place in lines[key]]
+    rows = [row for found in lines.values() for row in found.values()]
+    marks = {(number, names[place]): mark for number, place, row in cells if (mark := _mark(row))}
     return Table(
         title="Overview",
-        caption="Top-1 % of every method, as in the accuracy table, which adds differences, counts and bytes."
-        + (" *: students still change when they train twice as long." if any(map(improving, rows)) else ""),
-        columns=["Data set", "Network", "View", "Method", *(f"IPC {ipc} {regime}" for ipc, regime in across)],
+        section=section,
+        caption=(
+            "Top-1 %. Bold: best of its column; underlined: not distinguishable from the best. Colour: difference to"
+            f" {REFERENCE} images over its standard error, blue above and orange below; white: within the noise."
+            + (" *: students still change when they train twice as long." if any(map(improving, rows)) else "")
+        ),
+        columns=["Data set", "Network", "View", "Method", *names.values()],
         rows=[
-            [*key, *(_marked(found[place]) if place in found else NONE for place in across)]
-            for key, found in lines.items()
+            [*key, *(_marked(lines[key][place]) if place in lines[key] else NONE for place in across)] for key in order
         ],
         words=4,
         setting=3,
-        origins=[[one for row in found.values() for one in row["origins"]] for found in lines.values()],
+        marks=marks,
+        heat={(number, names[place]): heat for number, place, row in cells if (heat := _heat(row))},
     )
 
 
-def accuracy(report: "Report") -> Table:
-    """Return every setting and method: interval, difference to the baseline, bytes, and what varies of the recipe."""
-    rows = report.accuracy.to_dict("records")
-    for row in rows:
-        row["recipe"] = {"classes": row["classes"], "resolution": row["resolution"], **row["recipe"]}
+def _mark(row: Row) -> str:
+    if row["behind_scope"] == "best":
+        return "best"
+    return "tie" if row["behind_scope"] == "sets" and row["behind_p"] > 0.05 else ""
+
+
+def _heat(row: Row) -> float:
+    """Return the difference to random images in four standard errors, from −1 to 1; 0 within one and a half."""
+    if pd.isna(row["difference"]) or pd.isna(row["low95"]):
+        return 0.0
+    error = (row["high95"] - row["low95"]) / 4
+    share = float(row["difference"]) / (4 * error) if error else 0.0
+    return max(-1.0, min(1.0, share)) if abs(share) > 0.375 else 0.0
+
+
+def accuracy(report: "Report") -> Iterator[Table]:
+    """Yield a table of each section: interval, difference to the baseline, bytes, and what varies of the recipe."""
+    every = sections(report)
+    for section in every:
+        yield _accuracy(section, section.name if len(every) > 1 else "")
+
+
+def _accuracy(section: ReportSection, name: str) -> Table:
+    rows = [{**row, "recipe": _whole(row)} for row in section.rows]
     learned = [row["recipe"] for row in rows if not pd.isna(row["ipc"])]
     keys = list(dict.fromkeys(key for recipe in learned or [row["recipe"] for row in rows] for key in recipe))
-    if "updates" in keys:  # which epochs alone do not tell
-        keys.remove("updates")
-        keys.insert(keys.index("epochs") + 1 if "epochs" in keys else len(keys), "updates")
+    # What the reader must know first; the rest in the order of the records.
+    first = ["classes", "resolution", "evaluated_on", "test_images", "epochs", "updates", "batch_size", "teacher"]
+    keys = [key for key in first if key in keys] + [key for key in keys if key not in first]
     values = {key: {term(key, recipe.get(key)) for recipe in learned} for key in keys}
     values |= {"evaluated_on": {term("evaluated_on", row["recipe"]["evaluated_on"]) for row in rows}}
     unlike = [key for key in keys if len(values[key]) > 1]
-    columns = ["Data set", "IPC", "Network", "Labels", "View", "Method", "Top-1 %", "Top-5 %", "n"]
-    columns += [
-        f"vs {REFERENCE}, points",
-        "p",
-        "Detects, points",
-        f"vs {CORESET}, points",
-        f"p vs {CORESET}",
-        "Images",
-        "Labels on disk",
-        "Teacher",
-        "Labelling, FLOP",
-    ]
-    columns += [key.replace("_", " ") for key in unlike]
+    front = ["Data set", "Network", "View", "IPC", "Labels", "Method", "Top-1 %", f"vs {REFERENCE}, points", "p"]
+    front += ["Detects, points", f"vs {CORESET}, points", f"p vs {CORESET}", "n"]
+    sizes = ["Images", "Labels on disk", "Teacher", "All bytes", "Labelling, FLOP", "Top-5 %"]
     checked = any(not pd.isna(row["convergence"]) and row["convergence"].state != "not checked" for row in rows)
     tuned = any(_tuned(row) != NONE for row in rows)
     tail = ["Converged"] * checked + ["Recipe chosen on"] * tuned
     return Table(
         title="Accuracy",
-        caption=(
-            "n = distinct distilled sets × students of each."
-            + (" Mean ± half-width of the 95 % t-interval over sets."
-               if report.accuracy["top1_half_width"].notna().any() else " Means.")
-            + (" In parentheses: least and most, where fewer than three independent values give no interval."
-               if any(pd.isna(row["top1_half_width"]) and row["n"] > 1 for row in rows) else "")
-            + (f" Where n is 1×m, {ONE_SET}." if any(single(row) for row in rows) else "")
-            + (" Where no seed changes the images, the interval is over their students."
-               if any(row["fixed"] == 1 for row in rows) else "")
-            + (f" Differences to {REFERENCE} real images: Welch's t-test over sets; p and interval are adjusted by Holm"
-               " for the distinct comparisons of a setting. Detects: smallest true difference found with 80 % power."
-               if any(row["scope"] == "sets" for row in rows) else "")
-            + (" This set only: over the students of the one set and the other's sets."
-               if any(row["scope"] == "this set" for row in rows) else "")
-            + _about_teachers(learned)
-            + (" Converged: the mean of three students moves by less than one point when they train twice as long."
-               if checked else " Whether students have converged was not checked." if learned else "")
-            + (" Labels made online take no bytes but need the teacher, whose bytes stand in a column of their own."
-               if report.accuracy["label_bytes"].notna().any() else "")
-        ),
-        columns=[*columns, *tail],
+        section=name,
+        caption=_about(rows, learned, checked),
+        columns=[*front, *sizes, *(key.replace("_", " ") for key in unlike), *tail],
         rows=[
-            [*_setting(row)[:-1], _named(row), percent(row, "top1"), percent(row, "top5"), count(row)]
-            + [difference(row), p_value(row["p_adjusted"]), points(row["detects"])]
-            + [difference(row, "coreset_"), p_value(row["coreset_p_adjusted"])]
-            + [size(row[key], "FLOP" if key == "labelling_flops" else "B") for key in BYTES]
+            [*_setting(row)[1:], _named(row), percent(row, "top1"), difference(row), p_value(row["p_adjusted"])]
+            + [points(row["detects"]), difference(row, "coreset_"), p_value(row["coreset_p_adjusted"]), count(row)]
+            + [size(row[key]) for key in BYTES[:3]]
+            + [size(all_bytes(row)), size(row["labelling_flops"], "FLOP"), percent(row, "top5")]
             + [term(key, row["recipe"].get(key)) for key in unlike]
             + [_converged(row)] * checked
             + [_tuned(row)] * tuned
@@ -153,73 +130,65 @@ def accuracy(report: "Report") -> Table:
         setting=5,
         terms={key.replace("_", " "): next(iter(values[key])) for key in keys if key not in unlike and values[key]},
         origins=[row["origins"] for row in rows],
-    )  # fmt: skip
-
-
-def published(report: "Report") -> Table:
-    """Return measured rows beside the figure that is published for their method, then what others published.
-
-    A figure stands only beside students of its own kind of labels; settings without any figure are left out.
-    """
-    figures: dict[tuple[Any, ...], list[PublishedAccuracy]] = {}
-    for figure in (figure for figure in report.published if figure.entry.study == "main"):
-        kind = figure.entry.regime if figure.ipc else "hard"
-        figures.setdefault((figure.dataset, figure.ipc, figure.entry.network, kind), []).append(figure)
-    measured: dict[tuple[Any, ...], list[Row]] = {}
-    for row in report.accuracy.to_dict("records"):
-        whole = pd.isna(row["ipc"])
-        kind = "hard" if whole or row["regime"] == "hard" else "soft"
-        if row["view"] == "epochs":
-            place = row["dataset"], None if whole else row["ipc"], row["network"], kind
-            measured.setdefault(place, []).append(row)
-    lines: list[list[str]] = []
-    origins = []
-    for (dataset, ipc, network, kind), own in measured.items():
-        here = figures.get((dataset, ipc, network, kind), [])
-        shown = set()
-        for row in own if here else ():
-            name = _bare(row) if ipc else "whole training set"
-            match = next((f for f in here if (f.entry.ours or f.entry.method.lower()) == name), None)
-            shown.add(match)
-            cells = [percent(row, "top1"), f"{row['resolution']} px", *_literature(match)]
-            lines.append([*_setting(row)[:4], row["method"], *cells])
-            origins.append(row["origins"])
-        for figure in sorted(here, key=lambda figure: -figure.top1):
-            if figure not in shown:
-                front = [dataset, str(ipc or "all"), network, kind if ipc else NONE, figure.entry.method]
-                lines.append([*front, NONE, NONE, *_literature(figure)])
-                origins.append([])
-    columns = ["Data set", "IPC", "Network", "Labels", "Method", "Measured %", "measured at"]
-    return Table(
-        title="Measured and published",
-        caption=(
-            "What was measured here, and what is published for the same data set, IPC and network: in columns of their"
-            " own, because student recipes, resolutions and checkpoints differ. Author: read in the authors' own"
-            " pages; second-hand: quoted by others; memory: to be checked."
-        ),
-        columns=[*columns, "Published %", "published at", "Mark", "Source", "Checkpoint", "Note"],
-        rows=lines,
-        words=5,
-        tail=4,
-        setting=4,
-        origins=origins,
+        marks={
+            (number, column): mark
+            for number, row in enumerate(rows)
+            if not pd.isna(row["ipc"]) and (mark := _mark(row))
+            for column in ("Method", "Top-1 %")
+        },
+        optional=frozenset([*sizes, *(key.replace("_", " ") for key in unlike)]),
     )
 
 
-def _literature(figure: PublishedAccuracy | None) -> list[str]:
-    if figure is None:
-        return [NONE] * 6
-    entry = figure.entry
-    value = f"{100 * figure.top1:.1f}" + (f" ± {100 * figure.spread:.1f}" if figure.spread is not None else "")
-    resolution = f"{entry.resolution} px" if entry.resolution else "?"
-    return [value, resolution, entry.mark, entry.source, entry.checkpoint or "not known", entry.note or NONE]
+def _whole(row: Row) -> dict[str, Any]:
+    return {"classes": row["classes"], "resolution": row["resolution"], **row["recipe"]}
+
+
+def _about(rows: list[Row], learned: list[dict[str, Any]], checked: bool) -> str:
+    """Return what one must know to read the table of accuracies."""
+    spread = any(not pd.isna(row["top1_half_width"]) for row in rows)
+    said = ["n = distinct distilled sets × students of each."]
+    if any(row["behind_scope"] == "sets" for row in rows):
+        said.append("Bold: best of its setting; underlined: not distinguishable from the best.")
+    said.append("Mean ± half-width of the 95 % t-interval over sets." if spread else "Means.")
+    if any(pd.isna(row["top1_half_width"]) and row["n"] > 1 for row in rows):
+        said.append("In parentheses: least and most, where fewer than three independent values give no interval.")
+    if any(single(row) for row in rows):
+        said.append(f"Where n is 1×m, {ONE_SET}.")
+    if any(row["fixed"] == 1 for row in rows):
+        said.append("Where no seed changes the images, the interval is over their students.")
+    if any(row["scope"] == "sets" for row in rows):
+        said.append(
+            f"Differences to {REFERENCE} real images: Welch's t-test over sets; p and interval are adjusted by Holm"
+            " for the distinct comparisons of a setting. Detects: smallest true difference found with 80 % power."
+        )
+    if any(row["scope"] == "this set" for row in rows):
+        said.append("This set only: over the students of the one set and the other's sets.")
+    said += _about_teachers(learned)
+    if checked:
+        said.append("Converged: the mean of three students moves by less than one point when they train twice as long.")
+    elif learned:
+        said.append("Whether students have converged was not checked.")
+    if any(not pd.isna(row["label_bytes"]) for row in rows):
+        said.append("All bytes: images, labels, and the teacher where it makes the labels online.")
+    return " ".join(said)
+
+
+def all_bytes(row: Row) -> float | None:
+    """Return the bytes that students need: images, labels, and the teacher where labels are made online."""
+    if pd.isna(row["image_bytes"]) or pd.isna(row["label_bytes"]):
+        return None
+    teacher = row["teacher_bytes"]
+    if row["regime"] != "soft":  # other labels are made before
+        return float(row["image_bytes"] + row["label_bytes"])
+    return None if pd.isna(teacher) else float(row["image_bytes"] + row["label_bytes"] + teacher)
 
 
 def architectures(report: "Report") -> Table:
     """Return methods × student networks, where one distilled set taught several."""
     rows = [row for row in report.accuracy.to_dict("records") if not pd.isna(row["ipc"])]
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    keys = [key for key in SETTING if key != "network"]
+    keys = [key for key in COMPARABLE if key != "network"]
     lines: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         lines.setdefault((*(row[key] for key in keys), row["method"]), {})[row["network"]] = row
@@ -227,14 +196,15 @@ def architectures(report: "Report") -> Table:
     return Table(
         title="Cross-architecture",
         caption="Top-1 % of each student network on the same distilled images, as in the accuracy table.",
-        columns=["Data set", "IPC", "Labels", "View", "Method", *networks],
+        columns=["Recipe", "Data set", "View", "IPC", "Labels", "Method", *networks],
         rows=[
             [cell for i, cell in enumerate(_setting(next(iter(found.values())))) if i != 2]
+            + [next(iter(found.values()))["method"]]
             + [percent(found[network], "top1") if network in found else NONE for network in networks]
             for found in several
         ],
-        words=5,
-        setting=4,
+        words=6,
+        setting=5,
         origins=[[one for row in found.values() for one in row["origins"]] for found in several],
     )
 
@@ -242,22 +212,22 @@ def architectures(report: "Report") -> Table:
 def ablation(report: "Report") -> Table:
     """Return the four cells of the method, where all of them were measured."""
     cells_of = _ABLATION | _UNOPTIMIZED
-    rows = [row for row in report.accuracy.to_dict("records") if _bare(row) in cells_of]
+    rows = [row for row in report.accuracy.to_dict("records") if bare(row["method"]) in cells_of]
     figures = [figure for figure in report.published if figure.entry.study == "ablation"]
     lines: list[list[str]] = []
     origins = []
     settings: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        settings.setdefault(tuple(row[key] for key in SETTING), []).append(row)
+        settings.setdefault(tuple(row[key] for key in COMPARABLE), []).append(row)
     for found in settings.values():
-        if not {_bare(row) for row in found} >= set(_ABLATION):
+        if not {bare(row["method"]) for row in found} >= set(_ABLATION):
             continue
-        for row in sorted(found, key=lambda row: list(cells_of).index(_bare(row))):
-            at = (row["dataset"], row["ipc"], row["network"], _bare(row))
+        for row in sorted(found, key=lambda row: list(cells_of).index(bare(row["method"]))):
+            at = (row["dataset"], row["ipc"], row["network"], bare(row["method"]))
             same = [f for f in figures if (f.dataset, f.ipc, f.entry.network, f.entry.ours) == at]
             soft = [f for f in same if (f.entry.regime == "hard") == (row["regime"] == "hard")]
             cells = [percent(row, "top1"), count(row), f"{100 * soft[0].top1:.1f}" if soft else NONE]
-            lines.append([*_setting(row), *cells_of[_bare(row)], *cells])
+            lines.append([*_setting(row), row["method"], *cells_of[bare(row["method"])], *cells])
             origins.append(row["origins"])
     caption = (
         "Features are matched to barycenters or classified by the teacher; BatchNorm moments are those of the class"
@@ -265,9 +235,9 @@ def ablation(report: "Report") -> Table:
     caption += " or of the whole training set. Start: the images that the cells begin from, never optimized."
     if any(line[-1] != NONE for line in lines):
         caption += " Published: ablation of WMDD's project page."
-    columns = ["Data set", "IPC", "Network", "Labels", "View", "Method", "Features", "BatchNorm"]
+    columns = ["Recipe", "Data set", "Network", "View", "IPC", "Labels", "Method", "Features", "BatchNorm"]
     return Table(
-        "Ablation", caption, [*columns, "Top-1 %", "n", "Published %"], lines, words=8, setting=5, origins=origins
+        "Ablation", caption, [*columns, "Top-1 %", "n", "Published %"], lines, words=9, setting=6, origins=origins
     )
 
 
@@ -285,13 +255,20 @@ def robustness(report: "Report") -> Table:
             " augmentation; from 0 to 100, 26.9 stands for no loss and no gain. Their 95 % intervals are over distilled"
             " sets, for the one teacher."
         ),
-        columns=["Data set", "IPC", "Network", "Labels", "View", "Method", "HLR", "IOR", "LRS", "ARS"],
+        columns=["Recipe", "Data set", "Network", "View", "IPC", "Labels", "Method", "HLR", "IOR", "LRS", "ARS"],
         rows=[
-            [*_setting(row), points(row["hlr"]), points(row["ior"], "+"), _score(row, "lrs"), _score(row, "ars")]
+            [
+                *_setting(row),
+                row["method"],
+                points(row["hlr"]),
+                points(row["ior"], "+"),
+                _score(row, "lrs"),
+                _score(row, "ars"),
+            ]
             for row in rows
         ],
-        words=6,
-        setting=5,
+        words=7,
+        setting=6,
         origins=[row["origins"] for row in rows],
     )
 
@@ -305,18 +282,19 @@ def _score(row: Row, name: str) -> str:
 
 
 def _setting(row: Row) -> list[str]:
-    """Return data set, IPC, network, labels, view and method."""
+    """Return recipe, data set, network, view, IPC and labels."""
+    recipe = NONE if pd.isna(row["recipe_name"]) else row["recipe_name"] or NONE
     ipc = "all" if pd.isna(row["ipc"]) else str(row["ipc"])
     regime = NONE if pd.isna(row["regime"]) else row["regime"]
-    return [row["dataset"], ipc, row["network"], regime, _view(row), row["method"]]
+    return [recipe, row["dataset"], row["network"], _view(row), ipc, regime]
 
 
-def _about_teachers(recipes: list[dict[str, Any]]) -> str:
+def _about_teachers(recipes: list[dict[str, Any]]) -> list[str]:
     """Return what the intervals say about other teachers."""
     if any("one for each set" in str(recipe.get("teacher")) for recipe in recipes):
-        return " Each set has a teacher of its own; differences are paired by it."
+        return ["Each set has a teacher of its own; differences are paired by it."]
     known = any(recipe.get("teacher") for recipe in recipes)
-    return " One teacher: nothing is said about others." if known else ""
+    return ["One teacher: nothing is said about others."] if known else []
 
 
 def _marked(row: Row) -> str:
@@ -342,7 +320,3 @@ def _named(row: Row) -> str:
 
 def _view(row: Row) -> str:
     return NONE if pd.isna(row["view"]) else str(row["view"])
-
-
-def _bare(row: Row) -> str:
-    return str(row["method"]).partition(" ")[0]

@@ -12,10 +12,11 @@ from typing import Any
 import pandas as pd
 
 from wmdd.config.schema import DECIDES, DEFAULTS, decides
-from wmdd.records.comparability import complete, refuse_unlike
+from wmdd.records.comparability import refuse_unlike
 from wmdd.records.convergence import base_view, convergence
 from wmdd.records.schema import Record, SpeedRecord
-from wmdd.report.comparison import REFERENCE, SETTING, compare, several_teachers
+from wmdd.report.comparison import COMPARABLE, REFERENCE, SETTING, compare
+from wmdd.report.recipes import RecipeOfStudents, named
 from wmdd.report.runs import MissingRun, Run
 from wmdd.runs.baselines import baseline_folders
 from wmdd.storage.files import digest, flatten
@@ -25,11 +26,13 @@ BYTES = ("image_bytes", "label_bytes", "teacher_bytes", "labelling_flops")
 STAGES = ("teacher", "statistics", "distillation", "students")
 
 
-def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
-    """Return the students that count, one for each setting, method, name of the run and pair of seeds.
+def students(runs: list[Run], problems: list[str]) -> tuple[pd.DataFrame, list[RecipeOfStudents]]:
+    """Return the students that count, and the recipes that they were trained by.
+
+    One student counts for each setting, recipe, method, name of the run and pair of seeds.
 
     Raises:
-        InputError: students that would be averaged or compared are unlike; the message names the keys that differ.
+        InputError: students that would be averaged are unlike; the message names the keys that differ.
     """
     taken = [*SETTING, "method", "distillation_seed", "student_seed", "metrics", "time"]
     rows = [
@@ -42,14 +45,13 @@ def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
         if record.kind == "student"
     ]
     columns = [*taken, "name", "baseline", "images", "seeded", "run", "record", "teacher"]
-    frame = pd.DataFrame(rows, columns=columns).sort_values("time")
-    for setting, group in frame.groupby(SETTING):
-        refuse_unlike(f"students of {where(setting)}", _recipes(group, several_teachers(group)))
+    frame = pd.DataFrame(rows, columns=columns).sort_values("time", kind="stable")
+    frame["recipe_name"], recipes = named(frame)
     # A baseline that several runs measured on the same images makes one row, whatever the runs are called.
-    for _, group in frame[frame["baseline"].astype(bool)].groupby([*SETTING, "method"]):
+    for _, group in frame[frame["baseline"].astype(bool)].groupby([*COMPARABLE, "method"]):
         if (group.groupby("distillation_seed")["images"].nunique() == 1).all():
             frame.loc[group.index, "name"] = ""
-    cell, seeds = [*SETTING, "method", "name"], ["distillation_seed", "student_seed"]
+    cell, seeds = [*COMPARABLE, "method", "name"], ["distillation_seed", "student_seed"]
     latest = frame.drop_duplicates([*cell, *seeds, "images"], keep="last")
     if repeated := len(frame) - len(latest):
         problems.append(f"{repeated} measurements were repeated on the same images; the latest of each counts")
@@ -59,13 +61,7 @@ def students(runs: list[Run], problems: list[str]) -> pd.DataFrame:
         for _, twice in group[group.duplicated(seeds, keep=False)].groupby(seeds):
             images = zip(twice["run"], twice["images"], strict=True)
             refuse_unlike(f"{what} and one seed", ((run.label, {"artefact": artefact}) for run, artefact in images))
-    return latest
-
-
-def _recipes(group: pd.DataFrame, several: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    for run, record in zip(group["run"], group["record"], strict=True):
-        recipe = complete(record.recipe) | {"evaluated_on": record.evaluated_on}
-        yield run.label, recipe | ({"teacher": "one for each set"} if several else {})
+    return latest, recipes
 
 
 def _distillations(group: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -91,8 +87,8 @@ def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
     """Return ``comparison.compare`` with what belongs to each row; then a row for each teacher, without an IPC.
 
     Added: ``recipe``, ``teacher`` (SHA-256), ``origins`` (``origins`` of its records), the columns ``BYTES``,
-    ``device_seconds`` that the teacher, the statistics and one distilled set took, λ as ``bn_weight`` and
-    ``otherwise``, a name for all else that decided the images.
+    ``device_seconds`` that the statistics and one distilled set took, ``teacher_device_seconds``, λ as ``bn_weight``
+    and ``otherwise``, a name for all else that decided the images.
     """
     twice = chosen["view"].map(base_view) != chosen["view"]
     chosen, longer = chosen[~twice], chosen[twice]
@@ -101,15 +97,16 @@ def accuracy(chosen: pd.DataFrame, runs: list[Run]) -> pd.DataFrame:
     names = zip(frame["method"], frame["name"], strict=True)
     labels = [f"{m} ({n})" if several[m] and n not in ("", m) else m for m, n in names]
     spent = {row["run"]: row for row in cost(runs).to_dict("records")}
-    key = [*SETTING, "method", "name"]
+    key = [*COMPARABLE, "method", "name"]
     cells = {cell: _about(group, spent) for cell, group in chosen.groupby(key)}
     added = pd.DataFrame([cells[cell] for cell in frame[key].itertuples(index=False, name=None)])
     doubled = {cell: _values(group) for cell, group in longer.assign(view=longer["view"].map(base_view)).groupby(key)}
     checked = zip(frame[key].itertuples(index=False, name=None), frame["values"], strict=True)
     frame["convergence"] = [convergence(values, doubled.get(cell, {})) for cell, values in checked]
     teachers = pd.DataFrame(list(_teachers(runs)), dtype=object)
-    columns = [*frame.columns, "recipe", "teacher", "origins", *BYTES, "device_seconds", "bn_weight", "otherwise"]
-    columns += ["tuned_on", "trials"]
+    columns = [*frame.columns, "recipe", "teacher", "origins", *BYTES, "bn_weight", "otherwise"]
+    columns += ["device_seconds", "teacher_device_seconds"]
+    columns += ["best_top1", "tuned_on", "trials"]
     frame = frame.assign(method=labels).join(added).astype(object)
     whole = pd.concat([part for part in (frame, teachers) if len(part)] or [frame]).reindex(columns=columns)
     return whole.sort_values("dataset", kind="stable", ignore_index=True)
@@ -124,18 +121,27 @@ def _about(group: pd.DataFrame, spent: dict[str, dict[str, Any]]) -> dict[str, A
     records: list[Record] = list(group["record"])
     sizes = {key: [record.cost[key] for record in records if key in record.cost] for key in BYTES}
     labels = dict.fromkeys(run.label for run in group["run"])
-    devices = [spent[label]["set_device_seconds"] for label in labels if label in spent]
-    known = [seconds for seconds in devices if not pd.isna(seconds)]
+    charged = [spent[label] for label in labels if label in spent and not pd.isna(spent[label]["set_device_seconds"])]
+    teachers = [one["teacher_device_seconds"] for one in charged]
+    own = [one["set_device_seconds"] - one["teacher_device_seconds"] for one in charged]
     return {
         **{key: sum(found) / len(found) if found else None for key, found in sizes.items()},
-        "device_seconds": sum(known) / len(known) if known else None,
+        "device_seconds": sum(own) / len(own) if own else None,
+        "teacher_device_seconds": sum(teachers) / len(teachers) if teachers else None,
         "recipe": {"evaluated_on": records[0].evaluated_on, **_test_images(records), **_recipe(group)},
         "teacher": records[0].recipe.get("teacher"),
+        "best_top1": _best(records),
         "tuned_on": records[0].tuned_on,
         "trials": records[0].trials,
         **_bn_weight(group["run"].iloc[0]),
         "origins": origins(zip(group["run"], records, strict=True)),
     }
+
+
+def _best(records: Sequence[Record]) -> float | None:
+    """Return the mean of the best epochs, where every student was validated on the way."""
+    found = [record.best_top1 for record in records if record.best_top1 is not None]
+    return sum(found) / len(found) if len(found) == len(records) else None
 
 
 def _recipe(group: pd.DataFrame) -> dict[str, Any]:
@@ -342,8 +348,10 @@ def origin(found: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def where(setting: Sequence[Any]) -> str:
-    """Return a setting in words."""
-    dataset, classes, resolution, ipc, network, regime, view = setting
+    """Return the values of ``SETTING`` or ``COMPARABLE`` in words."""
+    dataset, classes, resolution, ipc, network, regime, view, *recipe = setting
     longer = {"epochs": "", "updates": ", fixed updates", "plain": ", no augmentation"}[base_view(view)]
     longer += ", twice as long" if view != base_view(view) else ""
-    return f"{dataset} ({classes} classes, {resolution} px), IPC {ipc}, {network}, {regime} labels{longer}"
+    return f"{dataset} ({classes} classes, {resolution} px), IPC {ipc}, {network}, {regime} labels{longer}" + (
+        f", recipe {recipe[0]}" if recipe and recipe[0] else ""
+    )

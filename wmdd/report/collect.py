@@ -12,6 +12,7 @@ import pandas as pd
 
 from wmdd.records.schema import SpeedRecord
 from wmdd.report import aggregate, published
+from wmdd.report.recipes import RecipeOfStudents
 from wmdd.report.robustness import robustness
 from wmdd.report.runs import Run, read
 from wmdd.report.text import terminal as render_terminal
@@ -28,6 +29,8 @@ class Report:
     """The students that count (``aggregate.students``)."""
     accuracy: pd.DataFrame
     """``aggregate.accuracy``: a row for each setting and method, then for each teacher."""
+    recipes: list[RecipeOfStudents]
+    """Recipes of the students, by data and name."""
     robustness: pd.DataFrame
     speeds: list[tuple[Run, SpeedRecord]]
     published: list[published.PublishedAccuracy]
@@ -44,12 +47,12 @@ def collect(places: Sequence[Path]) -> Report:
     and folders of such files.
 
     Raises:
-        InputError: a place holds nothing to report, unlike measurements would be averaged or compared, or a file of
-            published figures is wrong.
+        InputError: a place holds nothing to report, unlike measurements would be averaged, or a file of published
+            figures is wrong.
     """
     problems: list[str] = []
     runs, waiting = read(places, problems)
-    students = aggregate.students(runs, problems)
+    students, recipes = aggregate.students(runs, problems)
     accuracy = aggregate.accuracy(students, runs)
     speeds = aggregate.speeds(runs, problems)
     datasets = set(accuracy["dataset"])
@@ -57,6 +60,7 @@ def collect(places: Sequence[Path]) -> Report:
         runs=runs,
         students=students,
         accuracy=accuracy,
+        recipes=recipes,
         robustness=robustness(accuracy),
         speeds=speeds,
         published=[figure for figure in published.load() if figure.dataset in datasets] if datasets else [],

@@ -1,7 +1,7 @@
 """Methods compared with each other, setting by setting."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,9 @@ from wmdd.records.set_samples import FEWEST, Sample, Scope, compared, sample_of
 from wmdd.runs.baselines import RANDOM
 
 SETTING = ["dataset", "classes", "resolution", "ipc", "network", "regime", "view"]
-"""What two methods must share to stand in one comparison."""
+"""What a record says of the setting of a student."""
+COMPARABLE = [*SETTING, "recipe_name"]
+"""What two methods must share to stand in one comparison: the setting, and the recipe where a report has several."""
 
 
 REFERENCE = RANDOM
@@ -26,7 +28,8 @@ CORESET = "medoids"
 SAME = "same images"
 """Scope of a comparison of two methods that chose the same images: there is nothing to compare."""
 
-_COMPARED = ("difference", "scope", "low", "high", "p", "p_adjusted", "detects")
+_COMPARED = ("difference", "scope", "low", "high", "low95", "high95", "p", "p_adjusted", "detects")
+_BEHIND = ("behind", "behind_scope", "behind_p", "behind_detects")
 _REFERENCES = {REFERENCE: "", CORESET: "coreset_"}
 
 
@@ -70,7 +73,8 @@ def compare(students: "pd.DataFrame") -> "pd.DataFrame":
     """Return a row for each setting and method: means, intervals, and the differences to the references.
 
     Args:
-        students: a row for each student, all fit to be compared: the columns of ``SETTING``, ``method``, ``name``
+        students: a row for each student, all fit to be compared: the columns of ``COMPARABLE``, or of
+            ``SETTING`` where there is one recipe, ``method``, ``name``
             (tells distillations of one method apart; each is compared with the random baseline of its name, or else
             with that of name ""), ``baseline``, ``distillation_seed``, ``student_seed``, ``images`` (names the
             distilled set), ``metrics`` (fractions) and, if known, ``seeded`` (whether a seed changes the images).
@@ -80,24 +84,30 @@ def compare(students: "pd.DataFrame") -> "pd.DataFrame":
         sets tell one, ``top1_least`` and ``top1_most`` of the values; the same of ``top5``. ``sets`` (distinct
         distilled sets), ``students`` (most of one set), ``n`` (all), ``fixed``, and ``values`` by set and student seed.
         ``difference`` to ``REFERENCE``; its ``scope`` (``set_samples.Scope`` or ``SAME``); ``low`` and ``high`` at the
-        level of ``p_adjusted``, or at 95 % for this set only; ``p``; ``p_adjusted`` by Holm over the distinct
-        comparisons of the setting; ``detects``, the smallest difference found with 80 % power. The same with
-        ``coreset_`` for ``CORESET``. ``same_as``: an earlier method of the setting that chose the same images. Missing
+        level of ``p_adjusted``, or at 95 % for this set only; ``low95`` and ``high95``, not adjusted; ``p``;
+        ``p_adjusted`` by Holm over the distinct comparisons of the setting; ``detects``, the smallest difference found
+        with 80 % power. The same with ``coreset_`` for ``CORESET``. ``behind``: points behind the highest mean of the
+        setting, with ``behind_scope``, ``behind_p`` (Bonferroni over the others) and ``behind_detects``; 0 and ``best``
+        for the method that has it. ``same_as``: an earlier method of the setting that chose the same images. Missing
         where there is nothing to say.
     """
     import pandas as pd
 
+    if "recipe_name" not in students:
+        students = students.assign(recipe_name="")
     rows: list[dict[str, Any]] = []
-    for setting, group in students.groupby(SETTING):
-        cells = _cells(dict(zip(SETTING, setting, strict=True)), group)
+    for setting, group in students.groupby(COMPARABLE):
+        cells = _cells(dict(zip(COMPARABLE, setting, strict=True)), group)
         by_teacher = several_teachers(group)
+        _behind(cells, by_teacher)
         _adjust([_comparison(cell, cells, reference, by_teacher) for reference in _REFERENCES for cell in cells])
         for index, cell in enumerate(cells):
             same = next((other for other in cells[:index] if other.images == cell.images), None)
             cell.row["same_as"] = same.method if same and same.method != cell.method else None
             rows.append(cell.row)
     metrics = [f"{metric}{part}" for metric in ("top1", "top5") for part in ("", "_half_width", "_least", "_most")]
-    columns = [*SETTING, "method", "name", "baseline", *metrics, "sets", "students", "n", "fixed", "values", "same_as"]
+    columns = [*COMPARABLE, "method", "name", "baseline", *metrics, "sets", "students", "n", "fixed", "values"]
+    columns += ["same_as", *_BEHIND]
     return pd.DataFrame(rows, columns=[*columns, *(f"{pre}{key}" for pre in _REFERENCES.values() for key in _COMPARED)])
 
 
@@ -127,10 +137,7 @@ def _cells(setting: dict[str, Any], group: "pd.DataFrame") -> list[_Cell]:
 
 
 def _comparison(cell: _Cell, cells: list[_Cell], reference: str, by_teacher: bool) -> _Comparison | None:
-    """Return a method beside a reference of its name, or of no name; None where there is none but itself.
-
-    Sets of one seed that share a teacher of their own are pairs.
-    """
+    """Return a method beside a reference of its name, or of no name; None where there is none but itself."""
     found = {other.name: other for other in cells if other.method == reference}
     other = found.get(cell.name) or found.get("")
     if other is None and reference == CORESET:
@@ -138,12 +145,38 @@ def _comparison(cell: _Cell, cells: list[_Cell], reference: str, by_teacher: boo
     if other is None or cell.method == reference:
         return None
     pair = frozenset((cell.images, other.images))
+    difference, scope = _difference(cell, other, by_teacher)
+    return _Comparison(cell.row, _REFERENCES[reference], pair, difference, SAME if len(pair) == 1 else scope)
+
+
+def _difference(cell: _Cell, other: _Cell, by_teacher: bool) -> tuple[Difference, Scope]:
+    """Return how two cells differ; sets of one seed that share a teacher of their own are pairs."""
     difference, scope = compared(cell.sample, other.sample)
     shared = sorted(cell.seeds.keys() & other.seeds.keys())
     if by_teacher and len(shared) >= FEWEST:
         difference = paired(*([one.seeds[seed] for seed in shared] for one in (cell, other)))
         scope = "sets" if difference.error > 0 else "none"
-    return _Comparison(cell.row, _REFERENCES[reference], pair, difference, SAME if len(pair) == 1 else scope)
+    return difference, scope
+
+
+def _behind(cells: Sequence[_Cell], by_teacher: bool) -> None:
+    """Write into the rows how far each method is behind the highest mean.
+
+    A method stays among the best unless another one beats it at 5 % over the number of others: the best method is then
+    left out with a chance of at most 5 %, whichever it is, although the data chose whom the others are compared with
+    (subset selection: S. S. Gupta, Technometrics 7 (1965), 225-245; here with Bonferroni's bound).
+    """
+    best = max(cells, key=lambda cell: cell.sample.mean)
+    others = max(1, len({cell.images for cell in cells}) - 1)
+    for cell in cells:
+        if cell.images == best.images:
+            cell.row.update(behind=0.0, behind_scope="best")
+            continue
+        found, scope = _difference(best, cell, by_teacher)
+        cell.row.update(behind=found.mean, behind_scope=scope)
+        if scope == "sets":
+            smallest = found.detects(1 - 0.05 / others)
+            cell.row.update(behind_p=min(1.0, others * found.p), behind_detects=smallest)
 
 
 def _adjust(comparisons: Iterable[_Comparison | None]) -> None:
@@ -160,6 +193,7 @@ def _adjust(comparisons: Iterable[_Comparison | None]) -> None:
             smallest = one.found.detects(1 - 0.05 / len(tests))
             found |= {"p": p, "p_adjusted": adjusted[one.images], "detects": smallest}
             found["low"], found["high"] = one.found.bounds(level)
+            found["low95"], found["high95"] = one.found.bounds()
         elif one.scope == "this set":
             found["low"], found["high"] = one.found.bounds()
         one.row.update({f"{one.prefix}{key}": value for key, value in found.items()})

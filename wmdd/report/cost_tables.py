@@ -25,25 +25,27 @@ def throughput(report: "Report") -> Table:
     """Return the speed of every stage and engine."""
     found = [(run, speed) for run, speed in report.speeds if speed.kind == "throughput"]
     shared, unlike = _setups([speed for _, speed in found])
-    columns = ["Stage", "Data set", "Network", "Engine", "Hardware", "Ranks", "Rate", "Ratio to baseline"]
-    columns += ["Step, ms (p50 / p90)", "Peak", "MFU %", "Of product %", *unlike]
+    columns = ["Stage", "Data set", "Network", "Hardware", "Revision", "Engine", "Ranks", "Rate", "Ratio to baseline"]
+    columns += ["Step (p50 / p90)", "Peak", "MFU %", "Of product %", *unlike]
     return Table(
         title="Throughput",
         caption=(
-            "Median over repeats [least, most]. The ratio is to the baseline that the same command timed, with its"
-            " spread. Data set “synthetic”: generated images. MFU: against the data sheet's dense peak. Of product:"
+            "Median over repeats [least, most]. The ratio is to the baseline that the same command timed at the same"
+            " revision: the median of the ratios of the repeats. Peak: of the process on a CPU. Data set"
+            " “synthetic”: generated images. MFU: against the data sheet's dense peak. Of product:"
             " against a square matrix product measured beside it."
         ),
         columns=columns,
         rows=[
-            [*_timed(speed), speed.engine, _hardware(speed), str(speed.ranks), _rate(speed), _ratio(speed)]
-            + [_step(speed), size(speed.metrics.get("peak_bytes")), *_shares(speed)]
+            [*_timed(speed), _hardware(speed), _revision(speed), speed.engine, str(speed.ranks), _rate(speed)]
+            + [_ratio(speed), _step(speed), size(speed.metrics.get("peak_bytes")), *_shares(speed)]
             + [term(key, flatten(speed.setup).get(key)) for key in unlike]
             for _, speed in sorted(found, key=lambda pair: _order(pair[1]))
         ],
-        words=5,
-        setting=3,
+        words=6,
+        setting=5,
         terms=shared,
+        optional=frozenset(unlike),
         origins=[[_origin(run.label, speed)] for run, speed in sorted(found, key=lambda pair: _order(pair[1]))],
     )
 
@@ -61,17 +63,21 @@ def scaling(report: "Report") -> Table:
         ((run, speed) for run, speed in report.speeds if speed.kind == "scaling"), key=lambda pair: _order(pair[1])
     )
     shared, unlike = _setups([speed for _, speed in found])
-    columns = ["Stage", "Data set", "Network", "Mode", "Engine", "Hardware", "Ranks", "Rate", "Efficiency %", "Seconds"]
+    columns = ["Stage", "Data set", "Network", "Mode", "Engine", "Hardware", "Ranks", "Rate", "Efficiency %", "Bound %"]
+    columns += ["Synthesis, s", "Whole job, s", "Same images"]
     return Table(
         title="Scaling",
         caption=(
             "Strong: the same work on every number of ranks; weak: as much for each rank. Efficiency: the rate for each"
-            " rank over that of the fewest. Median [least, most]. Data set “synthetic”: generated images."
+            " rank over that of the fewest, the median of the ratios of the repeats. Bound: of whole groups, where the"
+            " rank with most groups decides. Whole job: with start, statistics and warm-up. Median [least, most]. Data"
+            " set “synthetic”: generated images."
         ),
         columns=[*columns, *unlike],
         rows=[
             [*_timed(speed), speed.mode or NONE, speed.engine, _hardware(speed), str(speed.ranks), _rate(speed)]
-            + [points(speed.metrics.get("efficiency")), number(speed.metrics.get("seconds"))]
+            + [_efficiency(speed), points(speed.metrics.get("balance")), number(speed.metrics.get("seconds"))]
+            + [number(speed.metrics.get("total")), term("same_images", _same_images(speed))]
             + [term(key, flatten(speed.setup).get(key)) for key in unlike]
             for _, speed in found
         ],
@@ -80,6 +86,17 @@ def scaling(report: "Report") -> Table:
         terms=shared,
         origins=[[_origin(run.label, speed)] for run, speed in found],
     )
+
+
+def _efficiency(speed: SpeedRecord) -> str:
+    ends = [speed.metrics.get(f"efficiency_{end}") for end in ("low", "high")]
+    spread = f" [{points(ends[0])}, {points(ends[1])}]" if None not in ends and ends[0] != ends[1] else ""
+    return points(speed.metrics.get("efficiency")) + spread
+
+
+def _same_images(speed: SpeedRecord) -> bool | None:
+    """Return whether all numbers of ranks made the same images."""
+    return bool(speed.metrics["same_images"]) if "same_images" in speed.metrics else None
 
 
 def _timed(speed: SpeedRecord) -> list[str]:
@@ -91,13 +108,17 @@ def _hardware(speed: SpeedRecord) -> str:
     return origin(speed.provenance)[1] or NONE
 
 
+def _revision(speed: SpeedRecord) -> str:
+    return str(speed.provenance.get("revision") or NONE)[:8]
+
+
 def _order(speed: SpeedRecord) -> tuple[Any, ...]:
     about = (speed.stage, speed.dataset, speed.network or "", speed.resolution or 0, speed.mode or "")
     # Numbers by their size: 5, 10, 20 images, as text 10, 20, 5.
     setup = [
         (key, value if isinstance(value, int | float) else 0, str(value)) for key, value in flatten(speed.setup).items()
     ]
-    return (*about, _hardware(speed), setup, speed.engine, speed.ranks)
+    return (*about, _hardware(speed), _revision(speed), setup, speed.engine, speed.ranks)
 
 
 def _setups(found: Sequence[SpeedRecord]) -> tuple[dict[str, str], list[str]]:
@@ -128,7 +149,11 @@ def _spread(speed: SpeedRecord, key: str, form: str) -> str:
 
 def _step(speed: SpeedRecord) -> str:
     steps = [speed.metrics.get(key) for key in ("p50", "p90")]
-    return " / ".join(NONE if step is None else f"{1000 * step:,.3g}" for step in steps) if any(steps) else NONE
+    return " / ".join(NONE if step is None else _duration(step) for step in steps) if any(steps) else NONE
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
 
 
 def _origin(run: str, speed: SpeedRecord) -> dict[str, str]:

@@ -9,7 +9,7 @@ from wmdd.records.correct_bitmaps import by_class, mcnemar, two_way, unpack
 from wmdd.records.intervals import Difference
 from wmdd.records.schema import Record
 from wmdd.records.set_samples import compared
-from wmdd.report.comparison import REFERENCE, SETTING, sample_of_values
+from wmdd.report.comparison import COMPARABLE, REFERENCE, sample_of_values
 from wmdd.report.format import NONE, Row, p_value, points
 from wmdd.report.table import Table
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_CLASSES = 20
 """Classes that fit side by side; of more, the table has those that differ most from random images."""
 
-_COLUMNS = ("Data set", "IPC", "Network", "Labels", "View", "Method")
+_COLUMNS = ("Recipe", "Data set", "Network", "View", "IPC", "Labels", "Method")
 
 Bits = dict[tuple[str, int], "NDArray[np.bool_]"]
 """Which test images were right, by set and student seed."""
@@ -44,8 +44,8 @@ def accuracy_by_class(report: "Report") -> Table:
             [*_setting(row), *(points(own[index]) if index < len(own) else NONE for index in shown)]
             for (row, _, _), own in zip(rows, classes, strict=True)
         ],
-        words=6,
-        setting=5,
+        words=7,
+        setting=6,
         origins=[row["origins"] for row, _, _ in rows],
     )  # fmt: skip
 
@@ -80,8 +80,8 @@ def other_images(report: "Report") -> Table:
         ),
         columns=[*_COLUMNS, "Test images", "Over sets", "Over sets and images", "Right / wrong", "p, McNemar"],
         rows=lines,
-        words=6,
-        setting=5,
+        words=7,
+        setting=6,
         origins=origins,
     )
 
@@ -89,7 +89,7 @@ def other_images(report: "Report") -> Table:
 def _measured(report: "Report") -> list[tuple[Row, tuple[int, ...], Bits]]:
     """Return the rows of the accuracy table whose students all have a bitmap of the same test images."""
     cells: dict[tuple[Any, ...], list[tuple[str, Record]]] = {}
-    key = [*SETTING, "method", "name"]
+    key = [*COMPARABLE, "method", "name"]
     if report.students.empty:
         return []
     for cell, group in report.students.groupby(key):
@@ -99,7 +99,7 @@ def _measured(report: "Report") -> list[tuple[Row, tuple[int, ...], Bits]]:
         if pd.isna(row["ipc"]):
             continue
         name = str(row["method"]).partition(" ")[0]
-        students = cells.get((*(row[part] for part in SETTING), name, row["name"]), [])
+        students = cells.get((*(row[part] for part in COMPARABLE), name, row["name"]), [])
         counts = {record.test_images for _, record in students}
         if len(counts) == 1 and all(record.correct and record.test_images for _, record in students):
             (only,) = counts
@@ -112,7 +112,7 @@ def _reference(row: Row, measured: list[tuple[Row, tuple[int, ...], Bits]]) -> t
     random = {
         other["name"]: (other, counts, bits)
         for other, counts, bits in measured
-        if str(other["method"]).partition(" ")[0] == REFERENCE and all(other[key] == row[key] for key in SETTING)
+        if str(other["method"]).partition(" ")[0] == REFERENCE and all(other[key] == row[key] for key in COMPARABLE)
     }
     own = random.get(row["name"]) or random.get("")
     return own if own and own[0] is not row else None
@@ -154,4 +154,5 @@ def _interval(found: Difference) -> str:
 
 
 def _setting(row: Row) -> list[str]:
-    return [row["dataset"], str(row["ipc"]), row["network"], row["regime"], row["view"], row["method"]]
+    setting = [row["dataset"], row["network"], row["view"], str(row["ipc"]), row["regime"], row["method"]]
+    return [row["recipe_name"] or NONE, *setting]

@@ -28,6 +28,10 @@ class PublishedRow(BaseModel):
     """As its authors call it."""
     source: str
     """Where the figure stands, in words that find it."""
+    table: str | None = None
+    """Number of its table there; None where it was not checked."""
+    url: Annotated[str, Field(pattern=r"^https://")] | None = None
+    """Address of the paper or page."""
     mark: Literal["author", "second-hand", "memory"]
     """Read in the authors' own pages, quoted by others, or remembered."""
     top1: Annotated[dict[Ipc, Percent], Field(min_length=1)]
@@ -54,6 +58,7 @@ class _File(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
+    classes: Annotated[int, Field(ge=2)]
     entry: Annotated[tuple[PublishedRow, ...], Field(min_length=1)]
 
 
@@ -62,6 +67,8 @@ class PublishedAccuracy:
     """One published accuracy."""
 
     dataset: str
+    classes: int
+    """Number of classes that were told apart."""
     ipc: int | None
     """None: the whole training set."""
     top1: float
@@ -103,6 +110,5 @@ def read(folder: Traversable) -> Iterator[PublishedAccuracy]:
             for ipc, percent in entry.top1.items():
                 spread = entry.spread.get(ipc)
                 images = None if ipc == "all" else int(ipc)
-                yield PublishedAccuracy(
-                    found.dataset, images, percent / 100, None if spread is None else spread / 100, entry
-                )
+                half = None if spread is None else spread / 100
+                yield PublishedAccuracy(found.dataset, found.classes, images, percent / 100, half, entry)

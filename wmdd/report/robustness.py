@@ -9,7 +9,7 @@ import pandas as pd
 from wmdd.records.intervals import Difference
 from wmdd.records.scores import hard_label_recovery, normalized
 from wmdd.records.set_samples import Scope, compared
-from wmdd.report.comparison import REFERENCE, SETTING, sample_of_values
+from wmdd.report.comparison import COMPARABLE, REFERENCE, sample_of_values
 
 WEIGHT = 0.5
 """Share of the gain over random images in LRS, and of the augmented gain in ARS, as published."""
@@ -28,12 +28,12 @@ def robustness(found: pd.DataFrame) -> pd.DataFrame:
     """
     rows = found.to_dict("records")
     whole = {row["teacher"]: row for row in rows if pd.isna(row["ipc"]) and row["teacher"]}
-    cell = [key for key in [*SETTING, "method", "name"] if key not in ("regime", "view")]
+    cell = [key for key in [*COMPARABLE, "method", "name"] if key not in ("regime", "view")]
     table = {(row["regime"], row["view"], *(row[key] for key in cell)): row for row in rows if not pd.isna(row["ipc"])}
     scores = []
     for (regime, view, *rest), row in table.items():
         hard, plain = table.get(("hard", view, *rest)), table.get((regime, "plain", *rest))
-        score: Row = {key: row[key] for key in [*SETTING, "method", "name", "origins"]}
+        score: Row = {key: row[key] for key in [*COMPARABLE, "method", "name", "origins"]}
         if _is_random(row):
             score["ior"] = 0.0
         elif not pd.isna(row["difference"]):
@@ -49,7 +49,7 @@ def robustness(found: pd.DataFrame) -> pd.DataFrame:
                 score |= _augmentation_robust(row, plain, random)
         scores.append(score)
     parts = [f"{name}{part}" for name in ("lrs", "ars") for part in ("", "_low", "_high", "_scope")]
-    return pd.DataFrame(scores, columns=[*SETTING, "method", "name", "origins", "hlr", "ior", *parts])
+    return pd.DataFrame(scores, columns=[*COMPARABLE, "method", "name", "origins", "hlr", "ior", *parts])
 
 
 def _label_robust(row: Row, hard: Row, random: Row | None, full: float) -> Row:
@@ -110,8 +110,8 @@ def _whole(row: Row, teacher: Row | None) -> float | None:
 
 def _random(row: Row, rows: list[Row]) -> Row | None:
     """Return the random images that a row is compared with."""
-    setting = [row[key] for key in SETTING]
-    found = {other["name"]: other for other in rows if _is_random(other) and [other[k] for k in SETTING] == setting}
+    setting = [row[key] for key in COMPARABLE]
+    found = {other["name"]: other for other in rows if _is_random(other) and [other[k] for k in COMPARABLE] == setting}
     return found.get(row["name"]) or found.get("")
 
 

@@ -1,5 +1,6 @@
 """Tables of a report."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,14 @@ class Table:
     """What all rows share."""
     origins: list[list[dict[str, str]]] = field(default_factory=list)
     """Where the numbers of each row come from; empty where the caption says it."""
+    section: str = ""
+    """Section of the report, where there are several tables of this title."""
+    marks: dict[tuple[int, str], str] = field(default_factory=dict)
+    """Marks of cells by row and column: ``best`` of its setting, or ``tie`` with it."""
+    heat: dict[tuple[int, str], float] = field(default_factory=dict)
+    """Colours of cells by row and column, from −1 to 1."""
+    optional: frozenset[str] = frozenset()
+    """Columns that a page hides until they are asked for."""
 
     def is_number(self, index: int) -> bool:
         """Return whether a column holds numbers."""
@@ -33,7 +42,12 @@ class Table:
     @property
     def id(self) -> str:
         """A name for anchors."""
-        return self.title.lower().replace(" ", "-")
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.title} {self.section}".lower()).strip("-")
+
+    @property
+    def heading(self) -> str:
+        """The title with the section."""
+        return f"{self.title}: {self.section}" if self.section else self.title
 
 
 def trimmed(table: Table) -> Table:

@@ -5,20 +5,21 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from wmdd.report.accuracy_tables import headlines
 from wmdd.report.collect_tables import tables
 from wmdd.report.cost_tables import coverage_line
+from wmdd.report.gaps import gaps
 from wmdd.report.table import Table, caption, folded
+from wmdd.report.verdict import Verdict, verdicts
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from wmdd.report.collect import Report
 
-MAX_HEADLINES = 8
-"""Results in words at the top; where there are more, the tables say it better."""
 MAX_ROWS = 30
 """Rows of a table on a terminal, except for accuracies."""
+MAX_FLOAT = 40
+"""Rows of a LaTeX float; a longer table breaks over pages."""
 
 MAX_PROBLEMS = 30
 """Problems that are told one by one."""
@@ -31,37 +32,58 @@ _TEX = {
 
 
 def terminal(report: "Report", console: "Console") -> None:
-    """Print the report, without provenance, on a rich console; what a whole column shares goes below the table."""
+    """Print the verdicts, then a table of each section and what else the page holds, on a rich console."""
+    from rich.text import Text
+
+    for verdict in verdicts(report):
+        first, *rest = verdict.sentences()
+        place = Text(f"{verdict.section.title}, {verdict.setting}: ", style="dim")
+        console.print(
+            place.append(f"{first}.", style="not dim bold").append("".join(f" {one}." for one in rest), "not dim")
+        )
+    made = [folded(table) for table in tables(report)]
+    shown = [table for table in made if table.title == "Accuracy"]
+    shown = shown or [table for table in made if table.title in ("Throughput", "Scaling")]
+    for table in shown:
+        _print(table, console)
+    if line := coverage_line(report):
+        console.print(Text(line, style="dim"))
+    for problem in listed(report.problems):
+        console.print(Text(problem, style="yellow"))
+    if others := list(dict.fromkeys(table.title for table in made if table not in shown)):
+        console.print(Text(f"The page (--html) also has: {', '.join(others)}, plots and images.", style="dim"))
+
+
+def said(verdict: Verdict) -> str:
+    """Return the sentences of a verdict as one text."""
+    return ". ".join(verdict.sentences()) + "."
+
+
+def _print(table: Table, console: "Console") -> None:
     from rich import box
     from rich.table import Table as Grid
     from rich.text import Text
 
-    for where, method, result in _results(report):
-        console.print(Text(f"{where}: "), Text(method, style="bold"), Text(result), sep=" ")
-    shown = [folded(table) for table in tables(report) if table.title != "Provenance"]
-    for table in shown:
-        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        grid.collapse_padding = True
-        rows = table.rows
-        if len(rows) > MAX_ROWS and table.title != "Accuracy":
-            rows = [*rows[: MAX_ROWS - 1], rows[-1]]  # the last of the costs is their sum
-        kept = _fitting(table, rows, console.width)
-        for index in kept:
-            cells = [table.columns[index], *(row[index] for row in rows)]
-            # Words break between words and never inside one; a figure stays on one line with its interval.
-            width = None if table.is_number(index) else _longest_word(cells)
-            grid.add_column(cells[0], justify="left" if width else "right", min_width=width, no_wrap=width is None)
-        for row in rows:
-            grid.add_row(*(Text(row[index]) for index in kept))
-        left = len(table.rows) - len(rows)
-        below = f"{left} more rows are in the page (--html). " if left else ""
-        if hidden := [column for index, column in enumerate(table.columns) if index not in kept]:
-            below += f"For want of room without: {', '.join(hidden)}. "
-        console.print(grid, Text(f"{below}{caption(table)}\n", style="dim"))
-    if not any(table.title == "Coverage" for table in shown) and (line := coverage_line(report)):
-        console.print(Text(line, style="dim"))
-    for problem in listed(report.problems):
-        console.print(Text(problem, style="yellow"))
+    grid = Grid(title=table.heading, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    grid.collapse_padding = True
+    rows = table.rows
+    if len(rows) > MAX_ROWS and table.title != "Accuracy":
+        rows = rows[:MAX_ROWS]
+    kept = _fitting(table, rows, console.width)
+    for index in kept:
+        cells = [table.columns[index], *(row[index] for row in rows)]
+        # Words break between words and never inside one; a figure stays on one line with its interval.
+        width = None if table.is_number(index) else _longest_word(cells)
+        grid.add_column(cells[0], justify="left" if width else "right", min_width=width, no_wrap=width is None)
+    for number, row in enumerate(rows):
+        marks = (table.marks.get((number, table.columns[index])) for index in kept)
+        styles = ("bold" if mark == "best" else "underline" if mark == "tie" else "" for mark in marks)
+        grid.add_row(*(Text(row[index], style) for index, style in zip(kept, styles, strict=True)))
+    left = len(table.rows) - len(rows)
+    below = f"{left} more rows are in the page (--html). " if left else ""
+    if hidden := [column for index, column in enumerate(table.columns) if index not in kept]:
+        below += f"In the page, further columns: {', '.join(hidden)}. "
+    console.print(grid, Text(f"{below}{caption(table)}\n", style="dim"))
 
 
 def listed(problems: list[str]) -> list[str]:
@@ -76,7 +98,7 @@ def _fitting(table: Table, rows: list[list[str]], room: int) -> list[int]:
     for index, column in enumerate(table.columns):
         cells = [column, *(row[index] for row in rows)]
         room -= 2 + (max(map(len, cells)) if table.is_number(index) else _longest_word(cells))
-        if room >= -2 or index < table.words:
+        if (room >= -2 and column not in table.optional) or index < table.words:
             kept.append(index)
     return kept
 
@@ -85,55 +107,65 @@ def _longest_word(cells: list[str]) -> int:
     return max(len(word) for cell in cells for word in cell.split())
 
 
-def _results(report: "Report") -> list[tuple[str, str, str]]:
-    found = headlines(report)
-    return found if len(found) <= MAX_HEADLINES else []
-
-
 def markdown(report: "Report") -> str:
     """Return the report as Markdown, tables and problems."""
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
-    parts = ["\n".join(f"- {where}: **{method}** {result}" for where, method, result in _results(report))]
+    verdict_lines = (f"- {one.section.title}, {one.setting}: {said(one)}" for one in verdicts(report))
+    missing = (f"- {name}: {'; '.join(phrases)}" for name, phrases in gaps(report))
+    parts = ["\n".join(verdict_lines), "\n".join(["Not measured:", "", *missing]) if gaps(report) else ""]
     parts.append(coverage_line(report))
     for table in tables(report):
         rule = ["--:" if table.is_number(index) else ":--" for index in range(len(table.columns))]
-        lines = [line(table.columns), line(rule), *map(line, table.rows)]
-        parts += [f"## {table.title}", caption(table), "\n".join(lines)]
+        lines = [
+            line(table.columns),
+            line(rule),
+            *(line(_bold(table, number, "**")) for number in range(len(table.rows))),
+        ]
+        parts += [f"## {table.heading}", caption(table), "\n".join(lines)]
     if report.problems:
         parts += ["## Problems", "\n".join(f"- {problem}" for problem in listed(report.problems))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _bold(table: Table, number: int, mark: str) -> list[str]:
+    """Return a row with the best accuracies between marks."""
+    best = [
+        table.marks.get((number, column)) == "best" and table.is_number(i) for i, column in enumerate(table.columns)
+    ]
+    return [f"{mark}{cell}{mark}" if bold else cell for cell, bold in zip(table.rows[number], best, strict=True)]
+
+
 def latex(report: "Report") -> str:
-    """Return the tables as LaTeX floats that need the package ``booktabs``; what a whole column shares is a caption."""
+    """Return the tables as LaTeX, which needs ``booktabs`` and, for long ones, ``longtable``.
+
+    What a whole column shares stands in the caption.
+    """
     return "\n".join(_latex(folded(table)) for table in tables(report) if table.title != "Provenance")
 
 
 def _latex(table: Table) -> str:
     def line(cells: Iterable[str]) -> str:
-        return "  " + " & ".join(map(_tex, cells)) + r" \\"
+        return "  " + " & ".join(cells) + r" \\"
+
+    def row(number: int) -> str:
+        best = (table.marks.get((number, column)) == "best" for column in table.columns)
+        cells = zip(map(_tex, table.rows[number]), best, strict=True)
+        return line(rf"\textbf{{{cell}}}" if bold else cell for cell, bold in cells)
 
     align = "".join("r" if table.is_number(index) else "l" for index in range(len(table.columns)))
-    return "\n".join(
-        [
-            r"\begin{table}",
-            rf"  \caption{{{_tex(caption(table))}}}",
-            rf"  \label{{tab:{table.id}}}",
-            r"  \centering",
-            rf"  \begin{{tabular}}{{{align}}}",
-            r"  \toprule",
-            line(table.columns),
-            r"  \midrule",
-            *map(line, table.rows),
-            r"  \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    title = rf"\caption{{{_tex(caption(table))}}}", rf"\label{{tab:{table.id}}}"
+    head = [r"  \toprule", line(map(_tex, table.columns)), r"  \midrule"]
+    body = list(map(row, range(len(table.rows))))
+    if len(table.rows) > MAX_FLOAT:
+        first = [rf"\begin{{longtable}}{{{align}}}", rf"  {title[0]}{title[1]}\\", *head, r"  \endfirsthead"]
+        again = [*head, r"  \endhead", r"  \bottomrule", r"  \endfoot"]
+        return "\n".join([*first, *again, *body, r"\end{longtable}", ""])
+    begin = [r"\begin{table}", *(f"  {one}" for one in title), r"  \centering", rf"  \begin{{tabular}}{{{align}}}"]
+    end = [r"  \bottomrule", r"  \end{tabular}", r"\end{table}", ""]
+    return "\n".join([*begin, *head, *body, *end])
 
 
 def _tex(text: str) -> str:

@@ -1,0 +1,123 @@
+"""What a report concludes: the best method, those as good, what was detectable, and what was never measured."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import make_students
+
+from wmdd.records.files import write_records
+from wmdd.records.intervals import paired, welch
+from wmdd.report.collect import Report, collect
+from wmdd.report.collect_tables import tables
+from wmdd.report.gaps import gaps
+from wmdd.report.recipes import effects
+from wmdd.report.table import Table
+from wmdd.report.verdict import verdicts
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+RANDOM = [0.80, 0.81, 0.79, 0.80, 0.80]
+
+
+def sets(name: str, values: list[float]) -> dict[str, list[float]]:
+    return {f"{name}{number}": [value] for number, value in enumerate(values)}
+
+
+def report_of(folder: Path, **methods: Any) -> Report:
+    """Return a report of methods, by the accuracies of their sets, one student each."""
+    records = [one for name, values in methods.items() for one in make_students(name, sets(name, values))]
+    write_records(folder / "all.jsonl", records)
+    return collect([folder / "all.jsonl"])
+
+
+def named(report: Report, title: str) -> list[Table]:
+    return [table for table in tables(report) if table.title == title]
+
+
+def test_the_verdict_names_the_best_those_as_good_those_behind_and_the_detectable_difference(tmp_path: Path) -> None:
+    close = [0.905, 0.898, 0.901, 0.910, 0.894]
+    report = report_of(tmp_path, wmdd=[0.90, 0.91, 0.89, 0.90, 0.91], rded=close, random=RANDOM)
+
+    (verdict,) = verdicts(report)
+
+    assert verdict.methods("best") == ["wmdd"] and verdict.methods("tie") == ["rded"]
+    assert verdict.methods("") == ["random"]
+    first, *others = verdict.sentences()
+    assert first.startswith("Best: wmdd 90.2 ± 1.0 %, +10.2 [")
+    # Two others: both comparisons at 2.5 %.
+    expected = welch([0.90, 0.91, 0.89, 0.90, 0.91], close).detects(1 - 0.05 / 2)
+    assert others == [
+        "Not distinguishable from wmdd: rded",
+        "random is 3rd of 3",
+        f"This comparison could have detected {100 * expected:.1f} points",
+    ]
+
+
+def test_one_set_beats_nobody(tmp_path: Path) -> None:
+    write_records(tmp_path / "all.jsonl", make_students("wmdd", {"w": [0.99, 0.98, 0.99]}))
+    random = make_students("random", sets("r", RANDOM))
+    write_records(tmp_path / "random.jsonl", random)
+
+    (verdict,) = verdicts(collect([tmp_path]))
+
+    assert verdict.sentences()[0].startswith("Highest mean: wmdd")
+    assert "One set says nothing about another distillation" in verdict.sentences()
+    (bar, _) = verdict.forest().bars
+    assert bar.hollow and bar.wide is None and bar.thin is not None, "its interval is of this set only"
+
+
+def test_the_forest_shows_both_intervals_to_one_scale_with_the_best_first(tmp_path: Path) -> None:
+    report = report_of(tmp_path, wmdd=[0.90, 0.91, 0.89], rded=[0.70, 0.72, 0.71], random=[0.8, 0.81, 0.79])
+
+    ((verdict,), forest) = verdicts(report), verdicts(report)[0].forest()
+
+    assert [bar.method for bar in forest.bars] == ["wmdd", "random", "rded"]
+    row = verdict.best
+    low, high = (100 * row[key] for key in ("low", "high"))
+    at = {tick: place for place, tick in forest.ticks}
+    assert forest.zero == at["0"]
+    bar = forest.bars[0]
+    assert bar.wide and bar.thin and bar.wide[0] < bar.thin[0] < bar.at < bar.thin[1] < bar.wide[1], "adjusted: wider"
+    scale = (at["+10"] - at["0"]) / 10
+    assert bar.wide == pytest.approx((at["0"] + scale * low, at["0"] + scale * high))
+
+
+def test_a_recipe_is_compared_on_the_same_images_by_pairs_and_on_others_by_sets(tmp_path: Path) -> None:
+    before, after, own, new = (
+        [0.80, 0.85, 0.90, 0.95],
+        [0.81, 0.865, 0.91, 0.965],
+        [0.9, 0.91, 0.89],
+        [0.95, 0.96, 0.94],
+    )
+    bf16 = {"recipe": {"precision": "bf16"}}
+    records = make_students("random", sets("r", before)) + make_students("wmdd", sets("old", own))
+    records += make_students("random", sets("r", after), **bf16) + make_students("wmdd", sets("new", new), **bf16)
+    write_records(tmp_path / "all.jsonl", records)
+
+    report = collect([tmp_path / "all.jsonl"])
+
+    found = {one.method: one for one in effects(report.accuracy, report.recipes)}
+    assert found["random"].shared and found["random"].found.p == pytest.approx(paired(after, before).p)
+    assert not found["wmdd"].shared and found["wmdd"].found.p == pytest.approx(welch(new, own).p)
+    (table,) = named(report, "Effect of the recipe")
+    assert {tuple(row[1:3]) for row in table.rows} == {("A → B", "precision None → bf16")}
+    assert [row[-1] for row in table.rows] == ["3 / 3", "4, paired"]
+    assert list(report.accuracy["n"]) == [3, 4, 3, 4], "no average is taken across recipes"
+
+
+def test_what_was_never_measured_is_said(tmp_path: Path) -> None:
+    told = dict(gaps(report_of(tmp_path, wmdd=[0.90, 0.91, 0.89], random=[0.8, 0.81, 0.79])))
+
+    (phrases,) = told.values()
+    for phrase in ("whether students have converged", "methods other than wmdd and random"):
+        assert phrase in phrases
+    assert "students of another network than convnet3x32" in phrases
+
+
+def test_all_committed_records_make_one_report_with_the_figures_that_its_sections_show() -> None:
+    report = collect(sorted(RESULTS.glob("*.jsonl")))
+
+    assert len(verdicts(report)) >= 19
+    text = "\n".join(f"{one.section.title}, {one.setting}: {'. '.join(one.sentences())}" for one in verdicts(report))
+    assert "recipe A, IPC 10, hard labels: Best: wmdd" in text
+    assert named(report, "Effect of the recipe")

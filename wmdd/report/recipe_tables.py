@@ -1,0 +1,57 @@
+"""The table of what a recipe of students changes."""
+
+from typing import TYPE_CHECKING, Any
+
+from wmdd.records.comparability import shorten
+from wmdd.report.format import NONE, p_value, points
+from wmdd.report.recipes import RecipeEffect, adjusted, effects
+from wmdd.report.table import Table
+
+if TYPE_CHECKING:
+    from wmdd.report.collect import Report
+
+_WORDS = ("Data set", "Recipes", "What differs", "Network", "View", "Method", "IPC", "Labels")
+MAX_KEYS = 4
+"""Keys of a recipe that are told in words; recipes that differ in more are read in the accuracy tables."""
+
+
+def effect_of_the_recipe(report: "Report") -> Table:
+    """Return what each further recipe changes against A, method by method, adjusted within each pair of recipes."""
+    families: dict[tuple[Any, ...], list[RecipeEffect]] = {}
+    for one in effects(report.accuracy, report.recipes):
+        families.setdefault((*one.setting[:3], one.names), []).append(one)
+    lines = [
+        _line(one, p, bounds) for own in families.values() for one, (p, bounds) in zip(own, adjusted(own), strict=True)
+    ]
+    return Table(
+        title="Effect of the recipe",
+        caption=(
+            "Points that the second recipe gives more than the first, for the same method and setting. Paired: the same"
+            " images under both, so that pairs are compared; otherwise Welch's t-test over sets. p and interval are"
+            " adjusted by Holm within each pair of recipes. Averages are never taken across recipes."
+        ),
+        columns=[*_WORDS, "Second − first, points", "p", "Sets"],
+        rows=lines,
+        words=len(_WORDS),
+        setting=5,
+    )
+
+
+def _line(one: RecipeEffect, p: float, bounds: tuple[float, float]) -> list[str]:
+    dataset, classes, resolution, ipc, network, regime, view = one.setting
+    text = points(one.found.mean, "+")
+    if one.scope != "none":
+        text += f" [{points(bounds[0])}, {points(bounds[1])}]" + " (this set only)" * (one.scope == "this set")
+    sets = f"{one.sets[0]}, paired" if one.shared else f"{one.sets[0]} / {one.sets[1]}"
+    where = f"{dataset} ({classes} classes, {resolution} px)"
+    names = f"{one.names[1]} → {one.names[0]}"
+    return [where, names, _differing(one), network, view, one.method, str(ipc), regime, text, p_value(p), sets]
+
+
+def _differing(one: RecipeEffect) -> str:
+    told = [
+        f"{key.replace('_', ' ')} {shorten(before)} → {shorten(after)}"
+        for key, (after, before) in one.differing.items()
+        if key not in ("test_images", "updates")
+    ]
+    return "; ".join(told[:MAX_KEYS]) + (f" and {len(told) - MAX_KEYS} more" if len(told) > MAX_KEYS else "") or NONE

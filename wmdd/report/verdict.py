@@ -1,0 +1,222 @@
+"""The verdict of each setting: which method is best, which are as good, and what could have been detected."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from wmdd.report.comparison import REFERENCE, SAME
+from wmdd.report.families import bare, family
+from wmdd.report.format import NONE, Row, count, difference, p_value, percent, points
+from wmdd.report.sections import ReportSection, sections, settings
+
+if TYPE_CHECKING:
+    from wmdd.report.collect import Report
+
+ONE_SET = "one set says nothing about another distillation"
+"""What stands wherever a seeded method has a single distilled set."""
+_LENGTHS = {"epochs": "", "updates": ", fixed updates", "plain": ", no augmentation"}
+
+
+def single(row: Row) -> bool:
+    """Return whether a row is of one distilled set of a method whose seed changes the images."""
+    return bool(row["sets"] == 1 and not row["fixed"])
+
+
+def improving(row: Row) -> bool:
+    """Return whether students of a row are known to change when they train twice as long."""
+    return not pd.isna(row["convergence"]) and row["convergence"].state == "improving"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The difference of one method to random images, as a forest plot shows it; positions are shares of the width."""
+
+    row: Row
+    method: str
+    family: str
+    at: float
+    thin: tuple[float, float] | None
+    """The interval at 95 %, or that of this set only."""
+    wide: tuple[float, float] | None
+    """The interval adjusted for all comparisons of the setting."""
+    hollow: bool
+    """Whether it says nothing about another distillation."""
+    place: str
+    """``best``; ``tie``: not distinguishable from the best; ``untested``: too few sets; or empty."""
+    text: str
+    p: str
+    n: str
+    top1: str
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Differences to random images of one setting, the best method first."""
+
+    bars: list[Bar]
+    zero: float | None
+    """Where no difference lies; None where random images were not measured."""
+    ticks: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a setting shows."""
+
+    section: ReportSection
+    setting: str
+    """IPC, labels and network in words."""
+    rows: list[Row]
+    """The best first."""
+
+    @property
+    def best(self) -> Row:
+        """The method of the highest mean."""
+        return self.rows[0]
+
+    @property
+    def tested(self) -> bool:
+        """Whether the sets of the best method can be compared with those of any other."""
+        return any(row["behind_scope"] == "sets" for row in self.rows)
+
+    def place(self, row: Row) -> str:
+        """Return the place of a method beside the best: ``best``, ``tie``, ``untested`` or nothing."""
+        if row["behind_scope"] == "best":
+            return "best"
+        if row["behind_scope"] != "sets":
+            return "untested"
+        return "tie" if row["behind_p"] > 0.05 else ""
+
+    def methods(self, place: str) -> list[str]:
+        """Return the methods of a place."""
+        return [row["method"] for row in self.rows if self.place(row) == place]
+
+    def sentences(self) -> list[str]:
+        """Return the verdict, one idea a sentence; the first names the best method."""
+        said = [self._first()]
+        alike, untested = self.methods("tie"), self.methods("untested")
+        same = [name for name in self.methods("best") if name != self.best["method"]]
+        if same:
+            said.append(f"The same images: {_listed(same)}")
+        others = len(self.rows) - len(same) - 1
+        if alike:
+            said.append(f"Not distinguishable from {self.best['method']}: {_listed(alike)}")
+        elif self.tested and not untested and others:
+            behind = [row["method"] for row in self.rows if not self.place(row)]
+            said.append(f"Behind it: {behind[0] if others == 1 else f'all {others} others'}")
+        if untested and not single(self.best):
+            said.append(f"Too few sets to test: {_listed(untested)}")
+        if rank := self._rank():
+            said.append(rank)
+        if not math.isnan(self.detects):
+            said.append(f"This comparison could have detected {points(self.detects)} points")
+        if any(single(row) for row in self.rows if bare(row["method"]) != REFERENCE):
+            said.append(ONE_SET[0].upper() + ONE_SET[1:])
+        if moving := [row["method"] for row in self.rows if improving(row)]:
+            said.append(f"Still {self.best['convergence'].text if improving(self.best) else 'improving'} when trained"
+                        f" twice as long: {_listed(moving)}")  # fmt: skip
+        if (held := self.best["recipe"]["evaluated_on"]) != "test":
+            said.append(f"Measured on the {held} images")
+        return said
+
+    @property
+    def detects(self) -> float:
+        """The smallest difference to the best that 80 % power finds, for the methods that are not told from it."""
+        rows = [row for row in self.rows if row["behind_scope"] == "sets"]
+        rows = [row for row in rows if self.place(row) == "tie"] or [row for row in rows if _is_random(row)] or rows
+        return max((row["behind_detects"] for row in rows), default=math.nan)
+
+    def _first(self) -> str:
+        best = self.best
+        word = "Best" if self.tested else "Highest mean"
+        text = f"{word}: {best['method']} {percent(best, 'top1')} %"
+        if not pd.isna(best["difference"]) and best["scope"] != SAME:
+            text += f", {difference(best, unit=f' points over {REFERENCE}')}"
+            text += ", the interval holds 0" if best["low"] <= 0 <= best["high"] else ""
+        elif _is_random(best) and len(self.rows) > 1:
+            text += f"; no method is above {REFERENCE} images"
+        return text
+
+    def _rank(self) -> str:
+        distinct = [row for row in self.rows if pd.isna(row["same_as"])]
+        places = [number for number, row in enumerate(distinct, start=1) if _is_random(row)]
+        if len(distinct) < 3 or len(places) != 1:
+            return ""
+        same = len(self.rows) - len(distinct)
+        return f"{REFERENCE} is {_ordinal(places[0])} of {len(distinct)}" + " different sets of images" * bool(same)
+
+    def forest(self) -> Forest:
+        """Return the differences to random images, drawn to one scale."""
+        known = [row for row in self.rows if not pd.isna(row["difference"])]
+        if not known:
+            return Forest([self._bar(row, lambda _: 0.0) for row in self.rows], None, [])
+        ends = [0.0]
+        for row in known:
+            ends += [row[key] for key in ("difference", "low", "high", "low95", "high95") if not pd.isna(row[key])]
+        ticks = _ticks(100 * min(ends), 100 * max(ends))
+        low, high = ticks[0], ticks[-1]
+
+        def at(value: float) -> float:
+            return (100 * value - low) / (high - low)
+
+        marks = [((tick - low) / (high - low), f"{tick:+g}".replace("-", "−") if tick else "0") for tick in ticks]
+        return Forest([self._bar(row, at) for row in self.rows], at(0.0), marks)
+
+    def _bar(self, row: Row, at) -> Bar:  # type: ignore[no-untyped-def]  # a function of a share
+        random = _is_random(row)
+        value = 0.0 if random else row["difference"]
+        adjusted = not random and row["scope"] == "sets"
+        plain = ("low95", "high95") if adjusted else ("low", "high")
+        known = not random and not pd.isna(row[plain[0]])
+        return Bar(
+            row=row,
+            method=row["method"] if pd.isna(row["same_as"]) else f"{row['method']} = {row['same_as']}",
+            family=family(row["method"]),
+            at=math.nan if pd.isna(value) else at(value),
+            thin=(at(row[plain[0]]), at(row[plain[1]])) if known else None,
+            wide=(at(row["low"]), at(row["high"])) if adjusted else None,
+            hollow=not random and row["scope"] != "sets",
+            place=self.place(row),
+            text="baseline" if random else difference(row),
+            p=NONE if random else p_value(row["p_adjusted"]),
+            n=count(row),
+            top1=percent(row, "top1"),
+        )
+
+
+def verdicts(report: "Report") -> list[Verdict]:
+    """Return the verdict of every setting, section by section."""
+    found = []
+    for section in sections(report):
+        several = {row["network"] for row in section.students}, {row["view"] for row in section.students}
+        for (view, network, ipc, regime), rows in settings(section.students).items():
+            name = f"IPC {ipc}, {regime} labels"
+            name += f", {network}" if len(several[0]) > 1 else ""
+            name += _LENGTHS[view] or (", by epochs" if len(several[1]) > 1 else "")
+            found.append(Verdict(section, name, rows))
+    return found
+
+
+def _is_random(row: Row) -> bool:
+    return bare(row["method"]) == REFERENCE
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names)
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return round numbers from below ``low`` to above ``high``, at most six."""
+    span = max(high - low, 0.1)
+    raw = span / 4
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(number * step, 6) for number in range(first, max(last, first + 1) + 1)]
