@@ -1,5 +1,6 @@
 """``wmdd bench ...``."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -237,6 +238,35 @@ def scaling(
     place = folder or (Path("runs") / "scaling" if slurm else None)
     settings = load_config(config, override or [])
     study.tell(study.run(settings, numbers, chosen, repeats, launcher, place), out, results())
+
+
+@app.command(epilog="Example:  wmdd bench rehearse imagenet-1k --ranks 1,8,64,512 --out rehearsal.json")
+def rehearse(
+    config: ConfigArgument,
+    override: SetOption = None,
+    ranks: Annotated[str, typer.Option(metavar="N,N", help="Numbers of ranks to rehearse.")] = "1,8,64,512",
+    group_seconds: Annotated[
+        float, typer.Option(min=0.001, help="Time of the synthesis of one group on one rank, in seconds.")
+    ] = 60.0,
+    statistics_seconds: Annotated[
+        float, typer.Option(min=0, help="Time of the class statistics of one group on one rank, in seconds.")
+    ] = 6.0,
+    spread: Annotated[
+        float, typer.Option(min=0, max=1, help="Relative standard deviation of the time of a group.")
+    ] = 0.0,
+    slow: Annotated[float, typer.Option(min=1, help="Factor of the times of the last rank, as on a slow node.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="File to write the figures to.")] = None,
+) -> None:
+    """Rehearse how many ranks share the groups of a run. Reports the share of ranks at work, and the cost of an
+    agreement. No image is read, and nothing is synthesized."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a warning for each client without a name in DNS
+    from bench import rehearse as study
+    from bench.scaling import numbers_of
+    from wmdd.config.loading import load_config
+    from wmdd.runtime.log import results
+
+    times = study.GroupTimes(group_seconds, statistics_seconds, spread, slow)
+    study.tell(study.run(load_config(config, override or []), numbers_of(ranks), times), times, out, results())
 
 
 @app.command(epilog="Example:  wmdd bench plan imagenet-1k --gpus 64 --from speeds.jsonl")

@@ -311,7 +311,8 @@ def footnotes(found: Sequence[SpeedRecord]) -> list[str]:
         f" {first.resolution} px, {setup['iterations']} iterations; median [least, largest] of"
         f" {first.metrics['repeats']:.0f} repeats in turns",
         "Efficiency: rate per rank relative to the fewest ranks; Bound: largest efficiency with whole groups",
-        "startup: from the start of the process, imports included; waiting: mean time that a rank waits for others"
+        "startup: from the start of the process, imports included; warmup: the first group up to its second iteration,"
+        " on every rank; waiting: mean time that a rank waits for others"
         " during the synthesis; decoded: total if all images were decoded beforehand",
     ]
     cpus = first.provenance["cpus"]

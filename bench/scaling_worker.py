@@ -2,8 +2,8 @@
 
 It writes ``FOLDER/rank-00000.json``:
 
-- seconds of start-up (from the start of the process, imports included), statistics, preparation and warm-up;
-- ``own``, the seconds of this rank's synthesis, and ``synthesis``, the seconds until the last rank was done;
+- seconds of start-up (from the start of the process, imports included), warm-up, statistics and preparation;
+- ``own``, the seconds of this rank's synthesis, and ``synthesis``, these with the wait until the last rank was done;
 - ``decoded``, the seconds of the statistics on images decoded beforehand;
 - the SHA-256 of each group's images, and the provenance of the process.
 """
@@ -12,12 +12,12 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import typer
 
 from bench.timing import fresh_store
@@ -32,6 +32,8 @@ from wmdd.distill.groups import Prepared, prepare
 from wmdd.distill.synthesis.engine import State, synthesize
 from wmdd.errors import InputError
 from wmdd.records.provenance import provenance
+from wmdd.runs.class_partition import Group
+from wmdd.runs.work_queue import WorkQueue
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import Team
 from wmdd.session import Session
@@ -46,7 +48,7 @@ def main(
     """Time this rank's share of the groups."""
     settings = load_config(config)
     with ranks(settings.compute) as job:
-        write_json(folder / f"rank-{job.rank:05d}.json", _measure(settings, job, groups))
+        write_json(folder / f"rank-{job.rank:05d}.json", _measure(settings, job, groups, folder))
 
 
 def age() -> float:
@@ -94,24 +96,26 @@ def _seconds_decoded(session: Session, classes: Sequence[int]) -> float:
     return seconds
 
 
-def _measure(config: Config, job: Ranks, groups: int) -> dict[str, Any]:
+def _measure(config: Config, job: Ranks, groups: int, folder: Path) -> dict[str, Any]:
     dataset = load_dataset(config.data, config.compute.workers, job)
     method = blocks.check(config, dataset)
     session = bench_session(config, dataset, job)
     team = job.team(config.synthesis.split_class, "synthesis.split_class")
-    own = team.deal(groups_of(config, len(dataset.classes))[:groups])
-    marks = {"startup": age()}
+    todo = groups_of(config, len(dataset.classes))[:groups]
+    marks = {"startup": age(), "statistics": 0.0, "preparation": 0.0, "own": 0.0}
+    finished: dict[Group, State] = {}
 
-    clock = time.perf_counter()
-    classes = [index for group in own for index in group.classes]
-    with fresh_store():
-        found = dict(statistics.measure(session, classes)) if method.uses_statistics else {}
-    marks["statistics"] = time.perf_counter() - clock
-    marks["decoded"] = _seconds_decoded(session, classes) if method.uses_statistics else 0.0
+    @contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        clock = time.perf_counter()
+        yield
+        marks[phase] += time.perf_counter() - clock
 
-    clock = time.perf_counter()
-    prepared = [prepare(session, method, group, found) for group in own]
-    marks["preparation"] = time.perf_counter() - clock
+    def prepared(group: Group) -> tuple[Group, Prepared]:
+        with timed("statistics"):
+            found = dict(statistics.measure(session, group.classes)) if method.uses_statistics else {}
+        with timed("preparation"):
+            return group, prepare(session, method, group, found)
 
     def synthesized(group: Prepared, iterations: int) -> State:
         if group.problem is None:
@@ -119,27 +123,31 @@ def _measure(config: Config, job: Ranks, groups: int) -> dict[str, Any]:
         settings = group.problem.settings.replace({"iterations": iterations})
         return synthesize(replace(group.problem, settings=settings), State(group.images), job, team)
 
-    clock = time.perf_counter()
-    for group in prepared[:1]:
-        synthesized(group, 2)  # compiles, and fills caches
-    marks["warmup"] = time.perf_counter() - clock
+    def work(ready: tuple[Group, Prepared]) -> None:
+        with timed("own"):
+            finished[ready[0]] = synthesized(ready[1], method.synthesis().iterations)
 
-    job.barrier()  # names a rank that is gone
-    _line_up(job)
     clock = time.perf_counter()
-    finished = [synthesized(group, method.synthesis().iterations) for group in prepared]
-    marks["own"] = time.perf_counter() - clock
-    _line_up(job)
-    marks["synthesis"] = time.perf_counter() - clock
-    images = {group.index: _sha256(state, config) for group, state in zip(own, finished, strict=True)}
+    with fresh_store():
+        synthesized(prepared(todo[0])[1], 2)  # compiles, and fills caches
+    marks |= {"warmup": time.perf_counter() - clock, "statistics": 0.0, "preparation": 0.0}
+
+    def lock_file(group: Group) -> Path:
+        return folder / "locks" / f"group-{group.index:05d}"
+
+    queue = WorkQueue("groups", job, team, todo, lock_file, lambda _: False, session.stop)
+    job.barrier()
+    clock = time.perf_counter()
+    with fresh_store():
+        for position in queue.worked(prepared, work):
+            queue.release(position)
+    job.barrier()
+    marks["synthesis"] = time.perf_counter() - clock - marks["statistics"] - marks["preparation"]
+    classes = [index for group in finished for index in group.classes]
+    marks["decoded"] = _seconds_decoded(session, classes) if method.uses_statistics else 0.0
+    images = {str(group.index): _sha256(state, config) for group, state in finished.items()}
     facts = {"device": str(job.device), "precision": job.precision, "provenance": circumstances(config, job)}
     return {**marks, **facts, "images": images if _speaks(team) else {}}
-
-
-def _line_up(job: Ranks) -> None:
-    # The barrier of a run looks for lost ranks, and may return too late for a clock.
-    if job.size > 1:
-        dist.barrier()
 
 
 def _speaks(team: Team) -> bool:

@@ -14,6 +14,7 @@ from slurm.task import RANK_VARIABLES
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.launchers import Launcher, Step, last_words
+from wmdd.runtime.placement import SECRET_VARIABLE
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.signals import requested
 from wmdd.storage import cache
@@ -122,6 +123,8 @@ def study_script(profile: Profile, steps: Sequence[Step], folder: Path) -> str:
         }
     )
     exports = [f"export WMDD_CACHE={shlex.quote(str(cache.cache_root().absolute()))}"]
+    # Made on the node: others may read the script of a job.
+    exports += [f"export {SECRET_VARIABLE}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"]
     exports += [f"export {key}={_expanded(value)}" for key, value in one.env.items()]
     lines = [f"unset {' '.join(RANK_VARIABLES)}", *exports, *(_step_line(profile, step) for step in steps)]
     job = submit.parameters("wmdd-scaling", wanted, {"requeue": True})

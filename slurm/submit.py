@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import shlex
 import stat
 import sys
@@ -25,6 +26,7 @@ from wmdd.data.dataset import Dataset, load_dataset
 from wmdd.errors import InputError, WmddError
 from wmdd.runs import class_partition
 from wmdd.runs.folder import RunFolder
+from wmdd.runtime.placement import SECRET_VARIABLE
 from wmdd.storage import cache
 from wmdd.storage.files import read_json
 from wmdd.students import evaluate
@@ -233,7 +235,9 @@ def _launch(request: Request, array: Array, tasks: Sequence[Sequence[Item]], bef
     )
     executor.update_parameters(**_parameters(request, array, before))
     config = request.config.model_dump(mode="json")
-    environment = {"WMDD_CACHE": str(cache.cache_root().absolute())} | array.resources.env
+    # Only this user can read the folder of the pickles, and so the secret.
+    environment = {"WMDD_CACHE": str(cache.cache_root().absolute()), SECRET_VARIABLE: secrets.token_hex(16)}
+    environment |= array.resources.env
     common = SlurmTask(config, str(request.folder.path), array.stage, (), environment, versions())
     gpu = array.resources.gpus_per_rank > 0
     try:

@@ -79,7 +79,7 @@ def test_a_stop_between_groups_is_resumed_to_the_same_bytes(tiny: Config, tmp_pa
         if unit == "iterations" and steps == tiny.synthesis.iterations:
             signal.raise_signal(signal.SIGUSR2)
 
-    with observed_by(stop_after_one), pytest.raises(Interrupted, match="stopped before group 1"):
+    with observed_by(stop_after_one), pytest.raises(Interrupted, match="stopped before piece 2 of 4"):
         pipeline.run(config, folder.path, share=DISTIL)
     assert [folder.group_file(index).exists() for index in range(4)] == [True, False, False, False]
     assert not multiprocessing.active_children()

@@ -1,15 +1,19 @@
 """Many ranks: the same bytes, the same losses, and no rank left waiting for one that is gone."""
 
+import gc
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +37,11 @@ from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runs.folder import RunFolder
-from wmdd.runtime import memory
+from wmdd.runtime import heartbeats, memory
 from wmdd.runtime import ranks as ranks_module
 from wmdd.runtime.arithmetic import Hardware, resolve
-from wmdd.runtime.heartbeats import Peers
+from wmdd.runtime.heartbeats import PeerLost, Peers
+from wmdd.runtime.job_store import open_store
 from wmdd.runtime.placement import Placement
 from wmdd.runtime.progress_bars import observed_by
 from wmdd.runtime.ranks import Ranks, ranks
@@ -221,40 +226,210 @@ def test_teacher_and_students_train_under_ddp_and_learn_as_well(tmp_path: Path) 
     assert min(float(values.mean()) for values in accuracy.values()) > 0.7
 
 
-def test_a_rank_that_came_and_left_while_another_looked_is_not_lost() -> None:
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    looking = threading.Event()
+@pytest.fixture
+def store() -> Iterator[torch.distributed.TCPStore]:
+    """Return a store in this process."""
+    yield torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    gc.collect()  # a later test's ranks are forks, in which the end of a store would wait for its thread
 
-    class Slow:
-        """The store, to a rank that is held up between two looks at it."""
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(store, name)
+class Counted:
+    """The store, with the requests that each method sends: ``get`` and ``multi_get`` first wait for their keys."""
 
-        def add(self, key: str, amount: int) -> int:
-            count = int(store.add(key, amount))
-            if amount == 0 and not looking.is_set():
-                looking.set()
-                while not store.check(["left/1"]):
-                    time.sleep(0.01)
-            return count
+    def __init__(self, store: Any) -> None:
+        self.store, self.requests = store, 0
+        self.before: Callable[[str], None] = lambda name: None
 
-    found: list[object] = []
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.store, name)
+        if name in ("clone", "set_timeout"):
+            return method
 
-    def first() -> None:
+        def call(*arguments: Any) -> Any:
+            self.before(name)
+            self.requests += 1 + (name in ("get", "multi_get"))
+            return method(*arguments)
+
+        return call
+
+
+@contextmanager
+def joined(store: Any, rank: int, size: int, secret: str = "") -> Iterator[Peers]:
+    """Join a job in a thread, and leave it."""
+    peers = Peers(store, rank, size, lambda: False, secret)
+    try:
+        yield peers
+    finally:
+        peers.leave()
+
+
+def together(*works: Callable[[], object]) -> list[object]:
+    """Return what each function returned or raised; all run at once, in threads."""
+    found: list[object] = [None] * len(works)
+
+    def do(index: int) -> None:
         try:
-            found.append(Peers(Slow(), 0, 2, lambda: False).broadcast_from_main("value"))
+            found[index] = works[index]()
         except WmddError as error:
-            found.append(error)
+            found[index] = error
 
-    thread = threading.Thread(target=first)
-    thread.start()
-    assert looking.wait(60)
-    second = Peers(store.clone(), 1, 2, lambda: False)
-    assert second.broadcast_from_main(None) == "value"
-    second.leave()
-    thread.join()
-    assert found == ["value"]
+    threads = [threading.Thread(target=do, args=(index,), daemon=True) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a rank hangs"
+    return found
+
+
+def test_an_agreement_costs_a_rank_three_requests_however_long_it_waits(store: torch.distributed.TCPStore) -> None:
+    size = 5
+    stores = [Counted(store.clone()) for _ in range(size)]
+    late = threading.Event()
+
+    def member(rank: int) -> list[object]:
+        with joined(stores[rank], rank, size) as peers:
+            stores[rank].requests = 0
+            if rank == 3:  # the others wait longer than they would sleep between two looks
+                assert not late.wait(1.0)
+            return [peers.broadcast_from_main(f"rank {rank}"), peers.agree(rank, sum)]
+
+    assert together(*(partial(member, rank) for rank in range(size))) == [["rank 0", 10]] * size
+    assert all(0 < one.requests <= 2 * 3 for one in stores), [one.requests for one in stores]
+
+
+def test_a_rank_that_left_before_another_got_the_outcome_is_not_lost(
+    store: torch.distributed.TCPStore,
+) -> None:
+    slow = Counted(store.clone())
+    seen = threading.Event()
+
+    def first() -> object:
+        peers = Peers(store.clone(), 0, 2, lambda: False)
+        found = peers.broadcast_from_main("value")
+        peers._left.set()
+        peers._thread.join()
+        store.set("state/0", "left")  # as its leave does, which would wait for the other rank
+        return found
+
+    def second() -> object:
+        with joined(slow, 1, 2) as peers:
+
+            def until_noticed(name: str) -> None:
+                if name == "get":
+                    wait_until(lambda: peers._notice.gone == (0,))
+                    seen.set()
+
+            slow.before = until_noticed
+            return peers.broadcast_from_main(None)
+
+    assert together(first, second) == ["value", "value"] and seen.is_set()
+
+
+def test_rank_0_watches_while_it_computes_and_the_others_learn_who_is_gone(store: torch.distributed.TCPStore) -> None:
+    computing = threading.Event()
+
+    def first() -> object:
+        with joined(store.clone(), 0, 3) as peers:
+            assert computing.wait(60)  # it comes to no meeting before the others have left
+            return peers.broadcast_from_main(None)
+
+    def second() -> None:
+        with joined(store.clone(), 1, 3):
+            pass
+
+    def third() -> object:
+        try:
+            with joined(store.clone(), 2, 3) as peers:
+                return peers.broadcast_from_main(None)
+        finally:
+            computing.set()
+
+    found = together(first, second, third)
+    assert [str(error) for error in found[::2]] == [
+        f"rank {rank} of 3: rank 1 is gone; start the same command again" for rank in (0, 2)
+    ]
+
+
+def test_after_a_suspension_the_patience_with_the_others_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: now)
+    watch = heartbeats._Watch([1, 2])
+    for second in range(25):  # rank 2 is silent from the first second on
+        now += 1
+        watch.note([str(second).encode(), b"0"])
+    assert watch.notice().gone == () and watch.notice().silent == (2,)
+    now += 3600  # suspended: all states are old
+    watch.note([b"24", b"0"])
+    assert watch.notice() == heartbeats._Notice()
+    for second in range(31):
+        now += 1
+        watch.note([str(second).encode(), b"0"])
+    assert watch.notice().gone == (2,)
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_answer_is_no_reason_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a loss of power: no connection is closed, and no request is answered."""
+    monkeypatch.setattr(heartbeats, "_LOST_AFTER_SECONDS", 2.0)
+    ready, port = fork.SimpleQueue(), free_port()
+
+    def host() -> None:
+        own = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        Peers(own, 0, 2, lambda: False)
+        ready.put(True)
+        time.sleep(300)
+
+    process = fork.Process(target=host, daemon=True)
+    process.start()
+    try:
+        take(ready, 60)
+        peers = Peers(torch.distributed.TCPStore("127.0.0.1", port), 1, 2, lambda: False)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(PeerLost, match="rank 1 of 2: the rank that hosts the job's key-value store is gone"):
+            peers.ticket("groups")
+        assert peers.missing() == [0]
+        peers.leave()
+        del peers
+    finally:
+        process.kill()
+        process.join(60)
+
+
+def test_only_those_who_know_the_secret_decide_an_agreement(store: torch.distributed.TCPStore) -> None:
+    forged = heartbeats._Seal("").close("outcome/0", {"value": "skip all blocks"})
+    store.set("outcome/0", forged)
+
+    def member(rank: int) -> object:
+        with joined(store.clone(), rank, 2, "word") as peers:
+            return peers.broadcast_from_main("value")
+
+    for error in together(partial(member, 0), partial(member, 1)):
+        assert "'outcome/0' that no rank of this job wrote; set the same WMDD_JOB_SECRET" in str(error)
+
+
+def test_a_job_on_one_node_listens_on_loopback_only() -> None:
+    place = Placement(0, 1, 0, f"tcp://127.0.0.1:{free_port()}")
+    store = open_store(place, {}, timedelta(seconds=20))
+    assert isinstance(store, torch.distributed.TCPStore)
+    socket.create_connection(("127.0.0.1", store.port), 5).close()
+    with pytest.raises(OSError):  # this address reaches whoever listens on all interfaces
+        socket.create_connection(("127.0.0.2", store.port), 5)
+    del store
+    gc.collect()
+
+
+def test_teams_of_one_rank_need_no_process_group() -> None:
+    def work() -> list[bool]:
+        with ranks(ComputeConfig(device="cpu")) as job:
+            job.team(1, "test")
+            job.barrier()
+            alone = torch.distributed.is_initialized()
+            job.team(2, "test")
+            return [alone, torch.distributed.is_initialized()]
+
+    assert in_ranks(2, work) == [[False, True]] * 2
 
 
 @pytest.mark.slow
@@ -532,7 +707,6 @@ def test_torchrun_writes_what_one_process_writes_and_one_process_resumes_it_afte
     assert blocks_of(tmp_path / "two") == blocks_of(tmp_path / "one")
 
 
-def test_ranks_take_their_own_share() -> None:
-    assert [Team(index, 3, 0, 1).deal(list(range(7))) for index in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+def test_a_single_rank_agrees_with_itself() -> None:
     arithmetic = resolve(ComputeConfig(), Hardware("cpu", bf16=False))
     assert isinstance(Ranks(0, 1, torch.device("cpu"), arithmetic).broadcast_from_main([1]), list)

@@ -16,7 +16,7 @@ from wmdd.distill.barycenter.processes import Pending, solvers
 from wmdd.distill.checkpoints import finished_group
 from wmdd.distill.groups import distill_group, submitted
 from wmdd.distill.methods import base, registry
-from wmdd.errors import InputError, Interrupted, WmddError
+from wmdd.errors import InputError, WmddError
 from wmdd.records.provenance import provenance
 from wmdd.runs.class_partition import Block, Group, is_spread
 from wmdd.runs.folder import RunFolder
@@ -154,26 +154,16 @@ def _distilled(
         train.decoders(config.compute.workers) as decode,
     ):
 
-        def measure_next() -> tuple[int, tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]] | None:
-            claimed = queue.next()
-            if claimed is None:
-                return None
-            position, group = claimed
+        def measured_group(group: Group) -> tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]:
             own = group.classes if method.uses_statistics else ()
             with within_memory(ranks.device, "lower statistics.batch_size"):
                 found = team.together(lambda: dict(statistics.measure(session, own, measured, decode)))
-            return position, (group, found, submitted(session, method, group, found, submit))
+            return group, found, submitted(session, method, group, found, submit)
 
-        # ``ready`` is released before the group after ``following`` is measured, so that memory never holds three.
-        ready = measure_next()
-        while ready:
-            position, group = ready[0], ready[1][0]
-            if any(team.anyone(session.stop())):
-                raise Interrupted(f"stopped before group {group.index}")
-            following = measure_next() if queue.ahead else None
-            distill_group(session, folder, method, team, *ready[1], optimized)
-            yield position, group
-            ready = following or measure_next()
+        for position in queue.worked(
+            measured_group, lambda ready: distill_group(session, folder, method, team, *ready, optimized)
+        ):
+            yield position, todo[position]
 
 
 def _assemble_once(session: Session, folder: RunFolder, method: base.Method, block: Block) -> None:

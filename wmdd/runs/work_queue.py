@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -20,6 +20,7 @@ _END, _WAIT = -1, -2
 """Values that the first rank of a team sends to the others instead of the position of an item."""
 
 Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 
 
 class WorkQueue(Generic[Item]):
@@ -79,6 +80,34 @@ class WorkQueue(Generic[Item]):
                 self._left = min(self._left, len(self._items) - position - 1)
                 return position, self._items[position]
             time.sleep(_POLL_SECONDS)
+
+    def worked(self, prepare: Callable[[Item], Prepared], work: Callable[[Prepared], object]) -> Iterator[int]:
+        """Prepare and do the items that this team gets; yield the position of each item that is done.
+
+        The next item is prepared before the current one is done, unless an idle team could take it. At most two
+        prepared items are held.
+
+        Args:
+            prepare: returns what ``work`` needs.
+            work: does an item.
+
+        Raises:
+            Interrupted: a stop was requested.
+        """
+
+        def take() -> tuple[int, Prepared] | None:
+            claimed = self.next()
+            return None if claimed is None else (claimed[0], prepare(claimed[1]))
+
+        ready = take()
+        while ready:
+            if any(self._team.anyone(self._stop())):
+                raise Interrupted(f"stopped before piece {ready[0] + 1} of {len(self._items)} of the work")
+            following = take() if self.ahead else None
+            work(ready[1])
+            yield ready[0]
+            # The current item is released before the item after ``following`` is prepared.
+            ready = following or take()
 
     def release(self, position: int) -> None:
         """Release the lock of a finished item."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from wmdd.errors import InputError
 
+SECRET_VARIABLE = "WMDD_JOB_SECRET"  # noqa: S105
+"""Environment variable with a random word that only the processes of a job know.  It signs what the ranks agree on."""
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _FIRST_PORT, _PORTS = 16384, 16384
 """Ports of jobs started by srun: below the ephemeral ports of Linux, which begin at 32768."""

@@ -1,12 +1,11 @@
 """The ranks of a job, with their device and arithmetic."""
 
 import itertools
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from wmdd.config.schema import ComputeConfig
 from wmdd.errors import InputError, Interrupted, WmddError, tell
 from wmdd.runtime.arithmetic import Arithmetic, applied, hardware_of, resolve
 from wmdd.runtime.heartbeats import PeerLost, Peers, describe
+from wmdd.runtime.job_store import open_store, secret_of
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.placement import Placement, choose_device, placement_of
 from wmdd.runtime.team import T, Team
@@ -41,7 +41,8 @@ class Ranks:
     """Arithmetic, the same on all ranks of the job"""
     peers: Peers | None = None
     """Communication with the other ranks; None when there is only one rank"""
-    _groups: dict[int, list[Any]] = field(default_factory=dict)
+    groups: "ProcessGroups | None" = None
+    """Process groups of teams; None when there is only one rank"""
 
     @property
     def precision(self) -> str:
@@ -96,12 +97,12 @@ class Ranks:
                 f"{key} = {size} does not divide the job's {self.size} ranks; start it with torchrun"
                 f" --nproc-per-node {size}, or set {key}=1"
             )
-        if size > 1 and size not in self._groups:
-            self._groups[size] = [
-                dist.new_group(list(range(i, i + size)), _PATIENCE) for i in range(0, self.size, size)
-            ]
+        group = None
+        if size > 1 and self.groups is not None:
+            self.barrier()  # names a rank that is gone, and waits without a time limit
+            group = self.groups.of_team(size)
         index, rank = divmod(self.rank, size)
-        return Team(index, self.size // size, rank, size, self._groups[size][index] if size > 1 else None)
+        return Team(index, self.size // size, rank, size, group)
 
     def autocast(self) -> torch.autocast:
         """Return the context for networks: bf16 autocast, or a context without effect at other precisions."""
@@ -141,10 +142,10 @@ def ranks(
         arithmetic = resolve(compute, hardware_of(device))
         with (
             applied(arithmetic),
-            _joined(here, device, stop) if here.size > 1 else nullcontext() as peers,
+            _joined(here, device, stop) if here.size > 1 else nullcontext((None, None)) as (peers, groups),
             within_memory(device),
         ):
-            job = Ranks(here.rank, here.size, device, arithmetic, peers)
+            job = Ranks(here.rank, here.size, device, arithmetic, peers, groups)
             _refuse_unlike(job)
             yield job
 
@@ -202,21 +203,17 @@ _MAX_GRAPHS = 256
 
 
 @contextmanager
-def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> Iterator[Peers]:
+def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> Iterator[tuple[Peers, "ProcessGroups"]]:
     """Meet the other ranks of the job.  At the end leave the job, so that no rank waits for this one."""
     if here.by_srun and here.rank == 0:
         logger.info(f"one run on the {here.size} tasks that srun started, which meet at {here.meeting}")
-    try:
-        store, *_ = next(dist.rendezvous(here.meeting, here.rank, here.size, timeout=_PATIENCE))
-        dist.init_process_group(store=store, rank=here.rank, world_size=here.size, **_group_options(device))
-    except (dist.DistError, TimeoutError) as error:
-        # NCCL gives the cause in its last line, other backends in their first.
-        cause = str(error).rpartition("Last error:\n")[2].partition("\n")[0]
-        raise WmddError(f"rank {here.rank} of {here.size}: the ranks do not meet ({here.meeting}): {cause}") from error
-    peers = Peers(dist.PrefixStore("peers", store), here.rank, here.size, stop)
+    with _meeting(here):
+        store = open_store(here, os.environ, _PATIENCE)
+        groups = ProcessGroups(store.clone(), here, device)
+        peers = Peers(dist.PrefixStore("peers", store), here.rank, here.size, stop, secret_of(os.environ))
     failure: BaseException | None = None
     try:
-        yield peers
+        yield peers, groups
     except BaseException as error:
         failure = error
         # A lost rank breaks collectives, or makes the launcher stop all ranks.  Name the lost rank.
@@ -229,7 +226,65 @@ def _joined(here: Placement, device: torch.device, stop: Callable[[], bool]) -> 
         raise
     finally:
         peers.leave(stopped=isinstance(failure, Interrupted))
-        if _aborts(device.type, failed=failure is not None):
+        groups.close(failed=failure is not None)
+
+
+@contextmanager
+def _meeting(here: Placement) -> Iterator[None]:
+    """Turn a failure to meet the other ranks into one line.
+
+    Raises:
+        WmddError: the ranks do not meet.
+    """
+    try:
+        yield
+    except (dist.DistError, OSError) as error:
+        # NCCL gives the cause in its last line, other backends in their first.
+        cause = str(error).rpartition("Last error:\n")[2].partition("\n")[0]
+        raise WmddError(f"rank {here.rank} of {here.size}: the ranks do not meet ({here.meeting}): {cause}") from error
+
+
+class ProcessGroups:
+    """Process groups (gloo, NCCL) of the teams of a job.  None exists before the first team of several ranks.
+
+    Args:
+        store: key-value store of the job, for these groups alone.
+        here: placement of this process.
+        device: device of this rank.
+    """
+
+    def __init__(self, store: dist.Store, here: Placement, device: torch.device) -> None:
+        self._store, self._here, self._device = store, here, device
+        self._groups: dict[int, Any] = {}
+        self._begun = False
+
+    def of_team(self, size: int) -> Any:
+        """Return the process group of this rank's team of ``size`` consecutive ranks; all ranks must call it.
+
+        Raises:
+            WmddError: the ranks do not meet.
+        """
+        here = self._here
+        if size not in self._groups:
+            with _meeting(here):
+                if not self._begun:
+                    self._begun = True
+                    options = _group_options(self._device)
+                    dist.init_process_group(store=self._store, rank=here.rank, world_size=here.size, **options)
+                first = here.rank - here.rank % size
+                own = list(range(first, first + size))
+                self._groups[size] = dist.new_group(own, _PATIENCE, use_local_synchronization=True)
+        return self._groups[size]
+
+    def close(self, failed: bool) -> None:
+        """Destroy the process groups.
+
+        Args:
+            failed: whether this rank leaves because of an error.
+        """
+        if not self._begun or not dist.is_initialized():
+            return
+        if _aborts(self._device.type, failed):
             dist.distributed_c10d._abort_process_group()
         else:
             dist.destroy_process_group()
@@ -257,16 +312,18 @@ def _refuse_unlike(job: Ranks) -> None:
     Raises:
         InputError: two ranks have different arithmetics.
     """
-    if job.size == 1:
+    if job.peers is None:
         return
-    own = json.dumps(job.arithmetic.facts).encode()
-    sent = torch.zeros(256, dtype=torch.uint8)
-    sent[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-    everyone = Team(0, 1, job.rank, job.size)
-    found = [Arithmetic(**json.loads(bytes(one.tolist()).rstrip(b"\0"))) for one in everyone.gather(sent)]
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise InputError(
-                f"the ranks compute differently: rank 0 in {found[0]}, rank {rank} in {other}; use nodes of one kind,"
-                f" or set {found[0].keys_unlike(other)}"
-            )
+
+    def first_unlike(found: list[dict[str, Any]]) -> list[Any]:
+        """Return the first rank that differs from rank 0, with its arithmetic and that of rank 0."""
+        rank = next((rank for rank, facts in enumerate(found) if facts != found[0]), 0)
+        return [rank, found[rank], found[0]]
+
+    rank, *both = job.peers.agree(job.arithmetic.facts, first_unlike)
+    if rank:
+        other, main = (Arithmetic(**facts) for facts in both)
+        raise InputError(
+            f"the ranks compute differently: rank 0 in {main}, rank {rank} in {other}; use nodes of one kind,"
+            f" or set {main.keys_unlike(other)}"
+        )

@@ -1,6 +1,6 @@
 """Teams: ranks that share one student or one class."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,10 +25,6 @@ class Team:
     size: int
     group: Any = None
     """Process group of the team; None for a team of one rank"""
-
-    def deal(self, items: Sequence[T]) -> list[T]:
-        """Return this team's items: every ``count``-th item."""
-        return list(items[self.index :: self.count])
 
     def own(self, start: int, stop: int) -> slice:
         """Return this rank's rows of the batch from ``start`` to ``stop``: every ``size``-th row."""
