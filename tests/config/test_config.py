@@ -128,6 +128,7 @@ OTHER: dict[str, Any] = {
     "labels.encoding": "int8",
     "labels.teacher_mode": "batch",
     "labels.loss": "mse-ce",
+    "synthesis.feature_target": "mean",
     "labels.mix": "none",
     "student.cosine_stretch": 2.0,
     "student.networks": ["convnet3x64"],

@@ -17,7 +17,9 @@ from wmdd.config.loading import load_config
 from wmdd.config.schema import Config, RdedConfig
 from wmdd.data.dataset import load_dataset
 from wmdd.data.pixels import quantize
+from wmdd.distill import statistics
 from wmdd.distill.barycenter.solve import barycenter, w2_squared
+from wmdd.distill.groups import prepare
 from wmdd.distill.methods import rded, registry
 from wmdd.distill.methods.base import ClassData
 from wmdd.distill.methods.selection import Herding, KCenter, Medoids
@@ -29,6 +31,8 @@ from wmdd.records.files import read_records
 from wmdd.runs import class_partition
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runs.folder import RunFolder
+from wmdd.runtime.ranks import ranks
+from wmdd.session import open_session
 
 
 def features_of_a_class(seed: int, images: int = 60, size: int = 6) -> Tensor:
@@ -108,7 +112,7 @@ def test_every_method_is_listed_with_a_summary_of_its_own() -> None:
     assert len(set(summaries.values())) == len(summaries) and min(map(len, summaries.values())) > 30
 
 
-@pytest.mark.parametrize("method", ["sre2l", "cda", "herding", "k-center", "medoids", "rded"])
+@pytest.mark.parametrize("method", ["sre2l", "cda", "fadrm", "edc", "herding", "k-center", "medoids", "rded"])
 def test_blocks_change_no_byte_of_any_method(
     tiny: Config, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +254,38 @@ def test_sre2l_and_cda_have_their_published_settings(
     assert settings.jitter == {"imagenet-1k": 32, "tiny-imagenet": 9}[source]
     assert (settings.iterations, settings.lr, settings.flip) == (77, 0.5, False)
     assert not made.uses_statistics
+
+
+def test_the_descendants_of_sre2l_differ_from_it_as_published() -> None:
+    config = load_config("tiny-imagenet", ["synthesis.iterations=77"])
+    made = {name: registry.create(config, name) for name in ("sre2l", "sre2l++", "fadrm", "edc")}
+    settings = {name: one.synthesis().model_dump() for name, one in made.items()}
+    unlike = {
+        name: {key: value for key, value in own.items() if value != settings["sre2l"][key]}
+        for name, own in settings.items()
+    }
+    assert unlike["sre2l++"] == {"start": "patch"}
+    assert unlike["fadrm"] == {"start": "patch", "injections": 3}
+    assert unlike["edc"] == {"start": "patch", "bn_class_share": 0.5}
+    assert len({one.objective() for one in made.values()}) == 1
+    assert made["edc"].uses_statistics and not made["fadrm"].uses_statistics
+
+
+def test_edc_blends_the_running_moments_with_those_of_the_classes(tiny: Config) -> None:
+    config = tiny.replace({"method": "edc", "sre2l.class_share": 0.25})
+    dataset = load_dataset(config.data)
+    with ranks(config.compute, lambda: False) as job:
+        session = open_session(config, dataset, job, lambda: False)
+        classes = tuple(range(len(dataset.classes)))
+        found = dict(statistics.measure(session, classes))
+        group = class_partition.Group(0, classes, (0, 1))
+        problem = prepare(session, registry.create(config), group, found).problem
+        assert problem is not None
+        target, running = problem.target, session.teacher.network.running_moments()
+    shown = {"mean": [found[index].mean for index in classes], "within": [found[index].within for index in classes]}
+    for got, before, own in ((target.mean, running[0], shown["mean"]), (target.variance, running[1], shown["within"])):
+        expected = 0.75 * before.double() + 0.25 * sum(one.double() for one in own) / len(own)
+        assert got.shape == (1, len(before)) and torch.allclose(got[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def class_of_shades(folder: Path, resolution: int, shades: int, ipc: int) -> ClassData:

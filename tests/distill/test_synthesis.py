@@ -55,10 +55,27 @@ def test_upstream_objective_equals_the_reference(classifier: nn.Module, images: 
         assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.6, 0.3, 0.1])])
+def test_mean_matching_compares_the_weighted_means_of_each_class(
+    classifier: nn.Module, images: Tensor, weights: Tensor | None
+) -> None:
+    target, plain = targets(classifier, weights)
+    network = FrozenNetwork(classifier)
+    found = evaluate(Objective(1.0, 0.0, 0.0, feature_mean=True), network(images), target, network.layer_sizes).feature
+    features = network(images).features.double()
+    expected = 0.0
+    for number, one in enumerate(plain):
+        own = features[COUNT * number : COUNT * (number + 1)]
+        means = [sum(float(w) * row for w, row in zip(one.weights, rows, strict=True)) for rows in (own, one.atoms)]
+        expected += float(((means[0] - means[1]) ** 2).sum())
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "objective",
     [
         Objective(1.0, 5.0, 0.3),
+        Objective(1.0, 5.0, 0.3, feature_mean=True),
         Objective(1.0, 5.0, 0.3, squared=False, bn_first=3.0),
         Objective(0.0, 5.0, 1.0, per_class=False, bn_first=3.0),
     ],
@@ -123,7 +140,12 @@ def _matched_after(seen: Any, target: Target, where: Tensor) -> Target:
 
 
 def plain_synthesis(
-    classifier: nn.Module, start: Tensor, target: list[Any], settings: SynthesisConfig, seed: Any
+    classifier: nn.Module,
+    start: Tensor,
+    target: list[Any],
+    settings: SynthesisConfig,
+    seed: Any,
+    injections: tuple[int, ...],
 ) -> Tensor:
     """Return the images of a plain loop over the reference's loss, in float64."""
     draws = _schedule(settings, len(start), 16, seed)
@@ -132,6 +154,9 @@ def plain_synthesis(
     optimizer = torch.optim.Adam([images], lr=settings.lr, betas=settings.betas)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations)
     for iteration in range(settings.iterations):
+        if iteration in injections:
+            images.data.mul_(0.5).add_(start, alpha=0.5)
+            optimizer.state.clear()
         box, flip, shift = (value[iteration, 0].tolist() for value in vars(draws).values())
         seen = reference.augmented(images, box, flip, shift)
         optimizer.zero_grad()
@@ -143,8 +168,9 @@ def plain_synthesis(
     return images.detach()
 
 
+@pytest.mark.parametrize("injections", [(), (8, 16)])
 def test_a_whole_trajectory_equals_the_plain_loop_in_float64(
-    classifier: nn.Module, images: Tensor, alone: Ranks
+    classifier: nn.Module, images: Tensor, alone: Ranks, injections: tuple[int, ...]
 ) -> None:
     # In float64, because Adam amplifies the rounding of fp32.
     classifier = classifier.double()
@@ -154,23 +180,24 @@ def test_a_whole_trajectory_equals_the_plain_loop_in_float64(
     for one in plain:
         one.atoms, one.weights = one.atoms.double(), one.weights.double()
         one.means, one.variances = [x.double() for x in one.means], [x.double() for x in one.variances]
-    settings = SynthesisConfig(iterations=25, lr=0.05, jitter=3, bn_weight=2.0)
+    settings = SynthesisConfig(iterations=25, lr=0.05, jitter=3, bn_weight=2.0, injections=len(injections))
     limits = torch.full((3, 1, 1), -2.0, dtype=torch.float64), torch.full((3, 1, 1), 2.0, dtype=torch.float64)
-    problem = Problem(FrozenNetwork(classifier), Objective.from_settings(settings), target, settings, limits, (0, "g"))
+    network, objective = FrozenNetwork(classifier), Objective.from_settings(settings)
+    problem = Problem(network, objective, target, settings, limits, (0, "g"), images.double())
     own = synthesize(problem, State(images.double()), alone)
-    expected = plain_synthesis(classifier, images.double(), plain, settings, (0, "g"))
+    expected = plain_synthesis(classifier, images.double(), plain, settings, (0, "g"), injections)
     assert (own.images - expected).abs().max() < 1e-7
     assert own.curve["total"][0] > own.curve["total"][-1]
 
 
-@pytest.fixture
-def problem(classifier: nn.Module) -> Problem:
+@pytest.fixture(params=[0, 2], ids=["", "injections"])
+def problem(classifier: nn.Module, images: Tensor, request: pytest.FixtureRequest) -> Problem:
     """Return what a group is optimized for in 12 iterations."""
     target, _ = targets(classifier)
-    settings = SynthesisConfig(iterations=12, lr=0.05)
+    settings = SynthesisConfig(iterations=12, lr=0.05, injections=request.param)
     limits = torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)
     objective = Objective.from_settings(settings)
-    return Problem(FrozenNetwork(classifier), objective, target, settings, limits, (0, "group"))
+    return Problem(FrozenNetwork(classifier), objective, target, settings, limits, (0, "group"), images.clone())
 
 
 def test_an_interrupted_synthesis_ends_in_the_same_bytes(problem: Problem, images: Tensor, alone: Ranks) -> None:

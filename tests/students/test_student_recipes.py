@@ -96,6 +96,13 @@ def plainly(config: Config, distilled: DistilledSet, classifier: nn.Module) -> d
                 if chosen.loss == "kl":
                     p, q = (torch.softmax(values[row] / chosen.temperature, 0) for values in (wanted, logits))
                     loss = loss + (kept + taken) * chosen.temperature**2 * (p * (p / q).log()).sum()
+                elif chosen.loss == "gift":
+                    mix = torch.full((5,), 0.1 / 5)
+                    mix[distilled.labels[own]] += 0.9 * batch.share
+                    mix[distilled.labels[other]] += 0.9 * (1 - batch.share)
+                    goal = wanted[row] / wanted[row].norm() + 0.1 * mix / mix.norm()
+                    cosine = (logits[row] @ goal) / (logits[row].norm() * goal.norm())
+                    loss = loss + (kept + taken) * (1 - cosine)
                 else:
                     loss = loss + (kept + taken) * ((logits[row] - wanted[row]) ** 2).sum() / 5
                     of_class = -torch.log_softmax(logits[row], 0)[distilled.labels[torch.stack([own, other])]]
@@ -117,6 +124,7 @@ def flat(state: dict[str, Tensor]) -> Tensor:
     [
         ["labels.teacher_mode=batch"],
         ["labels.loss=mse-ce", "labels.ce_weight=0.3"],
+        ["labels.loss=gift"],
         ["student.ema=0.7"],
         [*ALL, "labels.weighted=true", "labels.mix=mixup"],
     ],

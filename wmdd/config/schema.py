@@ -181,13 +181,22 @@ class SynthesisConfig(Section, decides=Decides("images")):
     """Peak learning rate of Adam on the normalized images, under a cosine schedule to zero."""
     betas: tuple[Fraction, Fraction] = (0.5, 0.9)
     """Adam's betas."""
-    start: Literal["noise", "real"] = "noise"
-    """Initial images: Gaussian noise, or the real image nearest to each atom."""
+    start: Literal["noise", "real", "patch"] = "noise"
+    """Initial images. ``noise``: Gaussian noise. ``real``: the real image nearest to each atom. ``patch``: the crops of
+    real images that the teacher finds most typical, chosen as by ``rded``, one crop for each image."""
+    injections: Count = 0
+    """Number of residual injections (FADRM): they cut the iterations into ``injections`` + 1 equal parts. At the end of
+    each part but the last, the images become α·images + (1 − α)·start images, and Adam begins afresh."""
+    injection_keep: Fraction = 0.5
+    """Share α of the images that an injection keeps."""
     norm: Literal["squared", "euclidean"] = "squared"
     """Distance. ``squared``: squared distances, summed over classes (the paper). ``euclidean``: norms as in the public
     code, one over the group for features, and the mean over classes for BatchNorm."""
     feature_weight: Weight = 1.0
     """Weight f of the feature term: the distance between features and atoms."""
+    feature_target: Literal["atoms", "mean"] = "atoms"
+    """Target of the features. ``atoms``: each image matches one atom. ``mean``: the weighted mean of a class's images
+    matches the weighted mean of its atoms."""
     bn_weight: Weight = 100.0
     """Weight λ of the BatchNorm term; usually 10 to 1000."""
     bn_first_weight: Weight = 1.0
@@ -195,6 +204,10 @@ class SynthesisConfig(Section, decides=Decides("images")):
     bn_target: Literal["class", "global"] = "class"
     """BatchNorm target. ``class``: the moments of each class (PCBN). ``global``: the teacher's running statistics,
     matched over the whole group."""
+    bn_class_share: Fraction = 0.0
+    """Share of the classes' own moments in the global BatchNorm target (EDC: 0.5). The target is then
+    (1 − share)·running moments + share·mean of the class moments; the variance of a class is the mean of its images'
+    variances. It has no effect on the target ``class``."""
     bn_variance: Literal["total", "matched"] = "total"
     """Target variance. ``total``: the variance of the class. ``matched``: the variance that K images can have,
     within + between·(1 − Σ w²)."""
@@ -224,7 +237,8 @@ class SynthesisConfig(Section, decides=Decides("images")):
 
 
 class Sre2lConfig(Section, decides=Decides("images")):
-    """The published constants of ``sre2l`` and ``cda``; iterations, learning rate and mirroring are ``synthesis``'s."""
+    """The published constants of ``sre2l`` and its descendants ``cda``, ``sre2l++``, ``fadrm`` and ``edc``; iterations,
+    learning rate and mirroring are ``synthesis``'s."""
 
     bn_weight: Weight | None = None
     """Weight of the BatchNorm term. None: as published, 0.01, but on Tiny-ImageNet 1 for ``sre2l`` and 0.05 for
@@ -245,6 +259,12 @@ class Sre2lConfig(Section, decides=Decides("images")):
     """Of ``cda``: share of the iterations over which the smallest crop shrinks from the whole image."""
     jitter: Count | None = None
     """Images are rolled by up to this many pixels. None: a seventh of the side, 32 px of 224."""
+    injections: Count = 3
+    """``fadrm``: number of residual injections, published as 3 (4 parts) or 1."""
+    injection_keep: Fraction = 0.5
+    """``fadrm``: share of the images that an injection keeps."""
+    class_share: Fraction = 0.5
+    """``edc``: share of the classes' own moments in the BatchNorm target."""
 
 
 class RdedConfig(Section, decides=Decides("images")):
@@ -281,10 +301,11 @@ class LabelsConfig(Section, decides=Decides("labels")):
     teacher_mode: Literal["eval", "batch"] = "eval"
     """BatchNorm statistics of the teacher when it labels. ``eval``: its running statistics. ``batch``: the statistics
     of each mixed batch over all ranks (batch-specific labels of CV-DD and FADRM)."""
-    loss: Annotated[Literal["kl", "mse-ce"], Decides("students")] = "kl"
+    loss: Annotated[Literal["kl", "mse-ce", "gift"], Decides("students")] = "kl"
     """Loss of soft labels. ``kl``: KL divergence at ``temperature``, times T². ``mse-ce`` (EDC): squared error of the
     logits, mean over classes, plus ``ce_weight`` times the cross-entropy with both classes of a mix. EDC's code uses
-    only the image's own class. ``mse-ce`` needs all logits, so it does not work with ``topk``."""
+    only the image's own class. ``gift`` (GIFT): one minus the cosine between the student's logits and the teacher's,
+    refined by the smoothed classes. ``mse-ce`` and ``gift`` need all logits, so they do not work with ``topk``."""
     ce_weight: Annotated[Weight, Decides("students")] = 0.025
     """Weight of the cross-entropy in the loss ``mse-ce``."""
     temperature: Annotated[Rate, Decides("students")] = 20.0
@@ -299,9 +320,9 @@ class LabelsConfig(Section, decides=Decides("labels")):
     """Parameter α of the mixing ratio's distribution, Beta(α, α)."""
 
     @model_validator(mode="after")
-    def _squared_errors_need_all_logits(self) -> "LabelsConfig":
-        if self.loss == "mse-ce" and self.encoding == "topk":
-            raise ValueError("labels.loss = mse-ce needs all logits; use labels.encoding=fp16 or int8, not topk")
+    def _losses_of_logits_need_all_logits(self) -> "LabelsConfig":
+        if self.loss != "kl" and self.encoding == "topk":
+            raise ValueError(f"labels.loss = {self.loss} needs all logits; use labels.encoding=fp16 or int8, not topk")
         return self
 
 

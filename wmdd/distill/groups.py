@@ -119,6 +119,7 @@ def prepare(
             settings,
             pixel_range(config.data),
             (config.seed, "group", *names, *part),
+            own(start) if settings.injections else None,
         )
     w2 = {name: plan.w2 for name, plan in zip(names, plans.values(), strict=True) if plan.w2 is not None}
     return Prepared(names, own(start), own(labels), weights[:, low:high], w2, problem)
@@ -127,11 +128,17 @@ def prepare(
 def _moments(
     session: Session, method: base.Method, classes: Sequence[int], found: StatisticsByClass, counted: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the target BatchNorm means and variances: per class [G, M], or the teacher's running moments [1, M]."""
+    """Return the target BatchNorm means and variances: per class [G, M], or the teacher's running moments [1, M].
+
+    With ``bn_class_share``, the running moments are blended with the mean of the class moments (EDC, Shao et al. 2024).
+    """
     objective, settings = method.objective(), method.synthesis()
     if objective is None or not objective.per_class:
-        mean, variance = session.teacher.network.running_moments()
-        return mean[None].cpu(), variance[None].cpu()
+        mean, variance = (values[None].cpu() for values in session.teacher.network.running_moments())
+        if share := settings.bn_class_share:
+            mean = mean.lerp(torch.stack([found[index].mean for index in classes]).mean(0), share)
+            variance = variance.lerp(torch.stack([found[index].within for index in classes]).mean(0), share)
+        return mean, variance
     matched = settings.bn_variance == "matched"
     variances = [found[index].variance(weights, matched) for index, weights in zip(classes, counted, strict=True)]
     return torch.stack([found[index].mean for index in classes]), torch.stack(variances)

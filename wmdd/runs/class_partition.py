@@ -10,7 +10,7 @@ SPREAD_CLASSES = 100
 """Number of classes in a span of spread groups: that of a published batch (SRe2L, CDA)."""
 GROUP_IMAGES = 100
 """Number of images in a group, unless the config sets the number of classes."""
-GLOBAL_TARGETS = frozenset({"barycenter-global", "ce-global", "sre2l", "cda"})
+GLOBAL_TARGETS = frozenset({"barycenter-global", "ce-global", "sre2l", "cda", "sre2l++", "fadrm", "edc"})
 """Shipped methods that match the teacher's running statistics, which belong to all classes together."""
 
 
@@ -40,7 +40,9 @@ class Block:
 def is_spread(config: Config) -> bool:
     """Return whether a group has a few images of many classes, instead of all images of a few classes."""
     chosen = config.synthesis.grouping
-    is_global = config.method in GLOBAL_TARGETS or (config.method == "wmdd" and config.synthesis.bn_target == "global")
+    is_global = config.method in GLOBAL_TARGETS or (
+        config.method in ("wmdd", "dm") and config.synthesis.bn_target == "global"
+    )
     return is_global if chosen == "method" else chosen == "spread"
 
 

@@ -1,4 +1,4 @@
-"""The losses of students: hard labels, soft labels, squared error."""
+"""The losses of students: hard labels, soft labels, squared error, cosine."""
 
 from torch import Tensor
 from torch.nn import functional
@@ -53,3 +53,37 @@ def squared_error(logits: Tensor, wanted: Tensor, importance: Tensor | None = No
     """Return the squared error between logits, mean over classes, summed over images (Shao et al. 2024, EDC)."""
     errors = functional.mse_loss(logits, wanted, reduction="none").mean(1)
     return errors.sum() if importance is None else errors @ importance
+
+
+GIFT_SHARE = 0.1
+"""Length of the smoothed classes in GIFT's target; the teacher's logits have length 1"""
+GIFT_SMOOTHING = 0.1
+"""Label smoothing of these classes"""
+
+
+def gift_loss(
+    logits: Tensor, wanted: Tensor, classes: Tensor, batch: batches.Batch, team: Team, importance: Tensor | None = None
+) -> Tensor:
+    """Return one minus the cosine to GIFT's target, summed over images (Shang et al. 2024).
+
+    The target is the sum of the teacher's logits at length 1 and the smoothed classes of the mix at length 0.1.
+
+    Args:
+        logits: student's logits of this rank's images, [b, C].
+        wanted: teacher's logits, [b, C].
+        classes: class of every image of the set, [N] int64.
+        batch: the mixed batch.
+        team: ranks that share the batch.
+        importance: weight of each mixed image, [b]; None for equal weights.
+    """
+
+    def smoothed(images: Tensor) -> Tensor:
+        hot = functional.one_hot(team.shard(classes[images]), wanted.shape[1]).to(wanted)
+        return (1 - GIFT_SMOOTHING) * hot + GIFT_SMOOTHING / wanted.shape[1]
+
+    mix = batch.share * smoothed(batch.images)
+    if batch.share < 1:
+        mix = mix + (1 - batch.share) * smoothed(batch.images[batch.partners])
+    target = functional.normalize(wanted, dim=1) + GIFT_SHARE * functional.normalize(mix, dim=1)
+    distance = 1 - functional.cosine_similarity(logits, target, dim=1)
+    return distance.sum() if importance is None else distance @ importance

@@ -23,7 +23,7 @@ from wmdd.runtime.seeding import seed_of
 from wmdd.runtime.team import Team
 from wmdd.session import Session
 from wmdd.students import batches, soft_labels
-from wmdd.students.losses import hard_loss, importance_of, mixed, soft_loss, squared_error
+from wmdd.students.losses import gift_loss, hard_loss, importance_of, mixed, soft_loss, squared_error
 from wmdd.students.tasks import (
     StudentTask,
     config_for_view,
@@ -66,8 +66,8 @@ def train(
 
     The optimizer is AdamW, with a (smoothed) cosine schedule per epoch. The loss of the regime ``hard`` is the
     cross-entropy with the mixed classes. Other regimes use the teacher's logits for the same mixed batch
-    (``labels.loss``): KL divergence at temperature T, times T², or squared error. Initialization and batches depend on
-    the student's seed alone, so students of one seed on different sets are pairs.
+    (``labels.loss``): KL divergence at temperature T, times T², squared error, or cosine. Initialization and batches
+    depend on the student's seed alone, so students of one seed on different sets are pairs.
 
     Args:
         session: session of the run. Its config is the recipe; its teacher labels the batches of soft regimes. A stop
@@ -179,6 +179,8 @@ def train(
                     shares = None if importance is None else team.shard(mixed(importance, batch))
                     if config.labels.loss == "kl":
                         loss = soft_loss(logits.float(), wanted, config.labels.temperature, shares)
+                    elif config.labels.loss == "gift":
+                        loss = gift_loss(logits.float(), wanted, classes, batch, team, shares)
                     else:
                         entropy = hard_loss(logits.float(), classes, batch, team, importance)
                         loss = squared_error(logits.float(), wanted, shares) + config.labels.ce_weight * entropy

@@ -6,6 +6,7 @@ import torch
 
 from wmdd.config.schema import BarycenterConfig, SynthesisConfig
 from wmdd.distill.methods.base import ClassData, ClassPlan, Method
+from wmdd.distill.methods.rded import best_crops
 from wmdd.distill.synthesis.objective import Objective
 
 
@@ -26,12 +27,14 @@ class Wmdd(Method):
         return self.config.barycenter if matched or self.synthesis().start == "real" else None
 
     def prepare(self, data: ClassData) -> ClassPlan:
-        """Start from noise, or from the real images nearest to the atoms."""
+        """Start from noise, from the real images nearest to the atoms, or from the surest crops of real images."""
         atoms = data.atoms
         resolution, channels = self.config.data.resolution, self.config.data.channels
         if self.synthesis().start == "noise":
             shape = (self.config.ipc, channels, resolution, resolution)
             images = torch.randn(shape, generator=data.generator("start"))
+        elif self.synthesis().start == "patch":
+            images = best_crops(data, resolution, self.config.ipc)
         elif atoms is not None:
             images = data.decode(atoms.images.tolist())
         else:
@@ -46,6 +49,18 @@ class StartOnly(Wmdd):
 
     def objective(self) -> None:
         """Return None: the images are not optimized."""
+
+
+class MeanMatching(Wmdd):
+    """Ablation: the weighted mean of a class's features instead of its barycenter's atoms (DM, Zhao & Bilen 2023).
+
+    Start images, weights and BatchNorm moments are those of ``wmdd``. Set ``synthesis.bn_weight=0`` to match the means
+    of features alone.
+    """
+
+    def objective(self) -> Objective:
+        """Return the config's objective with means of features."""
+        return replace(Objective.from_settings(self.synthesis()), feature_mean=True)
 
 
 class Noise(Wmdd):

@@ -26,23 +26,25 @@ class RDED(Method):
 
     def prepare(self, data: ClassData) -> ClassPlan:
         """Draw, score and stitch the crops."""
-        side, own = self.config.data.resolution, self.config.rded
-        factor = 2 if side >= own.stitched_from and side % 2 == 0 else 1
-        needed = self.config.ipc * factor**2
-        source = data.generator("rded")
-        images = data.decode(torch.randperm(data.count, generator=source)[: own.candidates].tolist())
-        rounds = max(own.crops, -(-needed // len(images)))
-        tiles, scores = [], []
-        for _ in range(rounds):
-            crops = torch.stack([_crop(image, side // factor, own.smallest_crop, source) for image in images])
-            margin = side - side // factor
-            before, after = margin // 2, margin - margin // 2
-            seen = data.observe(functional.pad(crops, (before, after, before, after)))
-            classes = torch.full((len(crops),), data.index)
-            tiles.append(crops)
-            scores.append(functional.cross_entropy(seen.logits, classes, reduction="none"))
-        best = rank(torch.stack(scores))[:needed]
-        return ClassPlan(stitch(torch.stack(tiles).flatten(0, 1)[best], factor))
+        side = self.config.data.resolution
+        factor = 2 if side >= self.config.rded.stitched_from and side % 2 == 0 else 1
+        return ClassPlan(stitch(best_crops(data, side // factor, self.config.ipc * factor**2), factor))
+
+
+def best_crops(data: ClassData, size: int, count: int) -> Tensor:
+    """Draw crops of the images of a class, and return those with the surest teacher: [count, channels, size, size]."""
+    side, own = data.config.data.resolution, data.config.rded
+    source = data.generator("rded")
+    images = data.decode(torch.randperm(data.count, generator=source)[: own.candidates].tolist())
+    tiles, scores = [], []
+    for _ in range(max(own.crops, -(-count // len(images)))):
+        crops = torch.stack([_crop(image, size, own.smallest_crop, source) for image in images])
+        before, after = (side - size) // 2, side - size - (side - size) // 2
+        seen = data.observe(functional.pad(crops, (before, after, before, after)))
+        classes = torch.full((len(crops),), data.index)
+        tiles.append(crops)
+        scores.append(functional.cross_entropy(seen.logits, classes, reduction="none"))
+    return torch.stack(tiles).flatten(0, 1)[rank(torch.stack(scores))[:count]]
 
 
 def rank(scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""SRe2L and CDA as published: cross-entropy and running BatchNorm statistics, from noise."""
+"""SRe2L and its descendants as published: cross-entropy and running BatchNorm statistics."""
 
 from typing import Any, ClassVar
 
@@ -34,6 +34,7 @@ class SRe2L(Wmdd):
             "bn_weight": published if own.bn_weight is None else own.bn_weight,
             "bn_first_weight": own.bn_first_weight,
             "bn_target": "global",
+            "bn_class_share": 0.0,
             "bn_weighted": False,
             "ce_weight": own.ce_weight,
             "augment": own.augment,
@@ -55,3 +56,38 @@ class CDA(SRe2L):
 
     def _constants(self) -> dict[str, Any]:
         return super()._constants() | {"crop_curriculum": self.config.sre2l.crop_curriculum}
+
+
+class SRe2LPlus(SRe2L):
+    """SRe2L++ (Cui et al. 2025): SRe2L from real crops instead of noise.
+
+    Its students learn from batch-specific labels: set ``labels.teacher_mode=batch`` for all methods of a comparison.
+    The crops are those that ``rded`` would choose.
+    """
+
+    def _constants(self) -> dict[str, Any]:
+        return super()._constants() | {"start": "patch"}
+
+
+class FADRM(SRe2LPlus):
+    """FADRM (Cui et al. 2025): SRe2L++ that injects its start images into the images between equal parts of the work.
+
+    One teacher and one resolution; the published change of resolution between the parts at 224 px is left out.
+    """
+
+    def _constants(self) -> dict[str, Any]:
+        own = self.config.sre2l
+        return super()._constants() | {"injections": own.injections, "injection_keep": own.injection_keep}
+
+
+class EDC(SRe2LPlus):
+    """EDC with one teacher (Shao et al. 2024): real crops, BatchNorm targets blended from global and class moments.
+
+    Left out are its several teachers, the moving average of the statistics, and the flatness term. Its smoothed cosine,
+    small batches, squared error and averaged weights belong to the students: see ``student`` and ``labels``.
+    """
+
+    uses_statistics = True
+
+    def _constants(self) -> dict[str, Any]:
+        return super()._constants() | {"bn_class_share": self.config.sre2l.class_share}

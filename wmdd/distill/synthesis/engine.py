@@ -49,6 +49,8 @@ class Problem:
     """Smallest and largest normalized pixel value, each [channels, 1, 1]"""
     seed: tuple[object, ...]
     """Name of the group for ``seed_of``"""
+    start: Tensor | None = None
+    """[N, channels, H, W] float32, normalized: the images that are injected; None without injections"""
 
 
 def synthesize(
@@ -64,7 +66,8 @@ def synthesize(
     """Optimize the images of one group against its target.
 
     Adam runs on the images with a cosine schedule to zero. Each iteration sees them through a random crop, flip and
-    roll. Pixels are clamped to the limits after each step. All draws follow from the seed and the iteration, so a
+    roll. Pixels are clamped to the limits after each step. At an injection the images become a mixture with the start
+    images, and Adam begins afresh (FADRM, Cui et al. 2025). All draws follow from the seed and the iteration, so a
     resumed synthesis equals an uninterrupted one.
 
     Args:
@@ -91,8 +94,11 @@ def synthesize(
     low, high = (limit.to(device) for limit in problem.limits)
     images = state.images[rows].to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([images], lr=settings.lr, betas=settings.betas, fused=True)
+    injected = injection_iterations(settings)
+    start = None if problem.start is None else problem.start[rows].to(device)
     if state.first is not None and state.second is not None:
-        step = torch.tensor(float(state.iteration), device=device)
+        begun = max((iteration for iteration in injected if iteration < state.iteration), default=0)
+        step = torch.tensor(float(state.iteration - begun), device=device)
         moments = {"exp_avg": state.first[rows].to(device), "exp_avg_sq": state.second[rows].to(device)}
         optimizer.state[images] = {"step": step, **moments}
     draws = _schedule(settings, classes * count, images.shape[-1], problem.seed, rows).to(device)
@@ -129,6 +135,10 @@ def synthesize(
             save(snapshot(iteration))
         if stopping:
             raise Interrupted(f"checkpointed at iteration {iteration} of {settings.iterations}")
+        if iteration in injected and start is not None:
+            optimizer.state.pop(images, None)
+            with torch.no_grad():
+                images.lerp_(start, 1 - settings.injection_keep)
         loss = step_loss(images, draws[iteration])
         (images.grad,) = torch.autograd.grad(loss.total, images)
         optimizer.param_groups[0]["lr"] = settings.lr * _cosine(iteration / settings.iterations)
@@ -140,6 +150,12 @@ def synthesize(
             logged.append((iteration, Loss(*(value.detach() for value in vars(loss).values()))))
         advance(1)
     return snapshot(max(state.iteration, end))
+
+
+def injection_iterations(settings: SynthesisConfig) -> list[int]:
+    """Return the iterations before which the start images are injected: equal parts of the synthesis."""
+    parts = settings.injections + 1
+    return [settings.iterations * part // parts for part in range(1, parts)]
 
 
 def _schedule(

@@ -24,6 +24,8 @@ class Objective:
     """True for squared distances summed over classes, False for the plain norms of the public code"""
     bn_first: float = 1.0
     """Extra factor on the first BatchNorm layer"""
+    feature_mean: bool = False
+    """True to match the weighted mean of a class's features to that of its atoms, False to match each to its atom"""
 
     @staticmethod
     def from_settings(settings: SynthesisConfig) -> "Objective":
@@ -35,6 +37,7 @@ class Objective:
             per_class=settings.bn_target == "class",
             squared=settings.norm == "squared",
             bn_first=settings.bn_first_weight,
+            feature_mean=settings.feature_target == "mean",
         )
 
 
@@ -95,8 +98,9 @@ def evaluate(
     loss of the whole group and the gradient of its own images.
 
     L_feature = Σ_c Σ_k ‖f(x_ck) − b_ck‖²; L_BN = Σ_c Σ_l ‖mean_l − BNmean_cl‖² + ‖var_l − BNvar_cl‖². The moments of a
-    class are weighted by the barycenter weights (method section of the paper). With ``squared`` off, features have one
-    Frobenius norm over the group. BatchNorm then has a 2-norm per class and layer, averaged over classes.
+    class are weighted by the barycenter weights (method section of the paper). With ``feature_mean``, L_feature =
+    Σ_c ‖Σ_k w_ck (f(x_ck) − b_ck)‖² (distribution matching by means, Zhao & Bilen 2023). With ``squared`` off, features
+    have one Frobenius norm over the group. BatchNorm then has a 2-norm per class and layer, averaged over classes.
 
     Args:
         objective: weights of the terms.
@@ -109,7 +113,10 @@ def evaluate(
     feature = bn = ce = zero
     if objective.feature and target.atoms is not None:
         gap = seen.features.view_as(target.atoms) - target.atoms
-        feature = team.sum(gap.square().sum())
+        if objective.feature_mean:
+            feature = team.sum((target.weights[..., None] * gap).sum(1)).square().sum()
+        else:
+            feature = team.sum(gap.square().sum())
         feature = feature if objective.squared else _norm(feature)
     if objective.bn:
         mean, variance = group_moments(seen, target.weights, objective.per_class, team)
