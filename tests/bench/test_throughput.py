@@ -47,6 +47,7 @@ def found(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[tupl
     return {(record.stage, record.engine): record for record in records}
 
 
+@pytest.mark.slow
 def test_every_stage_has_a_record_of_each_engine(found: dict[tuple[str, str], SpeedRecord]) -> None:
     engines = {"synthesis": "reference", "statistics": "reference", "students": "reference", "barycenters": "pot"}
     assert set(found) == {(stage, engine) for stage, other in engines.items() for engine in (OWN, other)}
@@ -63,6 +64,7 @@ def test_every_stage_has_a_record_of_each_engine(found: dict[tuple[str, str], Sp
             assert metrics["ratio_low"] <= metrics["ratio"] <= metrics["ratio_high"]
 
 
+@pytest.mark.slow
 def test_the_rate_is_work_over_time(found: dict[tuple[str, str], SpeedRecord]) -> None:
     record = found["synthesis", OWN]
     images = record.setup["batch"] * record.metrics["steps"]
@@ -74,6 +76,7 @@ def test_the_rate_is_work_over_time(found: dict[tuple[str, str], SpeedRecord]) -
     assert student.metrics["rate_low"] <= hours * (1 + 1e-9) and hours <= student.metrics["rate_high"] * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_engine_and_reference_do_the_same_work(found: dict[tuple[str, str], SpeedRecord]) -> None:
     assert found["synthesis", OWN].metrics["loss_difference"] < 1e-4
     assert found["synthesis", OWN].metrics["gradient_difference"] < 1e-4
@@ -265,6 +268,7 @@ def test_the_peak_of_a_data_sheet_is_that_of_the_device_and_a_cpu_has_none() -> 
     assert timing.data_sheet_peak(torch.device("cpu"), "fp32") is None
 
 
+@pytest.mark.slow
 def test_a_smaller_last_batch_counts_as_the_images_it_has(found: dict[tuple[str, str], SpeedRecord]) -> None:
     metrics = found["statistics", OWN].metrics
     config = load_config("digits", TINY)

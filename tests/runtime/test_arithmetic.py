@@ -172,7 +172,7 @@ def bind(folder: Path, threads: int, start: Any, won: Any) -> None:
 
 def test_of_tasks_that_end_their_first_groups_at_once_one_arithmetic_wins(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
-    for turn in range(5):
+    for turn in range(3):
         (folder := tmp_path / str(turn)).mkdir()
         start, won = fork.Barrier(6), fork.Queue()
         tasks = [fork.Process(target=bind, args=(folder, 1 + task % 3, start, won)) for task in range(6)]

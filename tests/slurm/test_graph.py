@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import safetensors
 from conftest import TINY, blocks_of
 from typer.testing import CliRunner
@@ -26,12 +27,24 @@ THREE_BLOCKS = [*TINY, "data.classes=6", "student.seeds=1", "labels.regimes=['ha
 """A run whose three blocks take some seconds each, so that there is time to kill them."""
 
 
+pytestmark = pytest.mark.xdist_group("graphs")  # on a cluster of their own, beside that of the other files
+
+
 def contained(place: Path, *lines: str) -> tuple[str, ...]:
     """Return the words of a container: in it there are no SLURM clients, and these lines run before the interpreter."""
     script = place / "container"
     script.write_text("\n".join(["#!/bin/bash", "export PATH=/nowhere", *lines, 'exec "$@"', ""]))
     script.chmod(0o755)
     return (str(script),)
+
+
+def waiting(place: Path, seconds: float) -> str:
+    """Return a line of a container: every iteration waits so long, so that synthesis lasts and needs no CPU."""
+    (place / "waiting").mkdir()
+    observer = f"lambda title, done, total, unit: time.sleep({seconds} if unit == 'iterations' else 0)"
+    code = f"import time\nfrom wmdd.runtime import progress_bars\nprogress_bars._observers.append({observer})\n"
+    (place / "waiting" / "sitecustomize.py").write_text(code)
+    return f"export PYTHONPATH={place / 'waiting'}"
 
 
 def local_blocks(config: Config, place: Path) -> dict[str, bytes]:
@@ -162,11 +175,12 @@ def test_a_task_that_loses_its_node_and_is_requeued_goes_on_from_its_checkpoints
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
     # Decoders and solvers get the signals too.
-    settings = ["synthesis.iterations=2500", "student.baselines=[]", "compute.workers=2"]
+    settings = ["synthesis.iterations=600", "student.baselines=[]", "compute.workers=2"]
     config = load_config("digits", [*TINY, *LONG, *settings])
     run = tmp_path / "run"
     expected = local_blocks(config, tmp_path)
-    job = submit(config, run, ("teacher", "distill"))["distill"].job
+    using = profile(container=contained(tmp_path, waiting(tmp_path, 0.02)))
+    job = submit(config, run, ("teacher", "distill"), using=using)["distill"].job
     wait(lambda: iteration(run) > 0, 200, "synthesis begins")
     node = rows(run)[0].node
     with node_down(node):
@@ -182,7 +196,7 @@ def test_a_task_that_loses_its_node_and_is_requeued_goes_on_from_its_checkpoints
     finish(run)
     assert [row.state for row in rows(run)] == ["done"] and rows(run)[0].restarts == 2
     said = [int(line.split()[-1]) for line in log(run, job).splitlines() if "resumes at iteration" in line]
-    assert 0 < said[0] <= lost < said[1] == first < 2500, "it did not go on from its checkpoints"
+    assert 0 < said[0] <= lost < said[1] == first < 600, "it did not go on from its checkpoints"
     assert "stop requested: checkpointed at iteration" in log(run, job)
     assert blocks_of(run) == expected
 
@@ -191,7 +205,7 @@ def test_a_time_limit_requeues_a_task_in_a_container_and_a_cancelled_one_does_no
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    using = profile(container=contained(tmp_path))
+    using = profile(container=contained(tmp_path, waiting(tmp_path, 0.05)))
     launched = submit(load_config("digits", [*TINY, *LONG]), run, using=using)
     job = launched["distill"].job
     wait(lambda: iteration(run) > 0, 200, "synthesis begins")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from slurm import task as task_module
 from slurm.attempts import Attempt, History, histories
@@ -80,7 +81,6 @@ def test_a_task_whose_blocks_are_whole_never_imports_torch(digits: Config, tmp_p
     assert not whole.is_whole()
 
 
-@pytest.mark.slow
 def test_of_several_ranks_one_decides_whether_a_block_is_whole(digits: Config, tmp_path: Path) -> None:
     """On a network file system one node may see a block that another does not see yet."""
     pipeline.run(digits, tmp_path / "0", share=pipeline.Share(("teacher", "distill")))
@@ -94,12 +94,12 @@ def test_of_several_ranks_one_decides_whether_a_block_is_whole(digits: Config, t
             # Each rank is in a folder of its own, and the run's is given relative to it.
             program = f"from slurm.task import SlurmTask; ({task(digits, Path('.'))!r})()"
             own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
-            command = [sys.executable, "-c", program]
-            ranks.append(subprocess.Popen(command, cwd=tmp_path / rank, env={**os.environ, **common, **own}))
-        assert [rank.wait(240) for rank in ranks] == [0, 0]
+            ranks.append(Forked("-c", program, cwd=tmp_path / rank, env={**common, **own}))
+        said = [rank.communicate(240) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], said
     finally:
         for rank in ranks:
-            rank.kill()
+            rank.end()
     assert not list((tmp_path / "1").rglob("*.safetensors"))
 
 
