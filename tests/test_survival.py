@@ -53,7 +53,9 @@ def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     """The small edition of ``tests/kill_runs.py``, which tells how to kill 50 times."""
     import random
 
-    config, rng, hits = load_config("digits", kill_runs.SETTINGS), random.Random(1), Counter[str]()
+    shorter = ["student.baseline_sets=1", "teacher.epochs=12", "synthesis.iterations=120", "student.epochs=12"]
+    config = load_config("digits", [*kill_runs.SETTINGS, *shorter])
+    rng, hits = random.Random(1), Counter[str]()
     pipeline.run(config, tmp_path / "whole")
     kills = kill_runs.kill(config, tmp_path / "killed", tmp_path / "killed-store", 5, rng, hits)
     found, expected = kill_runs.outcome(tmp_path / "killed"), kill_runs.outcome(tmp_path / "whole")
