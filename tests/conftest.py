@@ -10,6 +10,7 @@ from typing import TypeVar
 import pytest
 import torch
 
+from wmdd import pipeline
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
 from wmdd.networks import create
@@ -30,6 +31,8 @@ TINY = [
     "student.baseline_sets=1",
 ]
 """Overrides that make a run on digits last about a second."""
+UNREPORTED = pipeline.Share(("teacher", "distill", "students"))
+"""All of a run except the report, which draws plots for as long as a tiny run trains its students."""
 
 
 def needs(program: str | None, name: str, absence: str) -> pytest.MarkDecorator:

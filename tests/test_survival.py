@@ -20,7 +20,7 @@ from typing import Any
 import kill_runs
 import pytest
 import torch
-from conftest import TINY, blocks_of
+from conftest import TINY, UNREPORTED, blocks_of
 from PIL import Image
 
 from wmdd import cli, pipeline
@@ -67,7 +67,7 @@ def test_two_processes_on_one_run_do_each_block_once(blocked: Config, tmp_path: 
     def work(number: int) -> None:
         with open(tmp_path / f"log-{number}", "w") as log:
             log_module.console.file = log
-            pipeline.run(blocked, tmp_path / "run")
+            pipeline.run(blocked, tmp_path / "run", share=UNREPORTED)
 
     processes = [fork.Process(target=work, args=(number,)) for number in range(2)]
     for process in processes:
@@ -88,7 +88,7 @@ def test_students_of_a_changed_recipe_are_trained_by_several_processes_at_once(
 ) -> None:
     config = with_student(tiny, seeds=4, baselines=())
     config = config.model_copy(update={"labels": config.labels.model_copy(update={"regimes": ("hard",)})})
-    run = RunFolder(pipeline.run(config, tmp_path / "run"))
+    run = RunFolder(pipeline.run(config, tmp_path / "run", share=UNREPORTED))
     ((first, *_), _) = read_records(run.path / "records")
     for seed in range(100, 200):
         earlier = first.model_copy(update={"student_seed": seed})

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, UNREPORTED
 from rank_processes import in_ranks
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -399,12 +399,12 @@ def test_a_stopped_run_keeps_its_student_and_the_same_command_finishes_it(
     monkeypatch.setattr(train_module, "_smoothed_cosine", counted)
     monkeypatch.setattr(Checkpoint, "due", lambda self: True)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(config, run)
+        pipeline.run(config, run, share=UNREPORTED)
     assert list((run / "students").iterdir()) == [RunFolder(run).student_checkpoint("student-convnet2x8-hard-000")]
-    pipeline.run(config, run)
+    pipeline.run(config, run, share=UNREPORTED)
     assert epochs == [0, 1, 2, 3, 2, 3, 4, 5], "it resumes before the last update of the third epoch"
     assert not list((run / "students").iterdir())
-    pipeline.run(config, tmp_path / "whole")
+    pipeline.run(config, tmp_path / "whole", share=UNREPORTED)
     (found,), (expected,) = (read_records(one / "records")[0] for one in (run, tmp_path / "whole"))
     assert found.metrics == expected.metrics
 
@@ -445,7 +445,7 @@ def test_ranks_go_on_together_or_not_at_all(tiny: Config, tmp_path: Path) -> Non
             patch.setattr(checkpoint, "_CHECK_SECONDS", 0.0)  # before every update
             patch.setattr(train_module, "_smoothed_cosine", counted)
             try:
-                pipeline.run(config, tmp_path / folder)
+                pipeline.run(config, tmp_path / folder, share=UNREPORTED)
             except ZeroDivisionError:
                 return "cut", epochs
         return "whole", epochs

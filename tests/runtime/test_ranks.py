@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, blocks_of, wait_until
+from conftest import TINY, UNREPORTED, blocks_of, wait_until
 from forked import python
 from rank_processes import fork, free_port, in_ranks, take
 from synthesis_targets import targets
@@ -61,7 +61,7 @@ def ungrouped(tiny: Config) -> Config:
 def test_any_number_of_ranks_writes_the_same_bytes(ungrouped: Config, tmp_path: Path) -> None:
     images = {}
     for size in (1, 2, 3, 4):
-        in_ranks(size, lambda size=size: pipeline.run(ungrouped, tmp_path / str(size)))  # type: ignore[misc]
+        in_ranks(size, lambda size=size: pipeline.run(ungrouped, tmp_path / str(size), share=UNREPORTED))  # type: ignore[misc]
         images[size] = blocks_of(tmp_path / str(size))
         records = read_records(tmp_path / str(size) / "records")[0]
         assert len(records) == 4 and {record.provenance["world_size"] for record in records} == {size}
@@ -214,7 +214,7 @@ def test_teacher_and_students_train_under_ddp_and_learn_as_well(tmp_path: Path) 
     accuracy = {}
     for size in (1, 2):
         config = load_config("digits", [*base, f"teacher.ranks={size}", f"student.ranks={size}"])
-        in_ranks(size, lambda config=config, size=size: pipeline.run(config, tmp_path / str(size)))  # type: ignore[misc]
+        in_ranks(size, lambda config=config, size=size: pipeline.run(config, tmp_path / str(size), share=UNREPORTED))  # type: ignore[misc]
         records = read_records(tmp_path / str(size) / "records")[0]
         teacher = (tmp_path / str(size) / "teacher.json").read_text()
         students = torch.tensor([record.metrics["top1"] for record in records])
