@@ -82,7 +82,7 @@ def test_classes_can_be_told_apart_but_not_by_everyone() -> None:
 
 def test_records_call_it_synthetic(tree: Path, tmp_path: Path) -> None:
     assert synthetic.name_of(DataConfig(source="folder", root=str(tree))) == "synthetic"
-    assert synthetic.name_of(DataConfig(source="folder", root=str(tmp_path))) == "folder"
+    assert synthetic.name_of(DataConfig(source="folder", root=str(tmp_path))) == tmp_path.name
     assert synthetic.name_of(DataConfig(source="digits", channels=1, mean=(0.3,), std=(0.4,))) == "digits"
 
 

@@ -4,14 +4,16 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import needs
-from report_runs import make_everything
+from report_runs import make_everything, make_run, make_students
 
+from wmdd.records.files import write_records
 from wmdd.report.collect import collect
 from wmdd.report.html import write_html
 
@@ -68,6 +70,130 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# Runs in the page after it has loaded: does what a reader does, and leaves what came of it in the title.
+READER = """
+<script>
+const errors = [];
+addEventListener('error', event => errors.push(String(event.message || event.target.src)), true);
+addEventListener('load', () => {
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const grid = document.querySelector('#accuracy .grid');
+  const found = {};
+  if (grid) {
+    const table = grid.querySelector('table'), heads = all('thead th', table).map(one => one.textContent.trim());
+    const column = name => all('tbody', table).map(body => all('tr:not(.setting):not([hidden])', body)
+      .map(row => row.cells[heads.indexOf(name)].querySelector('summary, *')?.textContent
+        || row.cells[heads.indexOf(name)].textContent));
+    const button = name => all('thead th', table)[heads.indexOf(name)].querySelector('button');
+    button('Top-1 %').click();
+    found.down = column('Top-1 %');
+    button('Top-1 %').click();
+    found.up = column('Top-1 %');
+    button('Method').click();
+    found.words = column('Method');
+    const field = grid.querySelector('input[type=search]');
+    if (field) {
+      field.value = 'IPC 10 wmdd';
+      field.dispatchEvent(new Event('input'));
+      found.filtered = column('Method').flat();
+      found.count = grid.querySelector('.count').textContent;
+    }
+    all('.tools button', grid).forEach(one => one.click());
+    found.latex = table.dataset.copied;
+    all('.tools button', grid)[0].click();
+    found.csv = table.dataset.copied;
+    const box = grid.querySelector('.choices input');
+    const last = () => all('thead th', table).filter(one => one.offsetParent).length;
+    found.columns = box && [last(), (box.click(), last()), (box.click(), last())];
+  }
+  const item = document.querySelector('#plots .legend button');
+  if (item) {
+    item.click();
+    found.raised = all('#plots .plots .raised').length;
+  }
+  const picture = document.querySelector('.images img');
+  if (picture) {
+    picture.click();
+    const dialog = document.querySelector('dialog');
+    found.zoom = [dialog.open, all('img', dialog).length, dialog.querySelector('img').getBoundingClientRect().width,
+                  picture.getBoundingClientRect().width];
+    dialog.querySelector('.close').click();
+    found.closed = !dialog.open;
+  }
+  const boxes = all('.forest tbody tr').map(row => [...row.cells].map(cell => cell.getBoundingClientRect()));
+  found.overlaps = boxes.filter(cells => cells.some((one, i) => i && one.left + 1 < cells[i - 1].right)).length;
+  found.verdicts = all('.verdicts article').length;
+  found.said = document.querySelector('.said, .summary')?.textContent;
+  const marks = all('#plots .legend li:not(.rest)').map(one => one.textContent);
+  found.coloured = new Set(marks).size;
+  found.blue = all('#plots .legend li line').map(one => one.style.stroke);
+  found.requests = performance.getEntriesByType('resource').map(one => one.name).filter(name => !/^data:/.test(name));
+  document.title = JSON.stringify({...found, errors});
+});
+</script>
+"""
+
+
+def read(pages: dict[str, Path], folder: Path) -> dict[str, dict[str, Any]]:
+    """Let a reader work with several pages in one browser; return what came of each."""
+    frames = []
+    for name, page in pages.items():
+        (folder / f"{name}.html").write_text(page.read_text().replace("</head>", f"{READER}</head>"))
+        frames.append(f'<iframe id="{name}" src="{name}.html" width=1200 height=800></iframe>')
+    gather = """<script>addEventListener('load', () => setTimeout(() => {
+      const found = [...document.querySelectorAll('iframe')].map(one => [one.id, one.contentDocument.title]);
+      document.title = JSON.stringify(Object.fromEntries(found));
+    }, 1500))</script>"""
+    (folder / "frames.html").write_text(f"<!doctype html><title>-</title>{''.join(frames)}{gather}")
+    titles, console = browse(folder / "frames.html")
+    assert console == [], "no error of a script"
+    return {name: json.loads(title) for name, title in json.loads(titles).items()}
+
+
+def test_a_reader_sorts_filters_copies_zooms_and_chooses_methods_with_many_methods_one_or_none(
+    page: Path, tmp_path: Path
+) -> None:
+    random = [0.2, 0.3]
+    many = [f"m{number:02d}" for number in range(12)]
+    records = [
+        one
+        for number, name in enumerate(["wmdd", *many, "random"])
+        for ipc in (1, 10)
+        for one in make_students(
+            name, {f"{name}{seed}{ipc}": [0.4 + number / 50 + seed / 100] for seed in range(3)}, ipc=ipc
+        )
+    ]
+    (tmp_path / "work").mkdir()
+    write_records(tmp_path / "fourteen.jsonl", records)
+    write_records(tmp_path / "one.jsonl", make_students("random", {"r": random}))
+    make_run(tmp_path / "none")
+    pages = {"all": page}
+    for name in ("fourteen.jsonl", "one.jsonl", "none"):
+        pages[name.partition(".")[0]] = tmp_path / f"{name}.page.html"
+        write_html(collect([tmp_path / name]), tmp_path / f"{name}.page.html")
+
+    found = read(pages, tmp_path / "work")
+
+    assert [(one["errors"], one["requests"], one["overlaps"]) for one in found.values()] == [([], [], 0)] * len(pages)
+    fourteen = found["fourteen"]
+    for down, up, words in zip(fourteen["down"], fourteen["up"], fourteen["words"], strict=True):
+        figures = [float(text.split()[0]) for text in down]
+        assert len(figures) == 14 and figures == sorted(figures, reverse=True) and up == down[::-1]
+        assert words == sorted(words)
+    assert (fourteen["filtered"], fourteen["count"]) == (["wmdd"], "1 of 28 rows")
+    head, *lines = fourteen["csv"].splitlines()
+    assert head.startswith("IPC,Method,Top-1 %") and lines[0].startswith("10,wmdd,41.0 ± 2.5")
+    assert r"\toprule" in fourteen["latex"] and r"41.0 $\pm$ 2.5" in fourteen["latex"]
+    shown, fewer, again = fourteen["columns"]
+    assert fewer == shown - 1 and again == shown
+    assert fourteen["coloured"] == 6, "the other lines are grey until they are asked for"
+    assert fourteen["blue"].count("var(--barycenter)") == 1 and fourteen["raised"] > 0
+    is_open, images, large, small = found["all"]["zoom"]
+    assert is_open and images == 2 and large > 3 * small and found["all"]["closed"]
+    assert found["one"]["verdicts"] == 1 and found["one"]["said"].startswith("Highest mean: random 25.0")
+    assert found["none"]["said"] == "No student has been measured yet."
+
+
 def look(page: Path, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
     """Open a copy of the page that measures itself; return what it found and what the browser logged.
 
@@ -79,15 +205,19 @@ def look(page: Path, folder: Path, width: int, dark: bool = False) -> dict[str, 
     relay = """onload="setTimeout(() => { document.title = this.contentDocument.title }, 500)\""""
     inside = f'<iframe src="probed.html" width={width} height=800 {relay}></iframe>'
     frame.write_text(f"<!doctype html><title>-</title>{inside}")
-    colours = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    where = ["--allow-file-access-from-files", "--virtual-time-budget=8000", "--enable-logging=stderr", *colours]
-    command = [str(CHROMIUM), *QUIET, *where, f"--user-data-dir={folder / 'profile'}", "--dump-dom", frame.as_uri()]
+    title, console = browse(frame, ["--blink-settings=preferredColorScheme=0"] if dark else [])
+    return json.loads(title) | {"console": console}
+
+
+def browse(frame: Path, options: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """Open a page; return the title that it leaves, and what the browser logged."""
+    where = ["--allow-file-access-from-files", "--virtual-time-budget=8000", "--enable-logging=stderr", *options]
+    profile = f"--user-data-dir={frame.parent / 'profile'}"
+    command = [str(CHROMIUM), *QUIET, *where, profile, "--dump-dom", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
     assert title and title[1] != "-", f"the page did not come to its end: {done.stderr[-2000:]}"
-    found: dict[str, Any] = json.loads(unescape(title[1]))
-    found["console"] = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return found
+    return unescape(title[1]), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.mark.parametrize("width", [390, 1200])

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import PROVENANCE, RECIPE, make_pair
+from report_runs import PROVENANCE, RECIPE, make_pair, make_run
 from rich.console import Console
 
 from bench import published as shipped
+from wmdd.config.schema import DataConfig
+from wmdd.data.synthetic import name_of
 from wmdd.errors import InputError
 from wmdd.records.correct_bitmaps import pack
 from wmdd.records.files import write_records
@@ -20,6 +22,7 @@ from wmdd.report import published
 from wmdd.report.collect import Report, collect
 from wmdd.report.collect_tables import tables
 from wmdd.report.format import size
+from wmdd.report.gallery import grids
 from wmdd.report.table import Table
 from wmdd.report.text import latex, terminal
 from wmdd.storage.files import digest
@@ -303,6 +306,32 @@ def test_one_set_has_no_p_value_over_test_images_either(tmp_path: Path) -> None:
     table = named(report, "Other test images")
     assert "p, McNemar" not in table.columns
     assert "(this set only)" in cells(table, "Over sets and images")[0][0]
+
+
+def test_a_folder_and_its_classes_go_by_their_own_names(tmp_path: Path) -> None:
+    data = {"source": "folder", "root": str(tmp_path / "flowers"), "resolution": 16, "channels": 1, "mean": [0.3]}
+    config = DataConfig.model_validate(data | {"std": [0.4]})
+    bits = {"test_images": (2, 2), "correct": pack([True, False, True, True]), "classes": 2, "dataset": name_of(config)}
+    run = make_run(tmp_path / "run", [0.75], classes=("daisy", "tulip"), data=data | {"std": [0.4]}, record=bits)
+
+    report = collect([run])
+
+    assert {row[0] for row in named(report, "Accuracy").rows} == {"flowers"}, "the row of the teacher, too"
+    table = named(report, "Accuracy by class")
+    assert cells(table, "Method", "daisy", "tulip") == [("wmdd", "50.0", "100.0")]
+    assert grids(report.runs, [])[0][0].title.startswith("flowers")
+
+
+def test_pairs_of_methods_show_on_which_images_they_differ(tmp_path: Path) -> None:
+    report = report_of(tmp_path, *with_bits("wmdd", 3, 3), *with_bits("random", 4, 9))
+
+    table = named(report, "Pairs of methods")
+
+    # The first students miss 1 + 3 and 1 + 9 of 40 images, and those of the former are among the latter.
+    assert cells(table, "Pair", "Both right", "Only the first", "Only the second", "Both wrong") == [
+        ("wmdd and random", "30", "6", "0", "4")
+    ]
+    assert table.rows[0][-1] == "0.031", "2 · ½⁶"
 
 
 def taught(method: str, values: list[float], teachers: list[str]) -> list[Record]:

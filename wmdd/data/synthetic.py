@@ -107,9 +107,11 @@ def generate(
 
 
 def name_of(data: DataConfig) -> str:
-    """Return the name of a dataset in records: its source, or ``synthetic`` for a generated dataset."""
+    """Return the name of a dataset in records: its source, of a folder its name, or ``synthetic`` if generated."""
     root = Path(data.root or f"data/{data.source}")
-    return "synthetic" if (root / MARKER).exists() else data.source
+    if (root / MARKER).exists():
+        return "synthetic"
+    return root.resolve().name or data.source if data.source == "folder" else data.source
 
 
 def draw(split: Split, label: int, number: int, pixels: int, seed: int) -> Image.Image:

@@ -188,7 +188,7 @@ def _teachers(runs: list[Run]) -> Iterator[dict[str, Any]]:
             seen.add(sha or run.label)
             yield {
                 **{key: facts.get(key) for key in ("network", "top1", "top5")},
-                "dataset": about.dataset if about else data.get("source", "?"),
+                "dataset": run.dataset,
                 "resolution": about.resolution if about else data.get("resolution"),
                 "classes": about.classes if about else None,
                 "view": "epochs",

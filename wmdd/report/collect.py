@@ -20,7 +20,7 @@ from wmdd.report.text import terminal as render_terminal
 __all__ = ["Report", "collect", "render_terminal"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """The consolidated runs; accuracies are fractions, costs seconds."""
 

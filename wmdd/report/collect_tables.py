@@ -1,5 +1,6 @@
 """The tables of a report, in the order in which one reads them."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ _MAKERS: "tuple[Callable[[Report], Table | Iterable[Table]], ...]" = (
     accuracy_tables.accuracy,
     image_tables.accuracy_by_class,
     image_tables.other_images,
+    image_tables.pairs_of_methods,
     published_table.published,
     accuracy_tables.architectures,
     accuracy_tables.ablation,
@@ -27,6 +29,7 @@ _MAKERS: "tuple[Callable[[Report], Table | Iterable[Table]], ...]" = (
 )
 
 
+@functools.lru_cache(maxsize=1)  # a report goes to a terminal and to a page
 def tables(report: "Report") -> list[Table]:
     """Return the tables that have something to say."""
     made = (make(report) for make in _MAKERS)

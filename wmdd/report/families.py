@@ -33,10 +33,11 @@ def family(method: str) -> str:
 
 
 def dashes(methods: Sequence[str]) -> dict[str, str]:
-    """Return the line style of each method: members of one family follow each other."""
+    """Return the line style of each method: those of one family differ, and the first of each is solid."""
     seen: dict[str, int] = {}
     styles = {}
-    for method in methods:
+    known = [name for own in FAMILIES.values() for name in own]
+    for method in sorted(methods, key=lambda one: (known.index(bare(one)) if bare(one) in known else len(known), one)):
         number = seen.get(family(method), 0)
         styles[method] = DASHES[number % len(DASHES)]
         seen[family(method)] = number + 1

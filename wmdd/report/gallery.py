@@ -12,8 +12,10 @@ from wmdd.report.comparison import REFERENCE
 from wmdd.report.runs import Run
 from wmdd.storage.files import read_tensors
 
-MAX_SETS, MAX_METHODS, MAX_CLASSES, MAX_IMAGES, MAX_PIXELS = 4, 8, 20, 10, 64
-"""Groups of distilled sets, methods of each, classes, images of a class, pixels of a thumbnail."""
+MAX_SETS, MAX_METHODS, MAX_CLASSES, MAX_IMAGES, MAX_PIXELS = 4, 8, 20, 10, 128
+"""Groups of distilled sets, methods of each, classes, images of a class, pixels of an image."""
+EXACT_PIXELS = 64
+"""Images up to this size are shown without loss."""
 OWN = "wmdd"
 """The method whose images come first."""
 MAX_REAL = 5000
@@ -53,7 +55,7 @@ def grids(runs: Sequence[Run], problems: list[str]) -> tuple[list[Grid], int]:
     for run in sorted(runs, key=order):
         if run.blocks:
             data = run.config.get("data", {})
-            key = (data.get("source", run.label), data.get("resolution"), run.config.get("ipc"))
+            key = (run.dataset, data.get("resolution"), run.config.get("ipc"))
             groups.setdefault(key, {}).setdefault((run.method, "" if run.baseline else run.name), run)
     found = sorted(groups.items(), key=lambda item: tuple(map(str, item[0])))
     return [_grid(key, list(group.values()), problems) for key, group in found[:MAX_SETS]], len(found)
@@ -165,5 +167,6 @@ def _png(image: Any) -> str:
     picture = Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
     picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
     content = io.BytesIO()
-    picture.save(content, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    form = "PNG" if max(picture.size) <= EXACT_PIXELS else "WEBP"
+    picture.save(content, form, **({"quality": 85} if form == "WEBP" else {}))
+    return f"data:image/{form.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"

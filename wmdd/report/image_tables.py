@@ -1,5 +1,6 @@
 """Tables from which test images were right: accuracy by class, and what other test images could change."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,11 @@ from wmdd.records.intervals import Difference
 from wmdd.records.schema import Record
 from wmdd.records.set_samples import compared
 from wmdd.report.comparison import COMPARABLE, REFERENCE, sample_of_values
+from wmdd.report.families import bare
 from wmdd.report.format import NONE, Row, p_value, points
+from wmdd.report.recipes import DATA
 from wmdd.report.table import Table
+from wmdd.report.verdict import single
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,27 +31,89 @@ Bits = dict[tuple[str, int], "NDArray[np.bool_]"]
 """Which test images were right, by set and student seed."""
 
 
-def accuracy_by_class(report: "Report") -> Table:
-    """Return the accuracy of each class, for every method whose records say which images were right."""
-    rows = [(row, counts, _mean(bits)) for row, counts, bits in _measured(report)]
+def accuracy_by_class(report: "Report") -> Iterator[Table]:
+    """Yield the accuracy of each class of each dataset, for every method whose records say which images were right."""
+    by_data: dict[tuple[Any, ...], list[tuple[Row, tuple[int, ...], NDArray[np.floating]]]] = {}
+    for row, counts, bits in _measured(report):
+        by_data.setdefault(tuple(row[key] for key in DATA), []).append((row, counts, _mean(bits)))
+    for data, rows in by_data.items():
+        section = f"{data[0]} ({data[1]} classes, {data[2]} px)" if len(by_data) > 1 else ""
+        yield _by_class(section, rows, _class_names(report, data[0]))
+
+
+def _by_class(
+    section: str, rows: "list[tuple[Row, tuple[int, ...], NDArray[np.floating]]]", names: dict[int, str]
+) -> Table:
     classes = [by_class(mean, counts) for _, counts, mean in rows]
     shown = _shown(rows, classes)
+    columns = {index: names.get(index, str(index)) for index in shown}
+    random = {
+        tuple(row[key] for key in COMPARABLE): own
+        for (row, _, _), own in zip(rows, classes, strict=True)
+        if bare(row["method"]) == REFERENCE
+    }
+    heat: dict[tuple[int, str], float] = {}
+    for number, ((row, _, _), own) in enumerate(zip(rows, classes, strict=True)):
+        base = random.get(tuple(row[key] for key in COMPARABLE), own)
+        heat |= {(number, columns[index]): max(-1.0, min(1.0, 5 * (own[index] - base[index]))) for index in shown}
+    few = f" Of {len(classes[0])} classes, those that differ most from {REFERENCE} images."
     return Table(
         title="Accuracy by class",
+        section=section,
         caption=(
-            "Top-1 % of each class, by its position; mean of all students."
-            + (f" Of {len(classes[0])} classes, those that differ most from {REFERENCE} images." if shown and
-               len(shown) < len(classes[0]) else "")
+            "Top-1 % of each class; mean of all students. Colour: difference to"
+            f" {REFERENCE} images, blue above and orange below, full at 20 points."
+            + few
+            * (len(shown) < len(classes[0]))
         ),
-        columns=[*_COLUMNS, *map(str, shown)],
+        columns=[*_COLUMNS, *columns.values()],
         rows=[
             [*_setting(row), *(points(own[index]) if index < len(own) else NONE for index in shown)]
             for (row, _, _), own in zip(rows, classes, strict=True)
         ],
         words=7,
         setting=6,
-        origins=[row["origins"] for row, _, _ in rows],
-    )  # fmt: skip
+        heat={place: share for place, share in heat.items() if abs(share) > 0.05},
+    )
+
+
+def _class_names(report: "Report", dataset: str) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for run in report.runs:
+        if run.dataset == dataset:
+            found |= run.class_names
+    return found
+
+
+def pairs_of_methods(report: "Report") -> Table:
+    """Return how the first student of each method errs on other images than that of the best one."""
+    by_setting: dict[tuple[Any, ...], list[tuple[Row, tuple[int, ...], Bits]]] = {}
+    for one in _measured(report):
+        by_setting.setdefault(tuple(one[0][key] for key in COMPARABLE), []).append(one)
+    lines = []
+    for own in by_setting.values():
+        best, counts, bits = max(own, key=lambda one: float(one[0]["top1"]))
+        first = _first(bits)
+        for row, other_counts, other_bits in own:
+            if row is best or other_counts != counts:
+                continue
+            second = _first(other_bits)
+            only, missed, p = mcnemar(first, second)
+            both, neither = int((first & second).sum()), int((~first & ~second).sum())
+            tells = not single(row) and not single(best)
+            cells = [str(both), str(only), str(missed), str(neither), p_value(p) if tells else NONE]
+            lines.append([*_setting(best)[:-1], f"{best['method']} and {row['method']}", *cells])
+    return Table(
+        title="Pairs of methods",
+        caption=(
+            "Test images that the first student of the best method and that of another one got right. McNemar's exact p"
+            " is about these two students, not about their methods; each pair for itself."
+        ),
+        columns=[*_COLUMNS[:-1], "Pair", "Both right", "Only the first", "Only the second", "Both wrong", "p, McNemar"],
+        rows=lines,
+        words=7,
+        setting=6,
+    )
 
 
 def other_images(report: "Report") -> Table:

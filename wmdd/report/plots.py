@@ -52,7 +52,7 @@ def _looks(rows: Sequence[Row]) -> Looks:
     """Return the look of each method, the same in every plot: the colour of its family, or grey beyond six."""
     best = sorted(rows, key=lambda row: -row["top1"])
     names = list(dict.fromkeys(row["method"] for row in best))
-    shown, lines = foremost(names), dashes(sorted(names))
+    shown, lines = foremost(names), dashes(names)
     return {name: (family(name) if name in shown else "rest", lines[name]) for name in names}
 
 

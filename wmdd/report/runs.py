@@ -46,6 +46,21 @@ class Run:
         return str(self.config.get("method") or (self.records[0].method if self.records else self.folder.name))
 
     @property
+    def dataset(self) -> str:
+        """Name of the dataset, as in records; of a folder, its name."""
+        if self.records:
+            return self.records[0].dataset
+        data = self.config.get("data", {})
+        source = str(data.get("source", "?"))
+        return Path(data["root"]).name or source if source == "folder" and data.get("root") else source
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of the classes by their position, as far as blocks are there."""
+        blocks = self.blocks.values()
+        return {i: name for one in blocks for i, name in zip(one["class_indices"], one["classes"], strict=False)}
+
+    @property
     def baseline(self) -> bool:
         """Whether other methods are compared with it."""
         return self.owner is not None or self.method == REFERENCE

@@ -1,5 +1,6 @@
 """Sections of a report: the rows of one dataset under one recipe of students."""
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ class ReportSection:
         return ", ".join(keys)
 
 
+@functools.lru_cache(maxsize=1)
 def sections(report: "Report") -> list[ReportSection]:
     """Return the sections by dataset and recipe; a teacher stands in the first one that learned from it."""
     rows = report.accuracy.to_dict("records")

@@ -20,22 +20,23 @@ def throughput_ratios(speeds: Sequence[SpeedRecord]) -> PlotGroup:
     panels: list[Plot] = []
     for stage, own in list(stages.items())[:MAX_PANELS]:
         own.sort(key=lambda speed: (_what(speed), speed.metrics["ratio"]), reverse=True)
-        with Drawing(f"ratio{stage}", (3.4, 0.9 + 0.32 * len(own))) as drawing:
+        with Drawing(f"ratio{stage}", (3.4, 0.75 + 0.46 * len(own))) as drawing:
             axes = drawing.axes
-            drawing.figure.subplots_adjust(left=0.05, bottom=0.55 / (0.9 + 0.32 * len(own)), top=0.97)
+            drawing.figure.subplots_adjust(left=0.05, bottom=0.5 / (0.75 + 0.46 * len(own)), top=0.97)
             ratios = [speed.metrics["ratio"] for speed in own]
             ends = [
                 [speed.metrics.get(f"ratio_{end}", speed.metrics["ratio"]) for speed in own] for end in ("low", "high")
             ]
             bars = [[abs(end - ratio) for end, ratio in zip(found, ratios, strict=True)] for found in ends]
             places = range(len(own))
-            axes.barh(places, ratios, 0.62, color=COLOURS["rest"])
+            axes.barh(places, ratios, 0.34, color=COLOURS["rest"])
             axes.errorbar(ratios, places, xerr=bars, fmt="none", ecolor=COLOURS["ink"], elinewidth=1)
             axes.axvline(1, color=COLOURS["quiet"], linewidth=1)
             for place, speed in zip(places, own, strict=True):
-                text = {"va": "center", "fontsize": 8, "color": COLOURS["ink"]}
-                axes.text(0.04, place, f"{_what(speed)}: {speed.metrics['ratio']:.2f}×", **text)
+                text = {"va": "bottom", "fontsize": 8, "color": COLOURS["ink"]}
+                axes.text(0.02, place + 0.2, f"{_what(speed)}: {speed.metrics['ratio']:.2f}×", **text)
             axes.set_yticks([])
+            axes.set_ylim(-0.4, len(own) - 0.25)
             axes.set_xlim(0, max(1.2, *(end for end in ends[1])) * 1.03)
             axes.set_xlabel("× baseline")
         panels.append(Plot(stage, drawing.svg))
