@@ -66,6 +66,10 @@ class DataConfig(Section, decides=Decides("data")):
     """Folder of packed images from ``wmdd data pack``. The run reads decoded pixels there instead of ``root``."""
     stage: Annotated[str | None, Decides("nothing")] = None
     """Folder on a local disk of the node. Each node copies the packed images that it needs there once."""
+    memory_gb: Annotated[Weight, Decides("nothing")] = 8.0
+    """Largest size of a set of decoded images that the ranks of a node hold in memory, in GB (10⁹ bytes). A teacher
+    reads a larger training set batch by batch, from packed images or by the decoders. A larger validation set is read
+    from packed images, or from one file in the cache."""
     classes: int | str | tuple[str, ...] | None = None
     """Classes to use: all (None), the first N (10), a range of positions ("10:20"), or a list of names."""
     resolution: Annotated[int, Field(ge=8)] = 224

@@ -25,6 +25,9 @@ from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.ranks import Ranks
 from wmdd.storage.files import digest
 
+Positions = Iterable[int] | np.ndarray
+"""Positions of images in an image set"""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
@@ -95,25 +98,27 @@ class ImageSet:
         """Return the first ``count`` images; later classes are empty."""
         return replace(self, starts=np.minimum(self.starts, count))
 
-    def decode(self, indices: Iterable[int]) -> torch.Tensor:
+    def decode(self, indices: Positions) -> torch.Tensor:
         """Decode images in this process: uint8 [n, channels, resolution, resolution].
 
         Raises:
             BrokenImage: an image cannot be decoded; the message names the file.
             InputError: an image differs from its listing.
         """
-        chosen = np.fromiter(indices, dtype=np.int64)
+        chosen = indices if isinstance(indices, np.ndarray) else np.fromiter(indices, dtype=np.int64)
+        owners = np.searchsorted(self.starts, chosen, side="right") - 1
+        rows = chosen - self.starts[owners]
+        # Without left-out images, a row is the position within the class.
+        for owner in set(owners.tolist()) if self.held_out else self.left_out.keys() & set(owners.tolist()):
+            own = np.flatnonzero(owners == owner)
+            rows[own] = self._rows(owner)[rows[own]]
+        places = self.places[owners]
+        if isinstance(self.catalogue, Shards):
+            return self.catalogue.pixels(self.split, places, rows)
         side = self.config.resolution
         images = torch.empty((len(chosen), self.config.channels, side, side), dtype=torch.uint8)
-        owners = np.searchsorted(self.starts, chosen, side="right") - 1
-        for owner in np.unique(owners):
-            wanted = np.flatnonzero(owners == owner)
-            place, rows = int(self.places[owner]), self._rows(int(owner))[chosen[wanted] - self.starts[owner]]
-            if isinstance(self.catalogue, Shards):
-                images[torch.from_numpy(wanted)] = self.catalogue.pixels(self.split, place, rows.tolist())
-                continue
-            for target, row in zip(wanted, rows.tolist(), strict=True):
-                images[target] = fit(self.catalogue.read(self.split, place, row), self.config)
+        for target, (place, row) in enumerate(zip(places.tolist(), rows.tolist(), strict=True)):
+            images[target] = fit(self.catalogue.read(self.split, place, row), self.config)
         return images
 
     def batches(self, batches: Sequence[Sequence[int]], workers: int) -> Iterator[torch.Tensor]:
@@ -129,9 +134,7 @@ class ImageSet:
         """
         return in_order(self.decode, batches, workers)
 
-    def decoders(
-        self, workers: int
-    ) -> AbstractContextManager[Callable[[Sequence[Sequence[int]]], Iterator[torch.Tensor]]]:
+    def decoders(self, workers: int) -> AbstractContextManager[Callable[[Sequence[Positions]], Iterator[torch.Tensor]]]:
         """Return ``batches`` as a function, with processes that live as long as the context (``decoding.decoders``)."""
         return decoders(self.decode, workers)
 

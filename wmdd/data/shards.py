@@ -9,7 +9,7 @@ classes.  A process opens the index and the shards of its own classes.  It reads
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,21 @@ class Shards(Catalogue):
         self._counts = {split: np.zeros(len(self.classes), np.int64) for split in SPLITS}
         self._digests = {split: np.zeros((len(self.classes), 32), np.uint8) for split in SPLITS}
         self._faults: dict[Split, dict[int, dict[int, Fault]]] = {split: {} for split in SPLITS}
-        for shard in self.shards:
+        self._shape = (config.channels, config.resolution, config.resolution)
+        self._numbers = np.zeros(len(self.classes), np.int64)
+        """Shard of each class"""
+        self._firsts = {split: np.zeros(len(self.classes), np.int64) for split in SPLITS}
+        """Position of each class's first image in the pixels of its shard"""
+        for number, shard in enumerate(self.shards):
             places = [known[name] for name in shard.classes]
+            self._numbers[places] = number
             for split in SPLITS:
                 self._counts[split][places] = shard.counts[split]
+                stored = [
+                    count - len(shard.left_out[split].get(name, {}))
+                    for name, count in zip(shard.classes, shard.counts[split], strict=True)
+                ]
+                self._firsts[split][places] = np.cumsum([0, *stored])[:-1]
                 self._digests[split][places] = [list(bytes.fromhex(each)) for each in shard.digests[split]]
                 for name, rows in shard.left_out[split].items():
                     self._faults[split][known[name]] = {int(row): Fault(reason) for row, reason in rows.items()}
@@ -137,7 +148,7 @@ class Shards(Catalogue):
 
     def read(self, split: Split, index: int, row: int) -> Image.Image:
         """Return the packed image: resized and cropped."""
-        pixels = self.pixels(split, index, [row])[0]
+        pixels = self.pixels(split, np.array([index]), np.array([row]))[0]
         return Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
 
     def where(self, split: Split, index: int, row: int) -> str:
@@ -145,26 +156,27 @@ class Shards(Catalogue):
         number, _ = self._places[index]
         return f"{self.root / self.shards[number].file} ({self.name(split, index, row)})"
 
-    def pixels(self, split: Split, index: int, rows: Sequence[int]) -> torch.Tensor:
-        """Return images of one class: uint8 [n, channels, resolution, resolution].
+    def pixels(self, split: Split, indices: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """Return images by class and row (int64 [n] each): uint8 [n, channels, resolution, resolution].
 
         Raises:
             InputError: the shard is missing, or its pixels are damaged.
         """
-        number, position = self._places[index]
-        shard, mapped = self.shards[number], self._mapped(number)
-        left_out = self._faults[split].get(index, {})
-        missing = sum(len(shard.left_out[split].get(name, {})) for name in shard.classes[:position])
-        first = sum(shard.counts[split][:position]) - missing
-        found = []
-        for row in rows:
-            place = first + row - sum(fault < row for fault in left_out)
-            pixels = mapped.pixels[split][place]
-            if zlib.crc32(pixels.numpy().data) != int(mapped.crcs[split][place]):
-                where = self.where(split, index, row)
-                raise InputError(f"{where}: is damaged; delete {self.path(number)} and pack or stage it again")
-            found.append(pixels)
-        return torch.stack(found)
+        images = torch.empty((len(rows), *self._shape), dtype=torch.uint8)
+        numbers, places = self._numbers[indices], self._firsts[split][indices] + rows
+        for index in set(self._faults[split]).intersection(indices.tolist()):
+            own = np.flatnonzero(indices == index)
+            places[own] -= np.searchsorted(sorted(self._faults[split][index]), rows[own])
+        for number in np.unique(numbers).tolist():
+            mapped, own = self._mapped(number), np.flatnonzero(numbers == number)
+            chosen = torch.from_numpy(places[own])
+            found, crcs = mapped.pixels[split][chosen], mapped.crcs[split][chosen].tolist()
+            for position, (image, crc) in enumerate(zip(found.numpy(), crcs, strict=True)):
+                if zlib.crc32(image.data) != crc:
+                    where = self.where(split, int(indices[own[position]]), int(rows[own[position]]))
+                    raise InputError(f"{where}: is damaged; delete {self.path(number)} and pack or stage it again")
+            images[torch.from_numpy(own)] = found
+        return images
 
     def path(self, number: int) -> Path:
         """Return the path of a shard: the original, or the copy on this node's disk, which is created if missing."""

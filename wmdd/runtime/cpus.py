@@ -1,6 +1,7 @@
-"""The number of helper processes that a rank may start."""
+"""The number of ranks on a node, and of helper processes that a rank may start."""
 
 import os
+import re
 from collections.abc import Mapping
 
 
@@ -25,3 +26,19 @@ def cpus_of_rank(usable: int, environment: Mapping[str, str]) -> int:
     if not under_torchrun and (own := environment.get("SLURM_CPUS_PER_TASK", "")).isdigit():
         return min(usable, int(own))
     return usable // max(1, int(environment.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def ranks_on_node(environment: Mapping[str, str]) -> int:
+    """Return the number of ranks of this job on a node: the largest number, if nodes differ.
+
+    torchrun and ``wmdd slurm`` set LOCAL_WORLD_SIZE. srun sets a list such as ``8(x2),4``. Without either, all ranks
+    count as ranks of one node.
+    """
+    if "LOCAL_WORLD_SIZE" in environment:
+        return int(environment["LOCAL_WORLD_SIZE"])
+    if "RANK" in environment:
+        return int(environment.get("WORLD_SIZE", "1"))
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") == "1" or "SLURM_PTY_PORT" in environment:
+        return 1
+    numbers = re.sub(r"\(x\d+\)", "", environment["SLURM_STEP_TASKS_PER_NODE"])
+    return max(map(int, numbers.split(",")))

@@ -1,6 +1,7 @@
 """The training of a teacher: crops and flips, a cosine to zero, checkpoints."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 
 from wmdd.config.schema import Config
 from wmdd.data import augment
+from wmdd.data.batch_sources import batch_source, copies_on_node, is_held
 from wmdd.data.dataset import Dataset, decode_all
 from wmdd.data.pixels import normalize
 from wmdd.errors import Interrupted
@@ -58,29 +60,32 @@ def train(
     if done == settings.epochs * batches:
         return network.cpu()
 
-    def decoded() -> Tensor:
-        return decode_all(dataset.train, config, "decoding the training images", stop)
-
     def save() -> None:
         epoch, position = divmod(done, batches)
         checkpoint.save(parts, ranks.device, team, epoch=epoch, position=position, spent=meter.read(), log=log.state())
 
-    images = to_gpu_if_it_fits(team.together(decoded), ranks.device)
+    held = None
+    if is_held(dataset.train, config, copies_on_node(team.size)):
+        held = partial(team.together, partial(decode_all, dataset.train, config, "decoding the training images", stop))
     labels = dataset.train.labels.to(ranks.device)
     example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
     parallel = ranks.compiled(team.wrap(network.train(), example))
     check = StopCheck(team, stop, checkpoint.due)
     log = EpochLog(log_file, team, ranks.device)
     log.restore(found.get("log", {}))
-    with progress("teacher: training", settings.epochs * batches, "updates") as advance:
+    with (
+        batch_source(dataset.train, config, ranks.device, held) as fetch,
+        progress("teacher: training", settings.epochs * batches, "updates") as advance,
+    ):
         advance(done)
         for epoch in range(done // batches, settings.epochs):
             lr = optimizer.param_groups[0]["lr"]
             source = generator(settings.seed, "teacher", epoch)
-            order = torch.randperm(len(images), generator=source)
+            order = torch.randperm(len(labels), generator=source)
             size, scale = data.resolution, (settings.crop_scale, 1.0)
-            draws = augment.draw((len(images),), size, scale, settings.flip, 0, source).to(ranks.device)
-            places, classes = order.to(images.device), labels[order.to(ranks.device)]
+            draws = augment.draw((len(labels),), size, scale, settings.flip, 0, source).to(ranks.device)
+            classes = labels[order.to(ranks.device)]
+            pixels = fetch(order, _rows(len(labels), done % batches, settings.batch_size, team))
             for position in range(done % batches, batches):
                 stopping, saving = check()
                 if stopping or saving:
@@ -89,11 +94,11 @@ def train(
                     raise Interrupted(f"teacher checkpointed after {done} of {settings.epochs * batches} updates")
                 done += 1
                 start = position * settings.batch_size
-                end = min(start + settings.batch_size, len(images))
+                end = min(start + settings.batch_size, len(labels))
                 if end - start < 2 * team.size:
                     continue  # BatchNorm cannot train on one image
                 own = team.own(start, end)
-                shown = augment.warp(normalize(images[places[own]].to(ranks.device), data), draws[own])
+                shown = augment.warp(normalize(next(pixels), data), draws[own])
                 factor = team.size / (end - start)
                 loss = update(parallel, optimizer, ranks, (shown, classes[own]), factor, settings.label_smoothing)
                 log.count(loss, end - start)
@@ -103,6 +108,12 @@ def train(
             log.write_if_due()
     save()
     return network.cpu()
+
+
+def _rows(images: int, first: int, size: int, team: Team) -> list[slice]:
+    """Return this rank's rows of each batch of an epoch that is trained on, from batch ``first`` on."""
+    bounds = [(start, min(start + size, images)) for start in range(first * size, images, size)]
+    return [team.own(start, end) for start, end in bounds if end - start >= 2 * team.size]
 
 
 def update(
@@ -131,16 +142,6 @@ def update(
     (loss * factor).backward()
     optimizer.step()
     return loss
-
-
-def to_gpu_if_it_fits(images: Tensor, device: torch.device) -> Tensor:
-    """Return the images on the GPU if they fit in a quarter of its free memory, else unchanged.
-
-    Images elsewhere are copied batch by batch, and the host waits for every copy.
-    """
-    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
-        return images.to(device)
-    return images
 
 
 def optimizer_of(network: nn.Module, config: Config) -> torch.optim.Optimizer:
