@@ -28,14 +28,9 @@ Fetch = Callable[[Tensor, Sequence[slice]], Iterator[Tensor]]
 """Returns the images at some rows of an order of positions, batch by batch: uint8 [b, channels, H, W], on the device"""
 
 
-def decoded_bytes(images: ImageSet) -> int:
-    """Return the size of the decoded images in bytes."""
-    return len(images) * images.config.channels * images.config.resolution**2
-
-
 def is_held(images: ImageSet, config: Config, copies: int) -> bool:
     """Return whether a node holds ``copies`` copies of the decoded images in memory (``data.memory_gb``)."""
-    return copies * decoded_bytes(images) <= config.data.memory_gb * GB
+    return copies * images.nbytes <= config.data.memory_gb * GB
 
 
 def copies_on_node(ranks: int) -> int:

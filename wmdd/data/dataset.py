@@ -1,5 +1,6 @@
 """The dataset of a run: its images are selected and checked before any work, and decoded when needed."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -57,6 +58,16 @@ class ImageSet:
 
     def __repr__(self) -> str:
         return f"ImageSet({len(self)} images of {len(self.classes)} classes)"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, channels, height and width of the decoded images."""
+        return len(self), self.config.channels, self.config.resolution, self.config.resolution
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the decoded images in bytes."""
+        return math.prod(self.shape)
 
     @property
     def labels(self) -> torch.Tensor:
@@ -418,13 +429,26 @@ def decode_all(images: ImageSet, config: Config, title: str, stop: Callable[[], 
     Raises:
         Interrupted: a stop was requested; it is checked between batches.
     """
+    out = torch.empty(images.shape, dtype=torch.uint8)
+    done = 0
+    for batch in decoded_in_order(images, config, title, stop):
+        out[done : done + len(batch)] = batch
+        done += len(batch)
+    return out
+
+
+def decoded_in_order(
+    images: ImageSet, config: Config, title: str, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Tensor]:
+    """Yield all images of a split in order, some at a time, decoded by worker processes: uint8 [n, channels, H, W].
+
+    Raises:
+        Interrupted: a stop was requested; it is checked between batches.
+    """
     plan = [range(start, min(start + _DECODE_BATCH, len(images))) for start in range(0, len(images), _DECODE_BATCH)]
-    side = config.data.resolution
-    out = torch.empty(len(images), config.data.channels, side, side, dtype=torch.uint8)
     with progress(title, len(images), "images") as advance:
         for chosen, batch in zip(plan, images.batches(plan, config.compute.workers), strict=True):
             if stop():
                 raise Interrupted(f"stopped while {title}")
-            out[chosen.start : chosen.stop] = batch
+            yield batch
             advance(len(chosen))
-    return out

@@ -8,11 +8,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from wmdd.config.schema import Config
-from wmdd.data.dataset import Dataset, decode_all
+from wmdd.data.batch_sources import copies_on_node, is_held
+from wmdd.data.dataset import Dataset, decode_all, decoded_in_order
 from wmdd.data.pixels import normalize
-from wmdd.errors import Interrupted
+from wmdd.data.shards import Shards
+from wmdd.errors import Interrupted, WmddError
 from wmdd.runtime.ranks import Ranks
 from wmdd.runtime.team import SINGLE, Team
+from wmdd.storage import cache
+from wmdd.storage.files import digest, locked, map_tensors, sweep, write_images
 
 _BATCH_SIZE = 256
 
@@ -37,7 +41,9 @@ class Validation:
 
     Args:
         config: resolved config, for normalization and decoding workers.
-        dataset: dataset; its images are decoded to uint8 on first use and kept.
+        dataset: dataset; its images are decoded to uint8 on first use. One rank of a node keeps them in memory. Several
+            ranks of a node, or any rank with more images than ``data.memory_gb`` allows, map packed images, or one file
+            in the cache, which the first rank writes.
         ranks: ranks of the job, with device and precision.
         stop: returns whether a stop was requested; checked between batches.
     """
@@ -50,6 +56,7 @@ class Validation:
         self._images: Tensor | None = None
         self.on = "test" if dataset.holdout is None else "holdout"
         """``test`` or ``holdout``"""
+        self._entry = cache.folder("images", digest([dataset.fingerprint, self.on]))
 
     def __call__(self, predict: Callable[[Tensor], Tensor], team: Team = SINGLE) -> Judgement:
         """Return the accuracy of ``predict`` (images -> logits).
@@ -69,15 +76,15 @@ class Validation:
     def _found(self, predict: Callable[[Tensor], Tensor], team: Team) -> Tensor:
         """Return [3 + N]: sums over this rank's batches of top-1 hits, top-5 hits and cross-entropy; then the top-1 hit
         (1 or 0) of each of the N images."""
-        if self._images is None:
-            title = f"decoding the {self.on} images"
-            self._images = decode_all(self._source, self._config, title, self._stop)
+        read = self._reader()
         totals = torch.zeros(len(_METRICS), dtype=torch.float64)
-        correct = torch.zeros(len(self._images), dtype=torch.float64)
-        batches = list(zip(self._images.split(_BATCH_SIZE), self._source.labels.split(_BATCH_SIZE), strict=True))
-        for (raw, labels), right in list(zip(batches, correct.split(_BATCH_SIZE), strict=True))[team.rank :: team.size]:
+        correct = torch.zeros(len(self._source), dtype=torch.float64)
+        starts = range(0, len(self._source), _BATCH_SIZE)
+        batches = list(zip(starts, self._source.labels.split(_BATCH_SIZE), correct.split(_BATCH_SIZE), strict=True))
+        for start, labels, right in batches[team.rank :: team.size]:
             if self._stop():
                 raise Interrupted(f"stopped while a network was validated on the {self.on} images")
+            raw = read(start, start + len(labels))
             with torch.inference_mode(), self._ranks.autocast():
                 shown = normalize(raw.to(self._ranks.device), self._config.data)
                 logits = predict(shown.contiguous(memory_format=torch.channels_last)).float().cpu()
@@ -86,3 +93,32 @@ class Validation:
             totals += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), loss])
             right.copy_(ranked[:, 0])
         return torch.cat([totals, correct])
+
+    def _reader(self) -> Callable[[int, int], Tensor]:
+        """Return a function that returns the images from one position to another: uint8 [n, channels, H, W]."""
+        source, title = self._source, f"decoding the {self.on} images"
+        alone = copies_on_node(self._ranks.size) == 1
+        if self._images is None and alone and is_held(source, self._config, 1):
+            self._images = decode_all(source, self._config, title, self._stop)
+        if self._images is None and isinstance(source.catalogue, Shards):
+            return lambda start, end: source.decode(range(start, end))
+        if self._images is None:
+            self._images = self._mapped(title)
+        images = self._images
+        return lambda start, end: images[start:end]
+
+    def _mapped(self, title: str) -> Tensor:
+        """Return the images of a mapped file in the cache, which is written first if it is missing."""
+        file = self._entry / "images.safetensors"
+        if not file.exists():
+            cache.prepare(self._entry)
+            with locked(self._entry / ".lock", self._stop):
+                sweep(self._entry)
+                if not file.exists():
+                    parts = decoded_in_order(self._source, self._config, title, self._stop)
+                    write_images(file, self._source.shape, parts)
+        cache.note_use(self._entry)
+        images: Tensor = map_tensors(file)["images"]
+        if tuple(images.shape) != self._source.shape:
+            raise WmddError(f"{file}: has images of shape {list(images.shape)}; delete this file")
+        return images

@@ -1,4 +1,5 @@
-"""The content-addressed cache: runs, sweeps and protocols share its teachers, statistics and dataset listings.
+"""The content-addressed cache: runs, sweeps and protocols share its teachers, statistics, dataset listings and decoded
+validation images.
 
 An entry is a folder ``KIND/KEY``.  KEY is the digest of everything that the content depends on, so an entry is never
 stale.  (The key of a listing depends on the dataset's folder; the listing is compared with that folder.)  The cache is
@@ -22,7 +23,7 @@ from wmdd.storage.files import FORMAT
 
 _SUFFIX = f".v{FORMAT}"
 """Suffix of entry names.  Entries of another version of the package have another suffix, or none."""
-KINDS = ("teachers", "statistics", "listings")
+KINDS = ("teachers", "statistics", "listings", "images")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -45,11 +45,16 @@ def write_bytes(path: Path, content: bytes, new: bool = False, sync: bool = True
         FileExistsError: ``new`` is true and the file exists.
         WmddError: the disk is full, the quota is used up, or the folder is not writable.  No partial file remains.
     """
+    _write_whole(path, [content], new, sync)
+
+
+def _write_whole(path: Path, chunks: Iterable[Any], new: bool, sync: bool) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(content)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
@@ -60,6 +65,9 @@ def write_bytes(path: Path, content: bytes, new: bool = False, sync: bool = True
             raise
         reason = _NO_ROOM.get(error.errno or 0, error.strerror or str(error))
         raise WmddError(f"{path}: cannot be written: {reason}; earlier results are kept") from error
+    except WmddError:  # a chunk could not be made
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 _ABANDONED_SECONDS = 3600.0
@@ -133,6 +141,31 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     content = safetensors.torch.save(ready, dict(metadata) if metadata else None)
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def write_images(path: Path, shape: Sequence[int], parts: Iterable[Any]) -> None:
+    """Write uint8 tensors, one after the other, as the tensor ``images`` of a safetensors file, atomically.
+
+    Memory holds one part at a time.
+
+    Args:
+        path: path of the file.
+        shape: shape of the whole tensor.
+        parts: tensors of the rows, in order.
+
+    Raises:
+        WmddError: the disk is full or the folder is not writable. No partial file remains.
+    """
+    entry = {"dtype": "U8", "shape": list(shape), "data_offsets": [0, math.prod(shape)]}
+    header = json.dumps({"images": entry}).encode()
+    header += b" " * (-len(header) % 8)
+
+    def chunks() -> Iterator[Any]:
+        yield len(header).to_bytes(8, "little") + header
+        for part in parts:
+            yield part.contiguous().numpy().data
+
+    _write_whole(path, chunks(), new=False, sync=True)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
