@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from wmdd.config.loading import load_config
 from wmdd.config.schema import Config
+from wmdd.data.batch_sources import copies_on_node, is_held
 from wmdd.data.dataset import Dataset, load_dataset
 from wmdd.distill import statistics
 from wmdd.distill.blocks import check as check_method
@@ -23,7 +24,7 @@ from wmdd.runs.baselines import baselines_of
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime import log
 from wmdd.runtime.arithmetic import candidates
-from wmdd.runtime.memory import within_memory
+from wmdd.runtime.memory import free_memory, within_memory
 from wmdd.runtime.placement import placement_of
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.signals import STOPS, StopRequest, stop_on
@@ -173,6 +174,7 @@ def _run(
         made = blocks if "distill" in share.stages else []
         trained = todo if "students" in share.stages else []
         _check_room(config, len(dataset.classes), made, trained, folder, job.size)
+        check_memory(memory_needs(config, dataset, made, job), free_memory())
     if job.main and dataset.skipped:
         logger.warning(f"{len(dataset.skipped)} unreadable images are left out, such as {dataset.skipped[0]}")
     if share.stages == ("report",):  # reports what exists, and needs no teacher
@@ -339,3 +341,44 @@ def _check_room(
     free = shutil.disk_usage(folder.path).free
     if free < needed:
         raise InputError(f"{folder.path}: needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room")
+
+
+def memory_needs(
+    config: Config, dataset: Dataset, blocks: Sequence[class_partition.Block], job: Ranks
+) -> dict[str, tuple[int, str]]:
+    """Return the bytes that the ranks of a node hold at once for a run, and the remedy, by what they hold.
+
+    Mapped files are not counted: the system gives their memory to others when it is short.
+    """
+    here = copies_on_node(job.size)
+    needs: dict[str, tuple[int, str]] = {}
+    copies = copies_on_node(config.teacher.ranks)
+    trained = not config.teacher.weights and not obtain.is_stored(config, dataset, [job.arithmetic])
+    if trained and is_held(dataset.train, config, copies):
+        needs["the teacher's images"] = copies * dataset.train.nbytes, "lower data.memory_gb"
+    if here == 1 and is_held(dataset.validation, config, 1):
+        needs["the validation images"] = dataset.validation.nbytes, "lower data.memory_gb"
+    if blocks:
+        largest = max(len(block.classes) for block in blocks) * config.ipc * dataset.train.nbytes // len(dataset.train)
+        assembling = max(1, min(here // config.synthesis.split_class, len(blocks)))
+        needs["blocks that are put together"] = 2 * largest * assembling, "use more blocks, or fewer ranks on a node"
+    return needs
+
+
+def check_memory(needs: Mapping[str, tuple[int, str]], free: int) -> None:
+    """Check that a node has the memory that a run needs.
+
+    Args:
+        needs: bytes and remedy of each need (``memory_needs``).
+        free: bytes of free memory.
+
+    Raises:
+        InputError: the needs exceed the free memory. The message names the largest need and its remedy.
+    """
+    total = sum(size for size, _ in needs.values())
+    if total > free:
+        what, (size, remedy) = max(needs.items(), key=lambda need: need[1][0])
+        raise InputError(
+            f"the run needs {total / 1e9:,.1f} GB of memory on this node, {size / 1e9:,.1f} GB of it for {what};"
+            f" {free / 1e9:,.1f} GB are free; {remedy}"
+        )

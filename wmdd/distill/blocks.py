@@ -25,7 +25,7 @@ from wmdd.runtime.memory import within_memory
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.team import Team
 from wmdd.session import Session
-from wmdd.storage.files import FORMAT, expect, read_tensors, write_json, write_tensors
+from wmdd.storage.files import FORMAT, expect, map_tensors, write_json, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def _assemble(session: Session, folder: RunFolder, method: base.Method, block: B
         if meta is None:
             raise WmddError(f"{folder.group_file(group.index)}: is missing; run the same command again")
         groups.append(meta)
-        parts.append(read_tensors(folder.group_file(group.index)))
+        parts.append(map_tensors(folder.group_file(group.index)))
     tensors = {name: _by_class(block, [part[name] for part in parts]) for name in ("images", "labels", "weights")}
     names = [session.dataset.classes[index] for index in block.classes]
     sha = write_tensors(folder.block_file(block.index), tensors)
