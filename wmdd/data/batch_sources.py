@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wmdd.config.schema import Config
 from wmdd.data.dataset import ImageSet
-from wmdd.data.image_parts import near
+from wmdd.data.image_parts import near, to_device
 from wmdd.data.shards import Shards
 from wmdd.runtime.cpus import ranks_on_node
 
@@ -68,7 +68,7 @@ def batch_source(
 
             def decoded(order: Tensor, rows: Sequence[slice]) -> Iterator[Tensor]:
                 positions = order.numpy()
-                return (_to(batch, device) for batch in decode([positions[own] for own in rows]))
+                return (to_device(batch, device) for batch in decode([positions[own] for own in rows]))
 
             yield decoded
 
@@ -111,11 +111,4 @@ def _read_ahead(
         found = read(positions[own])
         return found.pin_memory() if device.type == "cuda" else found
 
-    return (_to(batch, device) for batch in ahead([partial(pinned, own) for own in rows]))
-
-
-def _to(images: Tensor, device: torch.device) -> Tensor:
-    """Return the images on the device. The host does not wait for the copy."""
-    if images.device.type == device.type:
-        return images
-    return (images if images.is_pinned() else images.pin_memory()).to(device, non_blocking=True)
+    return (to_device(batch, device) for batch in ahead([partial(pinned, own) for own in rows]))

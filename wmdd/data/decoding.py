@@ -1,7 +1,6 @@
 """Worker processes that decode images ahead of use, in a fixed order."""
 
 import atexit
-import itertools
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -68,24 +67,49 @@ def _close_streams() -> None:
 
 @contextmanager
 def decoders(
-    function: Callable[[Batch], Result], workers: int
+    function: Callable[[Batch], Result], workers: int, ahead: int = 2
 ) -> Iterator[Callable[[Sequence[Batch]], Iterator[Result]]]:
     """Yield ``in_order`` for one function, with processes that live as long as the context.
 
-    The processes start with the first batches. Results must be read to their end before the next batches are given.
+    The processes start with the first result that is read. From then on, a call starts the work on its batches at once.
+    Results must be read in the order of the calls.
+
+    Args:
+        function: function of one batch.
+        workers: number of processes; 0: the results are computed in this process, when they are read.
+        ahead: number of batches that each process computes ahead of use.
     """
     if not workers:
         yield lambda batches: map(function, batches)
         return
     waiting: deque[Batch] = deque()
-    # The loader always requests a few batches ahead.  It gets None when no batch is waiting.
-    plan = (waiting.popleft() if waiting else None for _ in itertools.count())
-    stream = _loaded(lambda batch: None if batch is None else function(batch), plan, cpus.processes(workers))
+    requested: deque[bool] = deque()
+    """For each result to come, in order, whether it belongs to a batch"""
+
+    def plan() -> Iterator[Batch | None]:
+        # The loader always requests a few batches ahead.  It gets None when no batch is waiting.
+        while True:
+            requested.append(bool(waiting))
+            yield waiting.popleft() if waiting else None
+
+    stream = _loaded(
+        lambda batch: None if batch is None else function(batch), plan(), cpus.processes(workers), max(2, ahead)
+    )
 
     def decode(batches: Sequence[Batch]) -> Iterator[Result]:
         waiting.extend(batches)
-        for _ in batches:
-            yield next(result for result in stream if result is not None)
+        # For each result without a batch that is taken, the loader requests one of the new batches.
+        while waiting and requested and not requested[0]:
+            next(stream)
+            requested.popleft()
+        return results(len(batches))
+
+    def results(count: int) -> Iterator[Result]:
+        while count:
+            result = next(stream)
+            if requested.popleft():
+                count -= 1
+                yield result
 
     try:
         yield decode
@@ -93,18 +117,23 @@ def decoders(
         stream.close()
 
 
-def _loaded(function: Callable[[Any], Any], batches: Iterable[Any], processes: int) -> Generator[Any, None, None]:
-    stream = _results(function, batches, processes)
+def _loaded(
+    function: Callable[[Any], Any], batches: Iterable[Any], processes: int, ahead: int = 2
+) -> Generator[Any, None, None]:
+    stream = _results(function, batches, processes, ahead)
     _streams.add(stream)
     return stream
 
 
-def _results(function: Callable[[Any], Any], batches: Iterable[Any], processes: int) -> Generator[Any, None, None]:
+def _results(
+    function: Callable[[Any], Any], batches: Iterable[Any], processes: int, ahead: int
+) -> Generator[Any, None, None]:
     loader = torch.utils.data.DataLoader(
         _Guarded(function),
         batch_size=None,
         sampler=batches,
         num_workers=processes,
+        prefetch_factor=ahead,
         collate_fn=_unchanged,
         generator=torch.Generator(),  # otherwise DataLoader draws its seed from the global generator
         worker_init_fn=_outlast_signals,

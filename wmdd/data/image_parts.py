@@ -60,5 +60,11 @@ def take(images: Tensor | ImageParts, positions: Tensor) -> Tensor:
     """Return the images at some positions [n], on the device of the positions: [n, channels, H, W]."""
     if isinstance(images, Tensor) and images.device == positions.device:
         return images[positions]
-    found = images[positions.cpu()]
-    return found if positions.device.type == "cpu" else found.pin_memory().to(positions.device, non_blocking=True)
+    return to_device(images[positions.cpu()], positions.device)
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Return images of the CPU on a device.  The host does not wait for the copy."""
+    if images.device.type == device.type:
+        return images
+    return (images if images.is_pinned() else images.pin_memory()).to(device, non_blocking=True)

@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,18 +12,21 @@ import torch
 from torch import Tensor
 
 from wmdd.config.schema import Config
-from wmdd.data.dataset import Dataset
+from wmdd.data.batch_sources import GB
+from wmdd.data.dataset import Dataset, ImageSet
 from wmdd.distill import statistics
 from wmdd.distill.barycenter.processes import Pending, solvers
 from wmdd.distill.checkpoints import finished_group
-from wmdd.distill.groups import distill_group, submitted
+from wmdd.distill.groups import distill_group, prepare, submitted
 from wmdd.distill.methods import base, registry
 from wmdd.errors import InputError, WmddError
 from wmdd.records.provenance import provenance
 from wmdd.runs.class_partition import Block, Group, is_spread
 from wmdd.runs.folder import RunFolder
 from wmdd.runs.work_queue import WorkQueue
+from wmdd.runtime import cpus
 from wmdd.runtime.memory import within_memory
+from wmdd.runtime.meter import Meter
 from wmdd.runtime.progress_bars import progress
 from wmdd.runtime.team import Team
 from wmdd.session import Session
@@ -54,8 +59,8 @@ def check(config: Config, dataset: Dataset) -> base.Method:
 def distill(session: Session, folder: RunFolder, blocks: list[Block]) -> None:
     """Write every missing block. Complete blocks are not touched.
 
-    The groups of all missing blocks form one queue. Statistics are measured one group ahead of the synthesis. The
-    barycenters of that next group are computed during the synthesis. Memory thus holds the statistics of two groups at
+    The groups of all missing blocks form one queue. During the synthesis of a group, the barycenters of the next one
+    are computed, and the images of the one after it are decoded. Memory thus holds the statistics of two groups at
     most. A block is assembled when its last group is done.
 
     Raises:
@@ -151,19 +156,54 @@ def _distilled(
         progress("statistics", -(-images // team.count), "images", timed=False) as measured,
         progress(config.method, -(-steps // team.count), "iterations") as optimized,
         solvers(config.compute.workers, session.stop) as submit,
-        train.decoders(config.compute.workers) as decode,
+        train.decoders(config.compute.workers, _batches_ahead(config, train, todo)) as decode,
     ):
 
-        def measured_group(group: Group) -> tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]:
+        def begun(group: Group) -> tuple[Group, StatisticsInOrder]:
+            """Start the decoders on the images of a group. Each rank of a team measures its part of the classes."""
             own = group.classes if method.uses_statistics else ()
+            return group, statistics.measure(session, own[team.rank :: team.size], measured, decode)
+
+        def measured_group(
+            begun: tuple[Group, StatisticsInOrder],
+        ) -> tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]:
+            group, own = begun
             with within_memory(ranks.device, "lower statistics.batch_size"):
-                found = team.together(lambda: dict(statistics.measure(session, own, measured, decode)))
+                found = team.together(lambda: dict(own))
+                if team.size > 1 and method.uses_statistics:  # the other ranks have written theirs to the cache
+                    found = team.together(lambda: dict(statistics.measure(session, group.classes, decode=decode)))
             return group, found, submitted(session, method, group, found, submit)
 
-        for position in queue.worked(
-            measured_group, lambda ready: distill_group(session, folder, method, team, *ready, optimized)
-        ):
+        def synthesized(ready: tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]) -> None:
+            group, found, pending = ready
+            meter = Meter(ranks.device, team.size)
+            prepared = prepare(session, method, group, found, pending, decode)
+            queue.begin_ahead()  # only now: the decoders work in the order of the requests
+            distill_group(session, folder, team, group, prepared, meter, optimized)
+
+        for position in queue.worked(measured_group, synthesized, begun):
             yield position, todo[position]
+
+
+StatisticsInOrder = Iterator[tuple[int, statistics.ClassStatistics]]
+
+
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - torch puts the results of decoders there
+
+
+def _batches_ahead(config: Config, train: ImageSet, todo: Sequence[Group]) -> int:
+    """Return how many batches each decoder computes ahead, so that a group is decoded while another is synthesized.
+
+    The batches lie in shared memory. They take at most half of it, and at most ``data.memory_gb`` on a node.
+    """
+    processes = cpus.processes(config.compute.workers)
+    if not processes or not todo:
+        return 2
+    size = config.statistics.batch_size
+    wanted = max(sum(-(-len(train.of_class(index)) // size) for index in group.classes) for group in todo)
+    batch = size * train.nbytes // len(train)
+    room = min(config.data.memory_gb * GB, shutil.disk_usage(_SHARED_MEMORY).free / 2) / cpus.ranks_on_node(os.environ)
+    return max(2, min(-(-wanted // processes), int(room / batch / processes)))
 
 
 def _assemble_once(session: Session, folder: RunFolder, method: base.Method, block: Block) -> None:

@@ -14,7 +14,7 @@ from wmdd.data.pixels import pixel_range, quantize
 from wmdd.distill.barycenter.processes import Pending, Submit, deferred
 from wmdd.distill.checkpoints import identity, read_checkpoint, write_checkpoint
 from wmdd.distill.methods import base
-from wmdd.distill.statistics import StatisticsByClass
+from wmdd.distill.statistics import Decode, StatisticsByClass
 from wmdd.distill.synthesis.engine import Problem, State, synthesize
 from wmdd.distill.synthesis.objective import Target
 from wmdd.errors import WmddError
@@ -64,6 +64,8 @@ class Prepared:
     """Squared Wasserstein-2 distance of each class's barycenter; empty without barycenters"""
     problem: Problem | None
     """None for methods that optimize nothing"""
+    statistics_seconds: float = 0.0
+    """Seconds of the pass over the images of its classes"""
 
 
 def prepare(
@@ -72,6 +74,7 @@ def prepare(
     group: Group,
     found: StatisticsByClass,
     pending: Mapping[int, Pending] | None = None,
+    decode: Decode | None = None,
 ) -> Prepared:
     """Let the method plan each class of a group, and join the plans.
 
@@ -81,16 +84,17 @@ def prepare(
         group: group to prepare.
         found: statistics of the classes.
         pending: barycenters of the classes, by class index; None computes them here.
+        decode: decodes batches of the training images; None decodes them in this process.
     """
     config, dataset = session.config, session.dataset
     names = [dataset.classes[index] for index in group.classes]
     observe = functools.partial(session.teacher.observe, ranks=session.ranks, batch_size=config.statistics.batch_size)
     pending = submitted(session, method, group, found, deferred) if pending is None else pending
     atoms = {index: solved() for index, solved in pending.items()}
-    plans = {
-        index: method.prepare(base.ClassData(index, name, config, dataset, found.get(index), observe, atoms.get(index)))
-        for index, name in zip(group.classes, names, strict=True)
-    }
+    plans = {}
+    for index, name in zip(group.classes, names, strict=True):
+        own = found.get(index), observe, atoms.get(index), decode
+        plans[index] = method.prepare(base.ClassData(index, name, config, dataset, *own))
     even = torch.full((config.ipc,), 1 / config.ipc)
     weights = torch.stack([even if plan.weights is None else plan.weights for plan in plans.values()])
     labels = torch.cat(
@@ -99,7 +103,7 @@ def prepare(
     start = torch.cat([plan.images for plan in plans.values()])
     low, high = group.images or (0, config.ipc)
 
-    def own(values: Tensor) -> Tensor:
+    def rows(values: Tensor) -> Tensor:
         """Return the rows [G·K, ...] of the images of this group."""
         return values.unflatten(0, (len(plans), config.ipc))[:, low:high].flatten(0, 1)
 
@@ -115,14 +119,15 @@ def prepare(
         problem = Problem(
             session.teacher.network,
             objective,
-            Target(own(labels), counted[:, low:high], mean, variance, joined),
+            Target(rows(labels), counted[:, low:high], mean, variance, joined),
             settings,
             pixel_range(config.data),
             (config.seed, "group", *names, *part),
-            own(start) if settings.injections else None,
+            rows(start) if settings.injections else None,
         )
     w2 = {name: plan.w2 for name, plan in zip(names, plans.values(), strict=True) if plan.w2 is not None}
-    return Prepared(names, own(start), own(labels), weights[:, low:high], w2, problem)
+    seconds = sum(one.seconds for one in found.values())
+    return Prepared(names, rows(start), rows(labels), weights[:, low:high], w2, problem, seconds)
 
 
 def _moments(
@@ -173,17 +178,14 @@ def optimize(
 def distill_group(
     session: Session,
     folder: RunFolder,
-    method: base.Method,
     team: Team,
     group: Group,
-    found: StatisticsByClass,
-    pending: Mapping[int, Pending],
+    prepared: Prepared,
+    meter: Meter,
     advance: Callable[[int], None],
 ) -> None:
-    """Synthesize a group, with checkpoints, and write its file."""
+    """Synthesize a prepared group, with checkpoints, and write its file.  ``meter`` has measured the preparation."""
     config, ranks = session.config, session.ranks
-    meter = Meter(ranks.device, team.size)
-    prepared = prepare(session, method, group, found, pending)
     clock = Clock(config.compute.checkpoint_seconds)
 
     def save(state: State) -> None:
@@ -203,7 +205,7 @@ def distill_group(
     final = optimize(prepared, state, ranks, team, advance, save, StopCheck(team, session.stop, clock.due))
     if team.rank:
         return
-    measured = {"statistics_seconds": round(sum(one.seconds for one in found.values()), 3)}
+    measured = {"statistics_seconds": round(prepared.statistics_seconds, 3)}
     meta = {"classes": prepared.names, **measured, **meter.read(), "curve": final.curve, "w2": prepared.w2}
     tensors = {
         "images": quantize(final.images, config.data),

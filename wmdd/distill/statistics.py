@@ -1,7 +1,8 @@
 """Class statistics: features and exact per-class BatchNorm moments, from one pass over the real images."""
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from wmdd.config.schema import Config
 from wmdd.data import augment
 from wmdd.data.dataset import Dataset
+from wmdd.data.image_parts import to_device
 from wmdd.data.pixels import normalize
 from wmdd.errors import Interrupted
 from wmdd.runtime.arithmetic import Arithmetic
@@ -90,7 +92,7 @@ StatisticsByClass = Mapping[int, ClassStatistics]
 
 
 def summarize(features: Sequence[Tensor], moments: Sequence[tuple[Tensor, Tensor]], between: str) -> ClassStatistics:
-    """Combine the batches of one class, in order.
+    """Combine the batches of one class, in order, on their device and in float64.
 
     Args:
         features: features of each batch, [b, D].
@@ -130,8 +132,9 @@ def measure(
     advance: Callable[[int], None] = lambda images: None,
     decode: Decode | None = None,
 ) -> Iterator[tuple[int, ClassStatistics]]:
-    """Yield (class index, statistics) in the order of ``classes``, from the cache or from one pass over their images.
+    """Return (class index, statistics) in the order of ``classes``, from the cache or from one pass over their images.
 
+    The call starts the decoders on the images of all classes that the cache lacks; the pass follows the iteration.
     Every batch holds images of one class, and its size is the config's. The result therefore does not depend on ranks
     or blocks.
 
@@ -155,48 +158,60 @@ def measure(
         cache.prepare(folder)
         sweep(folder)
     cache.note_use(folder)
-    fresh = _compute(session, missing, advance, decode)
-    for index in classes:
-        seconds = known[index]
-        if seconds is None:
-            begun = time.perf_counter()
-            found = replace(next(fresh), seconds=round(time.perf_counter() - begun, 4))
-            tensors = {name: value for name, value in vars(found).items() if isinstance(value, Tensor)}
-            write_tensors(paths[index], tensors, {"seconds": str(found.seconds)})
-        else:
-            found = ClassStatistics(**read_tensors(paths[index]), seconds=float(seconds))
-            advance(len(found.features))
-        yield index, found
+    plan = {index: _batches(session, index) for index in missing}
+    every = [batch for batches in plan.values() for batch in batches]
+    decoded = decode(every) if decode else session.dataset.train.batches(every, session.config.compute.workers)
+
+    def found() -> Iterator[tuple[int, ClassStatistics]]:
+        for index in classes:
+            seconds = known[index]
+            if seconds is None:
+                begun = time.perf_counter()
+                measured = _compute(session, index, itertools.islice(decoded, len(plan[index])), advance)
+                measured = replace(measured, seconds=round(time.perf_counter() - begun, 4))
+                tensors = {name: value for name, value in vars(measured).items() if isinstance(value, Tensor)}
+                write_tensors(paths[index], tensors, {"seconds": str(measured.seconds)})
+            else:
+                measured = ClassStatistics(**read_tensors(paths[index]), seconds=float(seconds))
+                advance(len(measured.features))
+            yield index, measured
+
+    return found()
+
+
+def _batches(session: Session, index: int) -> list[range]:
+    """Return the positions of the images of a class, batch by batch."""
+    images, size = session.dataset.train.of_class(index), session.config.statistics.batch_size
+    return [images[start : start + size] for start in range(0, len(images), size)]
 
 
 def _compute(
-    session: Session, classes: Sequence[int], advance: Callable[[int], None], decode: Decode | None
-) -> Iterator[ClassStatistics]:
-    config, dataset, ranks = session.config, session.dataset, session.ranks
-    size = config.statistics.batch_size
-    plan: list[list[int]] = []
-    sizes: list[int] = []
-    for index in classes:
-        images = list(dataset.train.of_class(index))
-        batches = [images[start : start + size] for start in range(0, len(images), size)]
-        plan += batches
-        sizes.append(len(batches))
-    decoded = decode(plan) if decode else dataset.train.batches(plan, config.compute.workers)
-    for index, count in zip(classes, sizes, strict=True):
-        source = generator(config.seed, "statistics", dataset.classes[index])
-        features: list[Tensor] = []
-        moments: list[tuple[Tensor, Tensor]] = []
-        for _ in range(count):
-            if session.stop():
-                raise Interrupted("stopped while class statistics were measured")
-            shown = normalize(next(decoded).to(ranks.device), config.data)
-            if config.statistics.augment:
-                shown = augment.warp(shown, _draws(config, len(shown), source).to(ranks.device))
-            seen = session.teacher.observe(shown, ranks, size)
-            features.append(seen.features)
-            moments.append((seen.means, seen.variances))
-            advance(len(shown))
-        yield summarize(features, moments, config.statistics.between)
+    session: Session, index: int, decoded: Iterable[Tensor], advance: Callable[[int], None]
+) -> ClassStatistics:
+    config, ranks = session.config, session.ranks
+    source = generator(config.seed, "statistics", session.dataset.classes[index])
+    features: list[Tensor] = []
+    moments: list[tuple[Tensor, Tensor]] = []
+    for batch in decoded:
+        if session.stop():
+            raise Interrupted("stopped while class statistics were measured")
+        shown = normalize(to_device(batch, ranks.device), config.data)
+        if config.statistics.augment:
+            shown = augment.warp(shown, _draws(config, len(shown), source).to(ranks.device))
+        seen = session.teacher.observe_on_device(shown, ranks, config.statistics.batch_size)
+        features.append(seen.features)
+        moments.append((seen.means, seen.variances))
+        advance(len(shown))
+    return _on_cpu(summarize(features, moments, config.statistics.between))
+
+
+def _on_cpu(found: ClassStatistics) -> ClassStatistics:
+    """Return statistics on the CPU; one copy moves all tensors."""
+    tensors = [found.features, found.mean, found.within, found.between]
+    if found.mean.device.type == "cpu":
+        return found
+    moved = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([tensor.numel() for tensor in tensors])
+    return ClassStatistics(*(flat.clone().view(old.shape) for flat, old in zip(moved, tensors, strict=True)))
 
 
 def _draws(config: Config, count: int, source: torch.Generator) -> augment.Draws:

@@ -3,8 +3,9 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from filelock import BaseFileLock
@@ -56,14 +57,20 @@ class WorkQueue(Generic[Item]):
         self._held_elsewhere: list[int] = []
         self._locks: dict[int, BaseFileLock] = {}
         self._left = len(items)
+        self._begun: tuple[int, Any] | None = None
+        self._claim: Callable[[], tuple[int, Any] | None] | None = None
 
     @property
     def ahead(self) -> bool:
         """Whether to take the next item before the current one is done; False if an idle team could take it."""
         return self._left >= self._team.count
 
-    def next(self) -> tuple[int, Item] | None:
+    def next(self, wait: bool = True) -> tuple[int, Item] | None:
         """Return the next item, which this process now holds, with its position; or None when all items are done.
+
+        Args:
+            wait: whether to wait for items that other processes hold. A process that holds an unfinished item must not
+                wait: two such processes would wait for each other.
 
         Raises:
             Interrupted: a stop was requested.
@@ -74,40 +81,58 @@ class WorkQueue(Generic[Item]):
             position, stopping = (int(value) for value in self._team.sum(flags).tolist())
             if stopping:
                 raise Interrupted("stopped before the next piece of work")
-            if position == _END:
+            if position == _END or (position == _WAIT and not wait):
                 return None
             if position != _WAIT:
                 self._left = min(self._left, len(self._items) - position - 1)
                 return position, self._items[position]
             time.sleep(_POLL_SECONDS)
 
-    def worked(self, prepare: Callable[[Item], Prepared], work: Callable[[Prepared], object]) -> Iterator[int]:
+    def worked(
+        self,
+        prepare: Callable[[Any], Prepared],
+        work: Callable[[Prepared], object],
+        begin: Callable[[Item], Any] = lambda item: item,
+    ) -> Iterator[int]:
         """Prepare and do the items that this team gets; yield the position of each item that is done.
 
         The next item is prepared before the current one is done, unless an idle team could take it. At most two
-        prepared items are held.
+        prepared items are held. ``work`` may call ``begin_ahead``.
 
         Args:
-            prepare: returns what ``work`` needs.
+            prepare: returns what ``work`` needs, from the result of ``begin``.
             work: does an item.
+            begin: starts the preparation of an item in the background; by default it returns the item.
 
         Raises:
             Interrupted: a stop was requested.
         """
 
-        def take() -> tuple[int, Prepared] | None:
-            claimed = self.next()
-            return None if claimed is None else (claimed[0], prepare(claimed[1]))
+        def claim(wait: bool) -> tuple[int, Any] | None:
+            claimed = self.next(wait)
+            return None if claimed is None else (claimed[0], begin(claimed[1]))
 
-        ready = take()
+        def prepared(begun: tuple[int, Any] | None) -> tuple[int, Prepared] | None:
+            return None if begun is None else (begun[0], prepare(begun[1]))
+
+        ready = prepared(claim(wait=True))
         while ready:
             if any(self._team.anyone(self._stop())):
                 raise Interrupted(f"stopped before piece {ready[0] + 1} of {len(self._items)} of the work")
-            following = take() if self.ahead else None
+            begun, self._begun = self._begun, None
+            if begun is None and self.ahead:
+                begun = claim(wait=False)  # others may wait for ``ready``
+            following = prepared(begun)
+            self._claim = partial(claim, False) if following else None
             work(ready[1])
             yield ready[0]
             # The current item is released before the item after ``following`` is prepared.
-            ready = following or take()
+            ready = following or prepared(claim(wait=True))
+
+    def begin_ahead(self) -> None:
+        """Begin the item after the next one, if many are left: a slow team should not hold many of the last items."""
+        if self._claim and self._begun is None and self._left >= 3 * self._team.count:
+            self._begun = self._claim()
 
     def release(self, position: int) -> None:
         """Release the lock of a finished item."""

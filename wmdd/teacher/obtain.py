@@ -41,13 +41,20 @@ class Teacher:
 
     def observe(self, images: Tensor, ranks: Ranks, batch_size: int) -> Observation:
         """Return the network's observation of normalized images [N, channels, H, W], on the CPU."""
+        seen = self.observe_on_device(images, ranks, batch_size)
+        return Observation(**{key: value.cpu() for key, value in vars(seen).items()})
+
+    def observe_on_device(self, images: Tensor, ranks: Ranks, batch_size: int) -> Observation:
+        """Return the network's observation of normalized images [N, channels, H, W], on the device of the rank.
+
+        The host does not wait for the device.
+        """
         parts = []
         for part in images.split(batch_size):
             shown = part.to(ranks.device).contiguous(memory_format=torch.channels_last)
             with torch.inference_mode(), ranks.autocast():
                 parts.append(self.network(shown))
-        joined = {key: torch.cat([getattr(seen, key) for seen in parts]).cpu() for key in vars(parts[0])}
-        return Observation(**joined)
+        return Observation(**{key: torch.cat([getattr(seen, key) for seen in parts]) for key in vars(parts[0])})
 
 
 def get_or_train_teacher(

@@ -15,13 +15,17 @@ from torch import Tensor
 from wmdd.config.schema import BarycenterConfig, Config, SynthesisConfig
 from wmdd.data.dataset import Dataset
 from wmdd.data.pixels import normalize
-from wmdd.distill.statistics import ClassStatistics
+from wmdd.distill.statistics import ClassStatistics, Decode
 from wmdd.distill.synthesis.objective import Objective
 from wmdd.networks.frozen import Observation
 from wmdd.runtime.seeding import generator
 
 if TYPE_CHECKING:
     from wmdd.distill.barycenter.solve import Atoms  # imports POT, which takes more than a second
+
+
+_DECODE_BATCH = 4
+"""Number of images of one class that a process decodes at a time: few, because the method waits for all."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class ClassData:
     """Returns the teacher's observation, on the CPU, of normalized images [n, channels, H, W]"""
     atoms: "Atoms | None" = None
     """Barycenter of the class; None for methods whose ``barycenter`` returns None"""
+    decoders: Decode | None = None
+    """Decodes batches of the training images in the run's processes; None: in this process"""
 
     @property
     def count(self) -> int:
@@ -46,8 +52,13 @@ class ClassData:
 
     def decode(self, positions: list[int]) -> Tensor:
         """Return the real images at these positions within the class, normalized: [n, channels, H, W] float32."""
-        images = list(self.dataset.train.of_class(self.index))
-        return normalize(self.dataset.train.decode([images[position] for position in positions]), self.config.data)
+        train = self.dataset.train
+        images = train.of_class(self.index)
+        chosen = [images[position] for position in positions]
+        if self.decoders is None or train.is_decoded or not chosen:
+            return normalize(train.decode(chosen), self.config.data)
+        batches = [chosen[start : start + _DECODE_BATCH] for start in range(0, len(chosen), _DECODE_BATCH)]
+        return normalize(torch.cat(list(self.decoders(batches))), self.config.data)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a random generator for one purpose, which depends on the run's seed and the class alone."""
