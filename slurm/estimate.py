@@ -10,6 +10,7 @@ from slurm import attempts, submissions
 from slurm.profile import Resources, Stage
 from wmdd import pipeline
 from wmdd.config.schema import Config
+from wmdd.data.batch_sources import GB, is_held
 from wmdd.data.dataset import Dataset
 from wmdd.distill.methods import registry
 from wmdd.errors import InputError, WmddError
@@ -275,20 +276,24 @@ def _makespan(lengths: Sequence[float], parallel: int) -> float:
 def memory_gb(config: Config, dataset: Dataset, stage: Stage, wanted: Resources, trains_teacher: bool) -> float:
     """Return about how much memory the ranks of a node need in a stage, in GB.
 
-    Counts what grows with the dataset: the images that each rank holds decoded, and its processes.  Not the memory of
-    the device, nor, on a CPU, what the networks need.
+    Counts what grows with the dataset: the decoded images that the node holds (``data.memory_gb``), and the processes.
+    Mapped files do not count, nor does the memory of the device, nor, on a CPU, what the networks need.
     """
-    pixels = config.data.channels * config.data.resolution**2
-    images = len(dataset.classes) * config.ipc
+    here, pixels = wanted.ranks_per_node, config.data.channels * config.data.resolution**2
+    copies = min(config.teacher.ranks, here)
+    validation = dataset.validation.nbytes if here == 1 and is_held(dataset.validation, config, 1) else 0
+    train = copies * dataset.train.nbytes if trains_teacher and is_held(dataset.train, config, copies) else 0
+    group = class_partition.group_images(config, len(dataset.classes))
+    ahead = here * dataset.train.nbytes * group // (config.ipc * len(dataset.classes))
     held = {
-        "teacher": (len(dataset.train) + len(dataset.validation)) * trains_teacher,
-        "distill": 16 * class_partition.group_images(config, len(dataset.classes)),
-        "students": len(dataset.validation) + 2 * images,
+        "teacher": train + validation * trains_teacher,
+        "distill": here * 16 * group * pixels + min(ahead, config.data.memory_gb * GB),
+        "students": validation,
         "report": 0,
     }[stage]
     workers = 0 if stage == "report" else min(config.compute.workers, wanted.cpus_per_rank)
     process = _PROCESS_GB + workers * _DECODER_GB + (_CUDA_GB if wanted.gpus_per_rank else 0.0)
-    return wanted.ranks_per_node * (process + held * pixels / 1e9)
+    return here * process + held / GB
 
 
 def students_of(folder: RunFolder) -> list[Record]:
