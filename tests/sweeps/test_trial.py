@@ -42,9 +42,9 @@ def test_teacher_and_statistics_are_computed_once_for_all_trials(make, monkeypat
         trained.append(1)
         return make_teacher(*arguments, **options)
 
-    def count_classes(session, classes, *rest):
-        measured.extend(classes)
-        return compute(session, classes, *rest)
+    def count_classes(session, index, *rest):
+        measured.append(index)
+        return compute(session, index, *rest)
 
     monkeypatch.setattr(obtain, "_make", count_teachers)
     monkeypatch.setattr(statistics, "_compute", count_classes)
