@@ -22,7 +22,8 @@ def run(
     space: Annotated[
         str,
         typer.Option(
-            help="Keys to vary and their values: regularization, barycenter, synthesis, full, or a TOML file."
+            help="Keys to vary and their values: regularization, barycenter, weights-and-lambda, synthesis, full, or a"
+            " TOML file."
         ),
     ],
     trials: Annotated[

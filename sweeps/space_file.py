@@ -192,8 +192,9 @@ def _check(space: Space, config: Config) -> None:
         what = "data" if key.startswith("data.") else DECIDES[key]
         if why := _ELSEWHERE.get(key) or _FIXED.get(what):
             raise InputError(f"{where}: a sweep cannot vary it: {why}")
+        under = {other: wanted[0] for other, wanted in parameter.when.items()}
         for value in parameter.domain.probes():
-            registry.create(config.replace({key: value}, space.name))
+            registry.create(config.replace({**under, key: value}, space.name))
     swept = {parameter.key for parameter in space.parameters}
     for key, amount in {"synthesis.iterations": "iterations", "student.epochs": "student_epochs"}.items():
         if key in swept and isinstance(getattr(space.budget, amount), int):

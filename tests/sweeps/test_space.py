@@ -18,8 +18,17 @@ def test_every_shipped_space_fits_every_preset(name, preset):
     assert space.values_in(config)
 
 
+def test_a_value_is_checked_under_the_condition_of_its_key(tmp_path):
+    paper = load_config("digits+paper")  # its alternating weights refuse an entropy
+    assert load_space("barycenter", paper).values_in(paper)["barycenter.weights"] == "alternating"
+    path = tmp_path / "space.toml"
+    path.write_text(HEAD + "barycenter.epsilon = { grid = [0.0, 0.1] }")
+    with pytest.raises(InputError, match="alternating has exact plans"):
+        load_space(str(path), paper)
+
+
 def test_the_shipped_spaces_are_those_that_are_promised():
-    assert space_names() == ["barycenter", "full", "regularization", "synthesis"]
+    assert space_names() == ["barycenter", "full", "regularization", "synthesis", "weights-and-lambda"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import torch
 
 from sweeps import trial
 from sweeps.objective import OBJECTIVES
+from sweeps.search import suggest
+from sweeps.space_file import space_names
 from wmdd.data.dataset import load_dataset
 from wmdd.data.pixels import quantize
 from wmdd.distill import blocks, groups, statistics
@@ -147,17 +149,45 @@ def test_images_count_by_their_weights_in_a_student_that_is_told_so():
     )
 
 
-def test_images_count_alike_in_the_moments_where_the_config_says_so(make):
+def test_weights_count_in_the_moments_as_strongly_as_the_config_says(make):
     settled = prepared(make(SPACE, ("barycenter.weights=free", "ipc=4")))
-    uneven = {}
-    for weighted in (True, False):
-        config = settled.proxy({}).replace({"synthesis.bn_weighted": weighted})
+    counted = {}
+    for key, value in (("synthesis.bn_weighted", False), *(("barycenter.weight_power", g) for g in (0.0, 0.5, 1.0))):
+        config = settled.proxy({}).replace({key: value})
         with ranks(config.compute) as here:
             dataset = load_dataset(config.data)
             group = trial._Synthesis(trial._open(config, dataset, here, lambda: False))._groups[0]
-        uneven[weighted] = bool((group.problem.target.weights - 0.25).abs().max() > 1e-3)
         assert (group.weights - 0.25).abs().max() > 1e-3  # the set keeps its weights
-    assert uneven == {True: True, False: False}
+        counted[value] = group.problem.target.weights
+        variance = group.problem.target.variance
+        if value == 0 or value is False:  # γ = 0 is bn_weighted = false, bit for bit
+            expected = counted.setdefault("even", variance)
+            assert torch.equal(variance, expected) and (counted[value] == 0.25).all()
+    assert torch.equal(counted[1.0], group.weights)
+    roots = group.weights.sqrt()
+    assert counted[0.5].flatten().tolist() == pytest.approx((roots / roots.sum(1, keepdim=True)).flatten().tolist())
+
+
+def test_weights_count_in_the_students_loss_as_strongly_as_the_config_says():
+    class Set:
+        weights, labels, classes = torch.tensor([0.1, 0.9, 0.4, 0.6]), torch.tensor([0, 0, 1, 1]), ("a", "b")
+
+    assert losses.importance_of(Set).tolist() == pytest.approx([0.2, 1.8, 0.8, 1.2])
+    roots = [value**0.5 for value in (0.1, 0.9, 0.4, 0.6)]
+    expected = [2 * roots[0] / sum(roots[:2]), 2 * roots[1] / sum(roots[:2])]
+    expected += [2 * roots[2] / sum(roots[2:]), 2 * roots[3] / sum(roots[2:])]
+    assert losses.importance_of(Set, 0.5).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", space_names())
+def test_every_shipped_space_runs(make, name):
+    budget = {"iterations": 0.002, "student_epochs": 1, "student_seeds": 1, "rungs": 1}
+    sweep = make(name, ("labels.regimes=['soft']", "ipc=2"), budget=budget)
+    settled = prepared(sweep)
+    values = suggest(sweep.space, "random", 3, sweep.objective, 1, [])
+    assert set(values) <= {parameter.key for parameter in sweep.space.parameters}
+    (report,) = reports(settled, values)
+    assert 0 <= report["top1"] <= 1
 
 
 def test_the_plan_can_be_sent_to_another_process(make):

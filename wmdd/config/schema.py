@@ -155,15 +155,31 @@ class StatisticsConfig(Section, decides=Decides("statistics")):
 class BarycenterConfig(Section, decides=Decides("images")):
     """The Wasserstein barycenter: K = IPC atoms that represent a class in feature space."""
 
-    weights: Literal["uniform", "free", "alternating"] = "uniform"
+    weights: Literal["uniform", "free", "alternating", "tempered"] = "uniform"
     """Weights of the atoms. ``uniform``: every atom has weight 1/K. ``free``: optimal quantization (Lloyd), with the
-    cell masses as weights. ``alternating``: the paper's algorithm (Cuturi & Doucet 2014)."""
+    cell masses as weights. ``alternating``: the paper's algorithm (Cuturi & Doucet 2014). ``tempered``: between
+    ``uniform`` and ``free``, see ``temper``."""
+    temper: Fraction = 0.5
+    """Share τ of the cell masses in ``tempered`` weights (1 − τ)/K + τ·(cell masses). 0 is ``uniform``, 1 is ``free``.
+    Other weights ignore it."""
+    weight_power: Weight = 1.0
+    """Power γ of the weights w wherever they count: ``synthesis.bn_weighted`` and ``labels.weighted`` use w^γ,
+    normalized. 0: all images count equally. The atoms and the distilled set keep w."""
+    epsilon: Weight = 0.0
+    """Entropic regularization ε of the plans (Sinkhorn), as a share of the variance of the class's features. It draws
+    the atoms towards the mean of the class. 0: optimal plans. W2² is exact in both cases."""
     atoms: Literal["means", "medoids"] = "means"
     """Atoms. ``means``: any points in feature space. ``medoids``: the features of the nearest real images."""
     starts: Positive = 4
     """Number of random starts. The result with the smallest W2² is kept."""
     rounds: Positive = 100
     """Maximum number of iterations of one start. It ends earlier when W2² no longer changes."""
+
+    @model_validator(mode="after")
+    def _alternation_is_exact(self) -> "BarycenterConfig":
+        if self.epsilon and self.weights == "alternating":
+            raise ValueError("barycenter.epsilon needs weights uniform, free or tempered; alternating has exact plans")
+        return self
 
 
 class SynthesisConfig(Section, decides=Decides("images")):

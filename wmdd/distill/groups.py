@@ -20,6 +20,7 @@ from wmdd.distill.synthesis.objective import Target
 from wmdd.errors import WmddError
 from wmdd.networks.checkpoint import Clock, StopCheck
 from wmdd.runs.class_partition import Group
+from wmdd.runs.distilled_set import counted_weights
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime.memory import within_memory
 from wmdd.runtime.meter import Meter
@@ -110,7 +111,8 @@ def prepare(
     problem = None
     if objective := method.objective():
         settings = method.synthesis()
-        counted = weights if settings.bn_weighted else even.expand_as(weights)
+        power = config.barycenter.weight_power
+        counted = counted_weights(weights, power) if settings.bn_weighted else even.expand_as(weights)
         mean, variance = _moments(session, method, group.classes, found, counted)
         targets = [plan.atoms for plan in plans.values() if plan.atoms is not None]
         joined = torch.stack(targets)[:, low:high] if len(targets) == len(plans) else None

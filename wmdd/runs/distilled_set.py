@@ -64,6 +64,21 @@ class DistilledSet(TorchDataset[tuple[Tensor, int]]):
         return normalize(self.images[index : index + 1], self.data)[0], int(self.labels[index])
 
 
+def counted_weights(weights: Tensor, power: float) -> Tensor:
+    """Return w^γ of the images of each class, normalized: how much each image counts (``barycenter.weight_power``).
+
+    Args:
+        weights: barycenter weights [..., K]; each row sums to one.
+        power: γ, at least 0. 1 returns the weights themselves, 0 returns 1/K.
+    """
+    if power == 1:
+        return weights
+    if power == 0:
+        return torch.full_like(weights, 1 / weights.shape[-1])
+    powered = weights.pow(power)
+    return powered / powered.sum(-1, keepdim=True)
+
+
 def complete_manifest(folder: RunFolder) -> dict[str, Any]:
     """Return the manifest of a run folder whose blocks all have a sidecar.
 

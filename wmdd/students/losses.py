@@ -8,9 +8,19 @@ from wmdd.runtime.team import Team
 from wmdd.students import batches
 
 
-def importance_of(distilled: DistilledSet | MappedSet) -> Tensor:
-    """Return the weight of each image in the loss, [N]: its barycenter weight, scaled to mean 1."""
+def importance_of(distilled: DistilledSet | MappedSet, power: float = 1.0) -> Tensor:
+    """Return the weight of each image in the loss, [N]: its barycenter weight to a power, scaled to mean 1.
+
+    A power other than 1 keeps the total weight of each class (``barycenter.weight_power``).
+    """
     weights = distilled.weights.float()
+    if power != 1:
+        powered = weights.pow(power)
+        before, after = (
+            weights.new_zeros(len(distilled.classes)).index_add(0, distilled.labels, each)
+            for each in (weights, powered)
+        )
+        weights = powered * (before / after)[distilled.labels]
     return weights * (len(weights) / weights.sum())
 
 

@@ -94,7 +94,8 @@ def train(
     if task.regime != "hard":
         soft = soft_labels.SoftLabels(config, distilled, session.teacher, task.regime, task.seed, ranks, folder)
     images, classes = near(distilled.images, ranks.device), distilled.labels.to(ranks.device)
-    importance = importance_of(distilled).to(ranks.device) if config.labels.weighted else None
+    power = config.barycenter.weight_power if config.labels.weighted else 0
+    importance = importance_of(distilled, power).to(ranks.device) if power else None
     # Not torch's AveragedModel: its counter makes the host wait for the device in every update.
     weights, follow = list(network.parameters()), get_ema_multi_avg_fn(settings.ema)
     average = [weight.detach().clone() for weight in weights] if settings.ema else []

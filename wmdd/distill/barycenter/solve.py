@@ -20,6 +20,7 @@ from threadpoolctl import ThreadpoolController
 from wmdd.config.schema import BarycenterConfig
 from wmdd.distill.barycenter.free import alternating, lloyd
 from wmdd.distill.barycenter.starts import Array, Candidate, Cloud, draw_starts, standardized
+from wmdd.distill.barycenter.tempered import tempered, tempered_masses
 from wmdd.distill.barycenter.uniform import ARC_REACH, MAX_PIVOTS, descend, optimal
 from wmdd.errors import InputError, WmddError
 
@@ -121,31 +122,43 @@ def checked(features: NDArray[np.floating], count: int, settings: BarycenterConf
 
 
 def _solved(points: Array, count: int, settings: BarycenterConfig, seed: int) -> Solved:
-    cloud, balanced = standardized(points), settings.weights == "uniform"
+    cloud, temper = standardized(points), _temper(settings)
     candidates = [(points, None)] if count == len(points) else _solve(cloud, count, settings, seed)
-    positions, weights, w2, cost = _best(cloud, candidates, balanced)
+    positions, weights, w2, cost = _best(cloud, candidates, temper)
+    if settings.epsilon and count < len(points):  # Sinkhorn steps are slow, so only the best start gets them
+        blurred = tempered(points, positions, settings.rounds, temper, settings.epsilon * cloud.scale**2)
+        positions, weights, w2, cost = _best(cloud, [(blurred, None)], temper)
     _, nearest = linear_sum_assignment(cost)
     if settings.atoms == "medoids":
-        positions, weights, w2, _ = _best(cloud, [(points[nearest], None)], balanced)
+        positions, weights, w2, _ = _best(cloud, [(points[nearest], None)], temper)
     return positions, weights, nearest, w2
 
 
+def _temper(settings: BarycenterConfig) -> float:
+    """Return the share τ of the cell masses in the weights."""
+    return {"uniform": 0.0, "tempered": settings.temper}.get(settings.weights, 1.0)
+
+
 def _solve(cloud: Cloud, count: int, settings: BarycenterConfig, seed: int) -> Sequence[Candidate]:
-    """Return the local minimum reached from each start."""
-    points, rounds = cloud.points, settings.rounds
+    """Return the local minimum of optimal plans reached from each start."""
+    points, rounds, temper = cloud.points, settings.rounds, _temper(settings)
     drawn = draw_starts(cloud.data, count, settings.starts, seed)
     if settings.weights == "alternating":
         return [(alternating(points, points[rows], rounds), None) for rows in drawn]
     descents = (descend(cloud.data, cloud.data[rows], rounds) for rows in drawn)
     uniform = [(atoms * cloud.scale + cloud.centre, potentials) for atoms, potentials in descents]
-    if settings.weights == "uniform":
+    if temper == 0:
         return uniform
     # Lloyd never increases W2². Starting also from the uniform solutions keeps free weights at least as good.
     from_uniform = [positions for positions, _ in uniform]
-    return [(lloyd(points, start, rounds), None) for start in [*(points[rows] for rows in drawn), *from_uniform]]
+    if temper == 1:
+        return [(lloyd(points, start, rounds), None) for start in [*(points[rows] for rows in drawn), *from_uniform]]
+    # The solutions at both ends of τ: at each end, the result is then at least as good.
+    ends = [*from_uniform, *(lloyd(points, start, rounds) for start in from_uniform)]
+    return [(tempered(points, start, rounds, temper), None) for start in ends]
 
 
-def _best(cloud: Cloud, candidates: Sequence[Candidate], balanced: bool) -> tuple[Array, Array, float, Array]:
+def _best(cloud: Cloud, candidates: Sequence[Candidate], temper: float) -> tuple[Array, Array, float, Array]:
     """Return positions [K, D], weights [K], W2² and squared distances [K, n] of the candidate with the least W2².
 
     All are computed from the positions rounded to float32.
@@ -154,7 +167,7 @@ def _best(cloud: Cloud, candidates: Sequence[Candidate], balanced: bool) -> tupl
     for candidate, potentials in candidates:
         positions = candidate.astype(np.float32).astype(np.float64)
         cost = ot.dist(positions, cloud.points)
-        weights = ot.unif(len(positions)) if balanced else _cell_masses(cost)
+        weights = tempered_masses(cost, temper)
         if potentials is None:
             w2 = _transport(weights, cost)
         else:
@@ -163,22 +176,6 @@ def _best(cloud: Cloud, candidates: Sequence[Candidate], balanced: bool) -> tupl
             w2 = float(cost[plan.coords] @ plan.data)
         measured.append((positions, weights, w2, cost))
     return min(measured, key=lambda entry: entry[2])
-
-
-def _cell_masses(cost: Array) -> Array:
-    """Return the share of points nearest to each atom, [K]: the optimal weights for these positions, all positive.
-
-    Of several identical atoms, the first would get all points. An atom without points takes one from an atom that has
-    several: the one that adds least cost. Between identical atoms the added cost is zero.
-    """
-    cells = cost.argmin(axis=0)
-    sizes = np.bincount(cells, minlength=len(cost))
-    for empty in np.flatnonzero(sizes == 0):
-        extra = cost[empty] - cost[cells, np.arange(len(cells))]
-        taken = np.where(sizes[cells] > 1, extra, np.inf).argmin()
-        sizes[cells[taken]] -= 1
-        cells[taken], sizes[empty] = empty, 1
-    return sizes / len(cells)
 
 
 def _transport(weights: Array, cost: Array) -> float:
