@@ -187,6 +187,8 @@ class _DryRun:
         self.shape = (data.channels, data.resolution, data.resolution)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         frozen = FrozenNetwork(create_network(config, classes))
+        if precision == "bf16":
+            frozen.round_once()
         self.teacher = Teacher(frozen, "dry", {"network": config.teacher.network})
 
     def fake(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

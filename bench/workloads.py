@@ -127,7 +127,10 @@ def bench_session(config: Config, dataset: Dataset, job: Ranks) -> BenchSession:
     torch.manual_seed(seed_of("bench", "teacher"))
     network = create.create(settings.network, len(dataset.classes), data.channels, data.resolution, settings.stem)
     name = f"untrained-{settings.network}-{settings.stem}-{data.resolution}"
-    teacher = Teacher(FrozenNetwork(network).to(job.device), name, {"network": settings.network})
+    frozen = FrozenNetwork(network)
+    if job.precision == "bf16":
+        frozen.round_once()
+    teacher = Teacher(frozen.to(job.device), name, {"network": settings.network})
     return BenchSession(config, dataset, Validation(config, dataset, job), teacher, job, _never, trained=False)
 
 

@@ -4,7 +4,12 @@ The Python API has three names: ``load_config``, ``run`` and ``DistilledSet``.  
 ``__version__`` is the version of the installed package.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Read by torch when it first allocates memory.  On a CPU large tensors then get pages of 2 MB: with pages of 4 kB the
+# kernel spends as long on a new tensor as torch on its values.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from wmdd.config.loading import load_config

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from bench.dry_steps import DryStep, dry_steps
+from bench.dry_steps import DryStep, dry_steps, synthesis_step
 from bench.op_counter import OpCounter, OpCounts, steps_of
 from wmdd.cli import app
 from wmdd.config.loading import load_config
@@ -75,6 +75,14 @@ def test_a_dry_step_counts_what_a_real_network_does(steps: dict[str, DryStep]) -
     # The step also converts and normalizes the pixels, and joins the batches of a class.
     assert real.flops == steps["statistics"].counts.flops
     assert 0 < steps["statistics"].counts.kernels - real.kernels < 15
+
+
+@pytest.mark.slow  # a ResNet-18 has thousands of operations, and no smaller network has its share of moments
+def test_an_iteration_of_the_synthesis_stays_lean() -> None:
+    step = synthesis_step(load_config("imagenet-1k"), 1000, 10, 10)
+    assert step.counts.kernels <= 300
+    assert step.counts.bytes / step.images <= 135e6
+    assert step.counts.flops / step.images == pytest.approx(7.53e9, rel=0.01)
 
 
 def test_the_command_counts_without_images() -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from wmdd.networks.frozen import FrozenNetwork
 from wmdd.records.files import read_records
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runs.folder import RunFolder
-from wmdd.runtime.arithmetic import Arithmetic, Hardware, applied, candidates, permits, resolve, switches
+from wmdd.runtime.arithmetic import ENGINE, Arithmetic, Hardware, applied, candidates, permits, resolve, switches
 from wmdd.runtime.ranks import ranks
 from wmdd.runtime.team import SINGLE
 from wmdd.session import Session
@@ -127,7 +128,7 @@ def test_a_bf16_block_does_not_join_an_fp32_run(tiny: Config, tmp_path: Path) ->
     config = tiny.model_copy(update={"blocks": 2, "synthesis": synthesis})
     one, two = (pipeline.Share(("distill",), (block,)) for block in (0, 1))
     pipeline.run(config, tmp_path / "run", share=one)
-    assert read_json(tmp_path / "run" / "arithmetic.json") == CPU.facts
+    assert read_json(tmp_path / "run" / "arithmetic.json") == CPU.facts | {"engine": ENGINE}
     assert RunFolder(tmp_path / "run").sidecar(0)["arithmetic"] == CPU.facts
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError) as caught:
         patch.setattr(obtain, "get_or_train_teacher", lambda *_: pytest.fail("a teacher was asked for"))
@@ -159,6 +160,33 @@ def test_a_group_that_ends_after_one_of_another_arithmetic_is_not_kept(tiny: Con
         with pytest.raises(InputError, match="computed in fp32 on cpu"):
             pipeline.run(in_(tiny, "bf16"), tmp_path / "run", share=IMAGES)
     assert not list((tmp_path / "run" / "groups").glob("group-*[0-9].safetensors"))
+
+
+def test_images_of_another_engine_are_not_continued(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.bind_arithmetic(CPU)
+    folder.check_arithmetic(CPU)
+    for engine in ({"engine": ENGINE + 1}, {}):  # the first version wrote no number
+        write_json(tmp_path / "arithmetic.json", CPU.facts | engine)
+        with pytest.raises(InputError, match=f"this version has {ENGINE}"):
+            folder.check_arithmetic(CPU)
+
+
+@pytest.mark.parametrize("module", [statistics, checkpoints])
+def test_statistics_and_checkpoints_of_another_engine_are_not_used(module: Any, tiny: Config) -> None:
+    found = []
+    for engine in (ENGINE, ENGINE + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "ENGINE", engine)
+            session = SimpleNamespace(
+                config=tiny,
+                dataset=SimpleNamespace(fingerprint="data"),
+                teacher=SimpleNamespace(sha256="teacher"),
+                ranks=SimpleNamespace(arithmetic=CPU),
+            )
+            names = statistics.key(tiny, session.dataset, "teacher", CPU), checkpoints.identity(session)["run"]
+            found.append(names[module is checkpoints])
+    assert found[0] != found[1]
 
 
 def bind(folder: Path, threads: int, start: Any, won: Any) -> None:

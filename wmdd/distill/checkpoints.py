@@ -8,13 +8,18 @@ from wmdd.distill.synthesis.engine import State
 from wmdd.networks.checkpoint import is_of, marked
 from wmdd.runs.class_partition import Group
 from wmdd.runs.folder import RunFolder
+from wmdd.runtime.arithmetic import ENGINE
 from wmdd.session import Session
 from wmdd.storage.files import digest, read_metadata, read_tensors, write_tensors
 
 
 def identity(session: Session) -> dict[str, str]:
-    """Return the marks of this run for groups and checkpoints: ``run`` (config, dataset, teacher) and arithmetic."""
-    run = digest([session.config.fingerprint("images"), session.dataset.fingerprint, session.teacher.sha256])
+    """Return the marks of this run for groups and checkpoints: ``run`` and arithmetic.
+
+    ``run`` is a digest of config, dataset, teacher and version of the engine.
+    """
+    images = session.config.fingerprint("images")
+    run = digest([images, session.dataset.fingerprint, session.teacher.sha256, ENGINE])
     return {"run": run, "arithmetic": marked(session.ranks.arithmetic)}
 
 

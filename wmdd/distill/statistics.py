@@ -14,7 +14,7 @@ from wmdd.data.dataset import Dataset
 from wmdd.data.image_parts import to_device
 from wmdd.data.pixels import normalize
 from wmdd.errors import Interrupted
-from wmdd.runtime.arithmetic import Arithmetic
+from wmdd.runtime.arithmetic import ENGINE, Arithmetic
 from wmdd.runtime.seeding import generator
 from wmdd.session import Session
 from wmdd.storage import cache
@@ -120,7 +120,7 @@ def key(config: Config, dataset: Dataset, teacher: str, arithmetic: Arithmetic) 
         "teacher": teacher,
         "data": dataset.fingerprint,
         "settings": config.fingerprint("statistics"),
-        "arithmetic": arithmetic.facts,
+        "arithmetic": arithmetic.facts | {"engine": ENGINE},
         "augment": [config.seed, synthesis.crop_scale, synthesis.flip] if config.statistics.augment else None,
     }
     return digest(parts)

@@ -23,7 +23,7 @@ from typing import Any
 
 from wmdd.config.schema import DECIDES, DEFAULTS, Config, decides
 from wmdd.errors import InputError, WmddError
-from wmdd.runtime.arithmetic import Arithmetic
+from wmdd.runtime.arithmetic import ENGINE, Arithmetic
 from wmdd.storage.files import FORMAT, digest, flatten, locked, read_json, sha256, sweep, write_json
 
 
@@ -141,17 +141,23 @@ class RunFolder:
             InputError: the images are computed in another arithmetic.
         """
         with suppress(FileExistsError):
-            write_json(self.path / "arithmetic.json", own.facts, new=True)
+            write_json(self.path / "arithmetic.json", own.facts | {"engine": ENGINE}, new=True)
         self.check_arithmetic(own)
 
     def check_arithmetic(self, own: Arithmetic) -> None:
         """Check that the folder's images have this arithmetic, or none yet.
 
         Raises:
-            InputError: the folder is bound to another arithmetic. The message names both.
+            InputError: the folder is bound to another arithmetic, or to another engine. The message names both.
         """
         path = self.path / "arithmetic.json"
-        found = Arithmetic.from_facts(read_json(path)) if path.exists() else own
+        facts = read_json(path) if path.exists() else own.facts | {"engine": ENGINE}
+        if (engine := facts.pop("engine", 1)) != ENGINE:
+            raise InputError(
+                f"{self.path}: its first images were made by another version of wmdd, whose engine rounds differently"
+                f" (engine {engine}, this version has {ENGINE}); use that version, or another --out"
+            )
+        found = Arithmetic.from_facts(facts)
         if found is None:
             raise InputError(f"{path}: contains no arithmetic of this version; use another --out")
         if found != own:

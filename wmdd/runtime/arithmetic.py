@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 
+ENGINE = 2
+"""Version of the operations that make class statistics and images. Another version rounds differently. Its statistics,
+checkpoints and unfinished run folders are not used."""
+
+
 @dataclass(frozen=True)
 class Hardware:
     """Capabilities of a device."""

@@ -107,8 +107,10 @@ def get_or_train_teacher(
         )
     network = create_network(config, known["all_outputs"])
     weights.restore(network, read_tensors(file))
-    frozen = FrozenNetwork(network, known["outputs"]).to(ranks.device)
-    return Teacher(frozen, known["sha256"], known, folder / _EPOCHS)
+    frozen = FrozenNetwork(network, known["outputs"])
+    if ranks.precision == "bf16":
+        frozen.round_once()
+    return Teacher(frozen.to(ranks.device), known["sha256"], known, folder / _EPOCHS)
 
 
 @contextmanager
