@@ -182,6 +182,32 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example:  wmdd selftest --json selftest.json")
+def selftest(
+    device: Annotated[str, typer.Option(help="Device to test: auto, cpu, cuda (all GPUs) or cuda:N.")] = "auto",
+    json: Annotated[
+        Path | None, typer.Option(help="JSON file to write, with the system description; attach it to a bug report.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out compiled steps, --jobs and the report.")] = False,
+) -> None:
+    """Check that this machine computes what it should: precisions, ranks, resume, speed.  Exit 1 if a row fails."""
+    import time
+
+    from wmdd.runtime.log import results
+    from wmdd.selftest import rows, table
+
+    machine, begun = rows.machine_of(device), time.monotonic()
+    with rows.workplace(machine, quick) as place:
+        found = rows.run_rows(table.rows(), place)
+    seconds = time.monotonic() - begun
+    results().print(table.table(found))
+    typer.echo(table.summary(found, seconds))
+    if json:
+        table.write(json, table.as_json(found, machine, quick, seconds))
+    if not table.passed(found):
+        raise typer.Exit(1)
+
+
 @config_app.command("show", epilog="Example:  wmdd config show tiny-imagenet+paper --set ipc=1")
 def config_show(config: ConfigArgument, override: SetOption = None) -> None:
     """Print the resolved config as TOML, with a comment on every key.  Redirect it to a file to start your own."""
