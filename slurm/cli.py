@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wmdd.cli_options import ConfigArgument, RefreshOption, RunArgument, SetOption
+from wmdd.cli_options import RefreshOption, RunArgument, SetOption
 from wmdd.errors import InputError
 
 app = typer.Typer(
@@ -21,11 +21,14 @@ RootOption = Annotated[Path | None, typer.Option(help="Folder of the cluster; a 
 
 @app.command(
     epilog="Examples:  wmdd slurm submit imagenet-1k --profile a100 --dry-run   |   "
-    "wmdd slurm submit digits --profile mine.toml --blocks 5"
+    "wmdd slurm submit digits --profile mine.toml --blocks 5   |   wmdd slurm submit --selftest --profile a100"
 )
 def submit(
-    config: ConfigArgument,
     profile: Annotated[str, typer.Option(help="Name of a profile that ships (a100, preemptible, cpu, local) or file.")],
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="Preset, preset with a variant, TOML file, or the folder of a run."),
+    ] = None,
     override: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder, on a shared disk; runs/NAME by default.")] = None,
     blocks: Annotated[
@@ -45,8 +48,17 @@ def submit(
         bool, typer.Option("--dry-run", help="Show plan, scripts and estimate; submit nothing.")
     ] = False,
     refresh: RefreshOption = False,
+    selftest: Annotated[
+        bool,
+        typer.Option("--selftest", help="Run wmdd selftest on every node of the partition, in place of a CONFIG."),
+    ] = False,
 ) -> None:
     """Submit what is missing of a run: teacher, array of blocks, array of students, report."""
+    if selftest:
+        _selftest(profile, config, out or Path("runs/selftest"), dry_run)
+        return
+    if config is None:
+        raise InputError("CONFIG is missing: name a preset, a TOML file or a run folder, or use --selftest")
     from dataclasses import replace
 
     from slurm import estimate, messages, scheduler
@@ -82,6 +94,25 @@ def submit(
     else:
         queued = ", or it is in the queue" if request.arrays or request.waiting else ""
         typer.echo(f"{request.folder.path}: nothing is missing{queued}")
+
+
+def _selftest(profile: str, config: str | None, out: Path, dry_run: bool) -> None:
+    """Submit the self-test to every node without a result, and show where each node stands."""
+    from slurm import selftest as nodes
+    from slurm.profile import load_profile
+    from wmdd.runtime.log import results
+
+    if config is not None:
+        raise InputError(f"--selftest takes no CONFIG: leave out {config}")
+    known = load_profile(profile)
+    if dry_run:
+        typer.echo(nodes.script(known, "NODE", out.absolute()))
+        return
+    found = nodes.on_every_node(known, out)
+    results().print(nodes.table(found))
+    typer.echo(nodes.summary(found, out))
+    if any(one.bad for one in found):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slurm import scheduler, submit
 from slurm.plan import Selection
-from slurm.profile import STAGES, Profile, load_profile
+from slurm.profile import STAGES, Profile, Resources, load_profile
 from slurm.task import RANK_VARIABLES
 from wmdd.config.schema import Config
 from wmdd.errors import InputError, Interrupted, WmddError
@@ -122,14 +122,19 @@ def study_script(profile: Profile, steps: Sequence[Step], folder: Path) -> str:
             "memory_gb": one.memory_gb * each / one.ranks_per_node,
         }
     )
-    exports = [f"export WMDD_CACHE={shlex.quote(str(cache.cache_root().absolute()))}"]
-    # Made on the node: others may read the script of a job.
-    exports += [f"export {SECRET_VARIABLE}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"]
-    exports += [f"export {key}={_expanded(value)}" for key, value in one.env.items()]
-    lines = [f"unset {' '.join(RANK_VARIABLES)}", *exports, *(_step_line(profile, step) for step in steps)]
+    lines = [*environment_lines(one), *(_step_line(profile, step) for step in steps)]
     job = submit.parameters("wmdd-scaling", wanted, {"requeue": True})
     text: str = slurm._make_sbatch_string(command="\n".join(lines), folder=folder / "job", use_srun=False, **job)
     return text
+
+
+def environment_lines(wanted: Resources) -> list[str]:
+    """Return the shell lines that give a job the cache of this process, a secret and the variables of the profile."""
+    exports = [f"export WMDD_CACHE={shlex.quote(str(cache.cache_root().absolute()))}"]
+    # Made on the node: others may read the script of a job.
+    exports += [f"export {SECRET_VARIABLE}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"]
+    exports += [f"export {key}={_expanded(value)}" for key, value in wanted.env.items()]
+    return [f"unset {' '.join(RANK_VARIABLES)}", *exports]
 
 
 def _expanded(value: str) -> str:

@@ -1,5 +1,6 @@
 """Losses and gradients of the synthesis on the device, compared with float64 on the CPU."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from wmdd.networks.frozen import FrozenNetwork
 from wmdd.runtime.arithmetic import Arithmetic
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.seeding import generator
+from wmdd.runtime.team import SINGLE, Team
 from wmdd.selftest.rows import Precision, Verdict, Workplace, section, verdict
 
 
@@ -39,35 +41,64 @@ _CLASSES, _COUNT, _PIXELS, _ITERATIONS, _STEP, _DIRECTIONS = 2, 4, 16, 20, 1e-6,
 _BETA = 0.5
 
 
+@dataclass(frozen=True)
+class Trajectory:
+    """What a synthesis computed."""
+
+    losses: Tensor
+    """[iterations] float64"""
+    gradient: Tensor
+    """Of the images at the first iteration: [N, channels, H, W], on the CPU"""
+
+    def gaps(self, exact: "Trajectory") -> dict[str, float]:
+        """Return the relative differences of ``loss`` and ``gradient`` from another one (``Tolerance``)."""
+        return {
+            "loss": float((self.losses - exact.losses).abs().max() / exact.losses[0]),
+            "gradient": float((self.gradient.double() - exact.gradient).norm() / exact.gradient.norm()),
+        }
+
+
+def within(gaps: Mapping[str, float], allowed: Tolerance) -> bool:
+    """Return whether both differences are allowed; NaN is not."""
+    return gaps["loss"] <= allowed.loss and gaps["gradient"] <= allowed.gradient
+
+
+def told(gaps: Mapping[str, float], allowed: Tolerance) -> str:
+    """Return both differences and what is allowed, as text."""
+    return ", ".join(f"{name} {gaps[name]:.0e} (at most {most:.0e})" for name, most in vars(allowed).items())
+
+
 def compare(place: Workplace, precision: Precision, compiled: bool = False) -> Verdict:
     """Compare the losses of one trajectory and the first gradient on the device with float64 on the CPU.
 
     The float64 gradient itself is compared with finite differences of the loss, which use no backward pass.
     """
-    exact = place.once("float64", lambda: _trajectory(_problem(), _images().double(), _plain()))
-    by_differences = place.once("differences", lambda: _distance_from_differences(exact[1]))
+    exact = place.once("float64", exact_trajectory)
+    by_differences = place.once("differences", lambda: _distance_from_differences(exact.gradient))
     with ranks(section(place, precision, compiled)) as job:
-        losses, gradient = _trajectory(_problem(), _images(), job)
+        gaps = _trajectory(_problem(_COUNT), _images(_COUNT), job).gaps(exact)
     allowed = TOLERANCES[precision]
-    loss_gap = float((losses - exact[0]).abs().max() / exact[0][0])
-    gradient_gap = float((gradient.double() - exact[1]).norm() / exact[1].norm())
-    passed = (
-        by_differences <= FINITE_DIFFERENCE_TOLERANCE
-        and loss_gap <= allowed.loss  # false for NaN
-        and gradient_gap <= allowed.gradient
-    )
     return verdict(
-        passed,
-        f"loss {loss_gap:.0e} (at most {allowed.loss:.0e}) and gradient {gradient_gap:.0e} (at most"
-        f" {allowed.gradient:.0e}) from float64; float64 {by_differences:.0e} (at most"
-        f" {FINITE_DIFFERENCE_TOLERANCE:.0e}) from finite differences",
-        loss=loss_gap,
-        gradient=gradient_gap,
+        within(gaps, allowed) and by_differences <= FINITE_DIFFERENCE_TOLERANCE,
+        f"from float64: {told(gaps, allowed)}; float64 from finite differences: {by_differences:.0e} (at most"
+        f" {FINITE_DIFFERENCE_TOLERANCE:.0e})",
+        **gaps,
         finite_differences=by_differences,
     )
 
 
-def _problem() -> Problem:
+def exact_trajectory(count: int = _COUNT) -> Trajectory:
+    """Return the trajectory in float64 on the CPU, with ``count`` images in each class."""
+    return _trajectory(_problem(count), _images(count).double(), _plain())
+
+
+def split_gaps(job: Ranks) -> dict[str, float]:
+    """Return the differences from float64 when all ranks of a job share each class; every rank must call it."""
+    team = job.team(job.size, "synthesis.split_class")
+    return _trajectory(_problem(job.size), _images(job.size), job, team).gaps(exact_trajectory(job.size))
+
+
+def _problem(count: int) -> Problem:
     """Return a problem of all terms, on the CPU, with a small random network."""
     with torch.random.fork_rng([]):
         torch.manual_seed(11)
@@ -80,19 +111,19 @@ def _problem() -> Problem:
     source = generator("selftest", "target")
     size = sum(frozen.layer_sizes)
     target = Target(
-        labels=torch.arange(_CLASSES).repeat_interleave(_COUNT),
-        weights=torch.full((_CLASSES, _COUNT), 1 / _COUNT),
+        labels=torch.arange(_CLASSES).repeat_interleave(count),
+        weights=torch.full((_CLASSES, count), 1 / count),
         mean=torch.randn(_CLASSES, size, generator=source) * 0.3,
         variance=torch.rand(_CLASSES, size, generator=source) + 0.5,
-        atoms=torch.rand(_CLASSES, _COUNT, frozen.feature_size, generator=source),
+        atoms=torch.rand(_CLASSES, count, frozen.feature_size, generator=source),
     )
     settings = SynthesisConfig(iterations=_ITERATIONS, lr=0.05, augment="image", crop_scale=(0.5, 1.0), jitter=2)
     limits = torch.full((3, 1, 1), -3.0), torch.full((3, 1, 1), 3.0)
     return Problem(frozen, Objective(1.0, 10.0, 1.0), target, settings, limits, ("selftest",))
 
 
-def _images() -> Tensor:
-    return torch.randn(_CLASSES * _COUNT, 3, _PIXELS, _PIXELS, generator=generator("selftest", "images"))
+def _images(count: int) -> Tensor:
+    return torch.randn(_CLASSES * count, 3, _PIXELS, _PIXELS, generator=generator("selftest", "images"))
 
 
 def _plain() -> Ranks:
@@ -100,8 +131,10 @@ def _plain() -> Ranks:
     return Ranks(0, 1, torch.device("cpu"), Arithmetic("cpu", "fp32", False, True, 1))
 
 
-def _trajectory(problem: Problem, images: Tensor, job: Ranks, until: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the loss of each iteration [iterations] in float64, and the first gradient of the images, on the CPU.
+def _trajectory(
+    problem: Problem, images: Tensor, job: Ranks, team: Team = SINGLE, until: int | None = None
+) -> Trajectory:
+    """Return the losses and the first gradient of a synthesis; ``until=1`` computes only the first iteration.
 
     The arithmetic follows from the type of ``images``.  Adam's first moment after one step is (1 − β1) times the
     gradient.
@@ -112,11 +145,11 @@ def _trajectory(problem: Problem, images: Tensor, job: Ranks, until: int | None 
     cast = Target(target.labels, target.weights.to(kind), target.mean.to(kind), target.variance.to(kind), atoms)
     network = problem.network.to(job.device, kind)
     own = replace(problem, network=network, target=cast, settings=problem.settings.replace({"betas": (_BETA, 0.9)}))
-    first = synthesize(own, State(images), job, until=1)
-    whole = first if until == 1 else synthesize(own, State(images), job)
+    first = synthesize(own, State(images), job, team, until=1)
+    whole = first if until == 1 else synthesize(own, State(images), job, team)
     if first.first is None:
         raise RuntimeError("the engine returned no gradient")
-    return torch.tensor(whole.curve["total"], dtype=torch.float64), first.first / (1 - _BETA)
+    return Trajectory(torch.tensor(whole.curve["total"], dtype=torch.float64), first.first / (1 - _BETA))
 
 
 def _distance_from_differences(gradient: Tensor) -> float:
@@ -125,11 +158,11 @@ def _distance_from_differences(gradient: Tensor) -> float:
     For a direction d of independent normal numbers, the mean of ⟨error, d⟩² is ‖error‖².
     """
     source, squares = generator("selftest", "directions"), []
-    images, problem, job = _images().double(), _problem(), _plain()
+    images, problem, job = _images(_COUNT).double(), _problem(_COUNT), _plain()
     for _ in range(_DIRECTIONS):
         direction = torch.randn(images.shape, generator=source, dtype=torch.float64)
         ahead, behind = (
-            float(_trajectory(problem, images + sign * _STEP * direction, job, until=1)[0][0]) for sign in (1, -1)
+            float(_trajectory(problem, images + sign * _STEP * direction, job, until=1).losses[0]) for sign in (1, -1)
         )
         squares.append(((ahead - behind) / (2 * _STEP) - float((gradient * direction).sum())) ** 2)
     return float((sum(squares) / len(squares)) ** 0.5 / gradient.norm())

@@ -21,6 +21,7 @@ from wmdd.config.schema import ComputeConfig
 from wmdd.errors import WmddError
 from wmdd.runtime.placement import placement_of
 from wmdd.runtime.ranks import Ranks, ranks
+from wmdd.selftest.losses import split_gaps
 from wmdd.selftest.runs import SHARE
 from wmdd.storage.files import read_json, write_json
 
@@ -51,7 +52,7 @@ def main(folder: Path) -> None:
 
 
 def meet(job: Ranks) -> dict[str, Any]:
-    """Return this rank's device, the sum of an all-reduce, and the seconds of all-reduces of 4 bytes and of many."""
+    """Return this rank's device, the results and seconds of all-reduces, and the differences of a split synthesis."""
     device = job.device
     value = torch.full((8,), float(job.rank + 1), device=device)
     dist.all_reduce(value)
@@ -63,6 +64,7 @@ def meet(job: Ranks) -> dict[str, Any]:
         "backend": dist.get_backend(),
         "sum": value.tolist(),
         "bytes": _BYTES[device.type],
+        "split_gaps": split_gaps(job),
         "seconds": {str(size): _all_reduce_seconds(device, size) for size in (4, _BYTES[device.type])},
     }
 

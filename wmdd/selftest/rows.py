@@ -181,7 +181,8 @@ def run_rows(rows: Sequence[Row], place: Workplace) -> dict[str, Verdict]:
     with progress("selftest", len(rows), "rows") as advance:
         for row in rows:
             found[row.name] = one = judge(row, place)
-            logger.info(f"{one.state:13}  {row.name}" + (f" ({one.seconds:.1f} s)" if one.seconds else ""))
+            reason = f": {one.detail}" if one.state == "fail" else ""
+            logger.info(f"{one.state:13}  {row.name} ({one.seconds:.1f} s){reason}")
             advance(1)
     return found
 

@@ -86,7 +86,8 @@ def losses_of(run: Path) -> dict[str, list[float]]:
     """Return the losses of a run: of the teacher's epochs, of the synthesis of each group, of the students."""
     folder = RunFolder(run)
     groups = (folder.sidecar(0) or {"groups": []})["groups"]
-    lines = [json.loads(line) for line in folder.epoch_log("teacher").read_text().splitlines()]
+    epochs = folder.epoch_log("teacher")  # missing where the teacher was imported
+    lines = [json.loads(line) for line in epochs.read_text().splitlines()] if epochs.exists() else []
     return {
         "teacher": [line["loss"] for line in lines if "loss" in line],
         "synthesis": [value for group in groups for value in group["curve"]["total"]],
@@ -167,9 +168,8 @@ def resumed(place: Workplace) -> Verdict:
     config = pair(place).replace({"synthesis.iterations": _RESUMED_ITERATIONS, "synthesis.classes_per_group": 4})
     whole = pipeline.run(config, place.folder / "whole", share=SHARE)
     broken = RunFolder(place.folder / "broken")
-    own = config.replace({"compute.checkpoint_seconds": 0.0})
     file = place.folder / "broken.toml"
-    write_bytes(file, to_toml(own).encode())
+    write_bytes(file, to_toml(config.replace({"compute.checkpoint_seconds": 0.0})).encode())
     checkpoint = broken.checkpoint_file(0)
 
     def reached() -> int:
@@ -188,7 +188,7 @@ def resumed(place: Workplace) -> Verdict:
             begun.append(steps)
 
     with observed_by(watch):
-        pipeline.run(own, broken.path, share=SHARE)
+        pipeline.run(config, broken.path, share=SHARE)
     if begun != [killed] or not 0 < stopped < killed:
         return verdict(False, f"killed at iteration {killed}, resumed at iteration {begun[0] if begun else 'none'}")
     return equal(content(broken.path), content(whole), f"stopped at iteration {stopped}, killed at {killed}, resumed")
