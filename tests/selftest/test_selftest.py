@@ -177,9 +177,11 @@ def shared() -> Iterator[Workplace]:
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_a_wrong_gradient_of_split_classes_fails(shared: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_of_split_classes_or_of_ddp_fails(shared: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many_ranks, "PARTS", ("split",))
     monkeypatch.setattr(team._TeamSum, "backward", staticmethod(lambda ctx, *gradients: (2 * gradients[0], None)))
+    # DDP without its average, as when a launcher has started ranks that do not know each other.
+    monkeypatch.setattr(team.Team, "wrap", lambda self, network, example: network)
     folder = shared.folder / "ranks-cpu"
     write_bytes(folder / "split.toml", runs.to_toml(many_ranks.configs(shared, "cpu")["split"]).encode())
     write_json(folder / "job.json", {"device": "cpu", "ports": {"meeting": free_port(), "split": free_port()}})
@@ -187,6 +189,9 @@ def test_a_wrong_gradient_of_split_classes_fails(shared: Workplace, monkeypatch:
     shared.memory["job cpu"] = folder
     found = {name: judge(Row(name, partial(work, kind="cpu")), shared) for name, work in table._OF_RANKS.items()}
     assert found["split_class"].state == "fail" and "gradient 1e+00" in found["split_class"].detail
+    assert (
+        found["DDP teacher and student"].state == "fail" and "DDP gradient" in found["DDP teacher and student"].detail
+    )
     assert found["placement"].state == found["all-reduce"].state == "pass"
 
 

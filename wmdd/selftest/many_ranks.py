@@ -21,7 +21,7 @@ PARTS = ("same", "parallel", "split")
 """Runs that the ranks do together: groups dealt to ranks, DDP teacher and student, classes split among ranks"""
 SPLIT_TOLERANCE = 1e-4
 """Largest relative difference of the losses of split classes from those of whole classes, in fp32"""
-PARALLEL_TOLERANCE = 0.25
+PARALLEL_TOLERANCE = 0.1
 """The same of a DDP teacher and student from those of one rank: each rank normalizes its own part of a batch"""
 _JOB_SECONDS = 240.0
 
@@ -168,13 +168,19 @@ def same_bytes(place: Workplace, kind: Kind) -> Verdict:
 
 
 def parallel(place: Workplace, kind: Kind) -> Verdict:
-    """Compare the losses of a teacher and a student that the ranks train together with those of one rank."""
+    """Compare a DDP gradient with float64, and a DDP teacher and student with those of one rank."""
+    allowed = losses.TOLERANCES["fp32"].gradient
+    gradient = max(one["parallel_gap"] for one in reports_of(job_folder(place, kind), size_of(place, kind)))
+    if not gradient <= allowed:  # NaN fails
+        return verdict(False, f"DDP gradient from float64: {gradient:.0e} (at most {allowed:.0e})", gradient=gradient)
     found, expected = (runs.losses_of(one) for one in (_done(place, kind, "parallel"), _alone(place, kind, "alone")))
     gaps = {stage: runs.difference(found[stage], expected[stage]) for stage in ("teacher", "students")}
     told = ", ".join(f"{stage} {gap:.0e}" for stage, gap in gaps.items())
     return verdict(
         max(gaps.values()) <= PARALLEL_TOLERANCE,
-        f"DDP losses from those of one rank: {told} (at most {PARALLEL_TOLERANCE})",
+        f"DDP gradient from float64: {gradient:.0e} (at most {allowed:.0e}); losses from those of one rank: {told} (at"
+        f" most {PARALLEL_TOLERANCE:.0e})",
+        gradient=gradient,
         **gaps,
     )
 

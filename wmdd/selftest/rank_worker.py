@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from wmdd import pipeline
 from wmdd.cli_options import answer
@@ -21,6 +22,7 @@ from wmdd.config.schema import ComputeConfig
 from wmdd.errors import WmddError
 from wmdd.runtime.placement import placement_of
 from wmdd.runtime.ranks import Ranks, ranks
+from wmdd.runtime.seeding import generator
 from wmdd.selftest.losses import split_gaps
 from wmdd.selftest.runs import SHARE
 from wmdd.storage.files import read_json, write_json
@@ -65,8 +67,29 @@ def meet(job: Ranks) -> dict[str, Any]:
         "sum": value.tolist(),
         "bytes": _BYTES[device.type],
         "split_gaps": split_gaps(job),
+        "parallel_gap": _parallel_gap(job),
         "seconds": {str(size): _all_reduce_seconds(device, size) for size in (4, _BYTES[device.type])},
     }
+
+
+def _parallel_gap(job: Ranks) -> float:
+    """Return the relative difference of a DDP gradient from float64 on the CPU, for a network without BatchNorm."""
+    source = generator("selftest", "parallel")
+    rows, goal = (torch.randn(4 * job.size, width, generator=source) for width in (12, 5))
+    weights = torch.randn(5, 12, generator=source)
+    exact = weights.double().requires_grad_(True)
+    functional.mse_loss(functional.linear(rows.double(), exact), goal.double(), reduction="sum").backward()
+    network = torch.nn.Linear(12, 5, bias=False).to(job.device)
+    with torch.no_grad():
+        network.weight.copy_(weights)
+    team = job.team(job.size, "student.ranks")
+    parallel = team.wrap(network.train(), rows[:2].to(job.device))
+    seen, wanted = (team.shard(part).to(job.device) for part in (rows, goal))
+    # DDP averages over the ranks.
+    (job.size * functional.mse_loss(parallel(seen), wanted, reduction="sum")).backward()
+    if network.weight.grad is None or exact.grad is None:
+        raise WmddError("DDP returned no gradient")
+    return float((network.weight.grad.double().cpu() - exact.grad).norm() / exact.grad.norm())
 
 
 def _all_reduce_seconds(device: torch.device, size: int) -> float:

@@ -84,15 +84,19 @@ def reference(place: Workplace) -> Path:
 
 def losses_of(run: Path) -> dict[str, list[float]]:
     """Return the losses of a run: of the teacher's epochs, of the synthesis of each group, of the students."""
-    folder = RunFolder(run)
-    groups = (folder.sidecar(0) or {"groups": []})["groups"]
-    epochs = folder.epoch_log("teacher")  # missing where the teacher was imported
-    lines = [json.loads(line) for line in epochs.read_text().splitlines()] if epochs.exists() else []
+    groups = (RunFolder(run).sidecar(0) or {"groups": []})["groups"]
     return {
-        "teacher": [line["loss"] for line in lines if "loss" in line],
+        "teacher": teacher_losses(run),
         "synthesis": [value for group in groups for value in group["curve"]["total"]],
         "students": [record.metrics["loss"] for record in read_records(run / "records")[0]],
     }
+
+
+def teacher_losses(run: Path) -> list[float]:
+    """Return the loss of each epoch of the teacher; none for an imported teacher."""
+    log = RunFolder(run).epoch_log("teacher")
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def difference(found: list[float], expected: list[float]) -> float:
@@ -114,7 +118,7 @@ def whole_run(place: Workplace, precision: Precision, compiled: bool = False) ->
     done = pipeline.run(
         config_of(keys, teacher__weights=str(teacher_file(place))), place.folder / f"run-{name}", share=SHARE
     )
-    found = losses_of(done) | {"teacher": losses_of(taught)["teacher"]}
+    found = losses_of(done) | {"teacher": teacher_losses(taught)}
     gaps = {stage: difference(found[stage], expected[stage]) for stage in expected}
     allowed = RUN_TOLERANCES[precision]
     told = ", ".join(f"{stage} {gap:.0e}" for stage, gap in gaps.items())
