@@ -1,6 +1,7 @@
 """The self-test fails on a wrong gradient, a rank on the wrong device and a checkpoint that is not resumed."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,6 +28,8 @@ from wmdd.storage.files import write_bytes, write_json
 
 CPU = Machine("cpu", 0, bf16=True, tf32=False, compiler=True)
 GPUS = Machine("cuda", 8, bf16=True, tf32=True, compiler=True)
+CUDA = re.compile(r'torch\.cuda\.|device\.type|"cuda"|torch\.compile\(')
+"""Code that a GPU decides about"""
 FP32 = Row("loss and gradient", partial(losses.compare, precision="fp32"))
 
 
@@ -232,3 +235,11 @@ def test_the_whole_command_fails_by_the_name_of_the_one_row_whose_checkpoint_is_
     assert failed == ["stop, kill and resume"], {name: found[name]["detail"] for name in failed}
     assert done.exit_code == 1 and "failed: stop, kill and resume" in done.stdout
     assert sum(row["state"] == "pass" for row in found.values()) >= 15
+
+
+def test_every_module_with_code_for_cuda_stands_in_the_table_of_what_covers_it() -> None:
+    root = Path(__file__).parents[2]
+    modules = [file for name in ("wmdd", "bench", "slurm", "sweeps") for file in (root / name).rglob("*.py")]
+    own = [str(file.relative_to(root)) for file in modules if CUDA.search(file.read_text())]
+    table = (root / "docs" / "guides" / "selftest.md").read_text().partition("## Code that only a GPU runs")[2]
+    assert len(own) > 15 and [name for name in own if not name.startswith("wmdd/selftest/") and name not in table] == []

@@ -23,6 +23,7 @@ from wmdd.errors import WmddError
 from wmdd.runtime.placement import placement_of
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.seeding import generator
+from wmdd.runtime.team import Team
 from wmdd.selftest.losses import split_gaps
 from wmdd.selftest.runs import SHARE
 from wmdd.storage.files import read_json, write_json
@@ -38,6 +39,7 @@ def main(folder: Path) -> None:
     here = placement_of(os.environ)
     # Under torchrun all jobs of a process would share the store of its agent.
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     found: dict[str, Any] = {"rank": here.rank, "local": here.local}
     for part, port in job["ports"].items():
         os.environ["MASTER_PORT"] = str(port)
@@ -55,20 +57,19 @@ def main(folder: Path) -> None:
 
 def meet(job: Ranks) -> dict[str, Any]:
     """Return this rank's device, the results and seconds of all-reduces, and the differences of a split synthesis."""
-    device = job.device
-    value = torch.full((8,), float(job.rank + 1), device=device)
-    dist.all_reduce(value)
+    device, team = job.device, job.team(job.size, "the self-test")
+    value = team.sum(torch.full((8,), float(job.rank + 1), device=device))
     used = torch.ones(1, device=device).device  # where tensors really are
     return {
         "device": str(device),
         "used": str(used),
         "gpu": str(torch.cuda.get_device_properties(used).uuid) if used.type == "cuda" else None,
-        "backend": dist.get_backend(),
+        "backend": "gloo" if device.type == "cpu" else "NCCL",
         "sum": value.tolist(),
         "bytes": _BYTES[device.type],
         "split_gaps": split_gaps(job),
         "parallel_gap": _parallel_gap(job),
-        "seconds": {str(size): _all_reduce_seconds(device, size) for size in (4, _BYTES[device.type])},
+        "seconds": {str(size): _all_reduce_seconds(team, device, size) for size in (4, _BYTES[device.type])},
     }
 
 
@@ -92,15 +93,15 @@ def _parallel_gap(job: Ranks) -> float:
     return float((network.weight.grad.double().cpu() - exact.grad).norm() / exact.grad.norm())
 
 
-def _all_reduce_seconds(device: torch.device, size: int) -> float:
+def _all_reduce_seconds(team: Team, device: torch.device, size: int) -> float:
     """Return the least seconds of an all-reduce of ``size`` bytes."""
     values = torch.zeros(size // 4, device=device)
     taken = []
     for _ in range(_REPEATS):
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=team.group)
         _finish(device)
         begun = time.perf_counter()
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=team.group)
         _finish(device)
         taken.append(time.perf_counter() - begun)
     return min(taken)
