@@ -15,7 +15,7 @@ from wmdd.runtime.arithmetic import Arithmetic
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.seeding import generator
 from wmdd.runtime.team import SINGLE, Team
-from wmdd.selftest.rows import Precision, Verdict, Workplace, section, verdict
+from wmdd.selftest.rows import Precision, RowResult, Workplace, result, section
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def told(gaps: Mapping[str, float], allowed: Tolerance) -> str:
     return ", ".join(f"{name} {gaps[name]:.0e} (at most {most:.0e})" for name, most in vars(allowed).items())
 
 
-def compare(place: Workplace, precision: Precision, compiled: bool = False) -> Verdict:
+def compare(place: Workplace, precision: Precision, compiled: bool = False) -> RowResult:
     """Compare the losses of one trajectory and the first gradient on the device with float64 on the CPU.
 
     The float64 gradient itself is compared with finite differences of the loss, which use no backward pass.
@@ -78,7 +78,7 @@ def compare(place: Workplace, precision: Precision, compiled: bool = False) -> V
     with ranks(section(place, precision, compiled)) as job:
         gaps = _trajectory(_problem(_COUNT), _images(_COUNT), job).gaps(exact)
     allowed = TOLERANCES[precision]
-    return verdict(
+    return result(
         within(gaps, allowed) and by_differences <= FINITE_DIFFERENCE_TOLERANCE,
         f"from float64: {told(gaps, allowed)}; float64 from finite differences: {by_differences:.0e} (at most"
         f" {FINITE_DIFFERENCE_TOLERANCE:.0e})",

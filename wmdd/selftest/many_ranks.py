@@ -12,7 +12,7 @@ from wmdd.errors import Interrupted, WmddError
 from wmdd.launchers import Local
 from wmdd.runtime.signals import STOPS, stop_after, stop_on
 from wmdd.selftest import losses, runs
-from wmdd.selftest.rows import Verdict, Workplace, verdict
+from wmdd.selftest.rows import RowResult, Workplace, result
 from wmdd.storage.files import read_json, write_bytes, write_json
 
 Kind = Literal["cpu", "cuda"]
@@ -134,15 +134,15 @@ def reports_of(folder: Path, size: int) -> list[dict[str, Any]]:
     return [read_json(folder / f"rank-{rank:05d}.json") for rank in range(size)]
 
 
-def placement(place: Workplace, kind: Kind) -> Verdict:
+def placement(place: Workplace, kind: Kind) -> RowResult:
     """Compare the device of each rank with what it should be."""
     reports = reports_of(job_folder(place, kind), size_of(place, kind))
     wrong = misplaced(kind, reports)
     told = ", ".join(f"rank {one['rank']} on {one['used']}" for one in reports)
-    return verdict(not wrong, "; ".join(wrong) or told)
+    return result(not wrong, "; ".join(wrong) or told)
 
 
-def all_reduce(place: Workplace, kind: Kind) -> Verdict:
+def all_reduce(place: Workplace, kind: Kind) -> RowResult:
     """Check a sum over the ranks, and report the speed of the slowest rank."""
     size = size_of(place, kind)
     reports = reports_of(job_folder(place, kind), size)
@@ -152,7 +152,7 @@ def all_reduce(place: Workplace, kind: Kind) -> Verdict:
     latency, seconds = (max(one["seconds"][key] for one in reports) for key in ("4", large))
     rate = int(large) / seconds
     told = f"{reports[0]['backend']}: 4 bytes in {latency * 1e6:,.0f} µs, {int(large):,} bytes at {rate / 1e9:.2f} GB/s"
-    return verdict(
+    return result(
         not wrong,
         f"wrong sum on rank {wrong[0]}" if wrong else told,
         seconds_of_4_bytes=latency,
@@ -160,23 +160,23 @@ def all_reduce(place: Workplace, kind: Kind) -> Verdict:
     )
 
 
-def same_bytes(place: Workplace, kind: Kind) -> Verdict:
+def same_bytes(place: Workplace, kind: Kind) -> RowResult:
     """Compare the run that the ranks share with the run of one rank."""
     done = _done(place, kind, "same")
     size = size_of(place, kind)
     return runs.equal(runs.content(done), runs.content(_alone(place, kind, "same")), f"1 rank and {size}")
 
 
-def parallel(place: Workplace, kind: Kind) -> Verdict:
+def parallel(place: Workplace, kind: Kind) -> RowResult:
     """Compare a DDP gradient with float64, and a DDP teacher and student with those of one rank."""
     allowed = losses.TOLERANCES["fp32"].gradient
     gradient = max(one["parallel_gap"] for one in reports_of(job_folder(place, kind), size_of(place, kind)))
     if not gradient <= allowed:  # NaN fails
-        return verdict(False, f"DDP gradient from float64: {gradient:.0e} (at most {allowed:.0e})", gradient=gradient)
+        return result(False, f"DDP gradient from float64: {gradient:.0e} (at most {allowed:.0e})", gradient=gradient)
     found, expected = (runs.losses_of(one) for one in (_done(place, kind, "parallel"), _alone(place, kind, "alone")))
     gaps = {stage: runs.difference(found[stage], expected[stage]) for stage in ("teacher", "students")}
     told = ", ".join(f"{stage} {gap:.0e}" for stage, gap in gaps.items())
-    return verdict(
+    return result(
         max(gaps.values()) <= PARALLEL_TOLERANCE,
         f"DDP gradient from float64: {gradient:.0e} (at most {allowed:.0e}); losses from those of one rank: {told} (at"
         f" most {PARALLEL_TOLERANCE:.0e})",
@@ -185,7 +185,7 @@ def parallel(place: Workplace, kind: Kind) -> Verdict:
     )
 
 
-def split(place: Workplace, kind: Kind) -> Verdict:
+def split(place: Workplace, kind: Kind) -> RowResult:
     """Compare a synthesis whose classes are split among the ranks: with float64, and a run with whole classes.
 
     Adam hides a factor of the gradient from the losses, so the gradient is compared by itself.
@@ -194,11 +194,11 @@ def split(place: Workplace, kind: Kind) -> Verdict:
     for one in reports_of(job_folder(place, kind), size):
         gaps = one["split_gaps"]
         if not losses.within(gaps, allowed):
-            return verdict(False, f"rank {one['rank']} from float64: {losses.told(gaps, allowed)}", **gaps)
+            return result(False, f"rank {one['rank']} from float64: {losses.told(gaps, allowed)}", **gaps)
     found, expected = (runs.losses_of(one) for one in (_done(place, kind, "split"), _alone(place, kind, "whole")))
     gap = runs.difference(found["synthesis"], expected["synthesis"])
     text = f"losses of a run from whole classes: {gap:.0e} (at most {SPLIT_TOLERANCE:.0e})"
-    return verdict(gap <= SPLIT_TOLERANCE, f"from float64: {losses.told(gaps, allowed)}; {text}", **gaps, synthesis=gap)
+    return result(gap <= SPLIT_TOLERANCE, f"from float64: {losses.told(gaps, allowed)}; {text}", **gaps, synthesis=gap)
 
 
 def _free_ports(count: int) -> list[int]:

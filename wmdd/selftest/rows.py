@@ -71,7 +71,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RowResult:
     """The result of a row."""
 
     state: State
@@ -111,17 +111,17 @@ class Workplace:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One check of the self-test."""
+class Check:
+    """A row of the self-test: a check, and what it needs."""
 
     name: str
-    work: Callable[[Workplace], Verdict]
+    work: Callable[[Workplace], RowResult]
     needs: tuple[Need, ...] = ()
 
 
-def verdict(passed: bool, detail: str, **figures: float) -> Verdict:
+def result(passed: bool, detail: str, **figures: float) -> RowResult:
     """Return a verdict that passes or fails."""
-    return Verdict("pass" if passed else "fail", detail, figures)
+    return RowResult("pass" if passed else "fail", detail, figures)
 
 
 def machine_of(device: str) -> Machine:
@@ -157,10 +157,10 @@ def has_compiler(cuda: bool, environment: Mapping[str, str]) -> bool:
     return found and (not cuda or importlib.util.find_spec("triton") is not None)
 
 
-def judge(row: Row, place: Workplace) -> Verdict:
+def judge(row: Check, place: Workplace) -> RowResult:
     """Return the verdict of a row.  An error of the row is its failure, and ends nothing else."""
     if reason := place.machine.lacks(row.needs, place.quick):
-        return Verdict("not available", reason)
+        return RowResult("not available", reason)
     begun = time.monotonic()
     try:
         with log.on_screen(logging.CRITICAL):
@@ -168,16 +168,16 @@ def judge(row: Row, place: Workplace) -> Verdict:
     except Interrupted:
         raise
     except WmddError as error:
-        found = Verdict("fail", str(error))
+        found = RowResult("fail", str(error))
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        found = Verdict("fail", f"{type(error).__name__}: {first}", trace=traceback.format_exc())
+        found = RowResult("fail", f"{type(error).__name__}: {first}", trace=traceback.format_exc())
     return replace(found, seconds=round(time.monotonic() - begun, 2))
 
 
-def run_rows(rows: Sequence[Row], place: Workplace) -> dict[str, Verdict]:
+def run_rows(rows: Sequence[Check], place: Workplace) -> dict[str, RowResult]:
     """Judge the rows in order; report each when it is done."""
-    found: dict[str, Verdict] = {}
+    found: dict[str, RowResult] = {}
     with progress("selftest", len(rows), "rows") as advance:
         for row in rows:
             found[row.name] = one = judge(row, place)

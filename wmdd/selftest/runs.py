@@ -22,7 +22,7 @@ from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime.progress_bars import observed_by
 from wmdd.runtime.ranks import ranks
-from wmdd.selftest.rows import Precision, Verdict, Workplace, section, verdict
+from wmdd.selftest.rows import Precision, RowResult, Workplace, result, section
 from wmdd.storage import cache
 from wmdd.storage.files import read_metadata, write_bytes
 
@@ -45,6 +45,7 @@ _TINY = {
     "synthesis.iterations": 20,
     "synthesis.start": "noise",
     "synthesis.classes_per_group": 2,
+    "labels.regimes": ("hard", "soft", "stored"),
     "student.networks": ("convnet2x8",),
     "student.epochs": 3,
     "student.seeds": 1,
@@ -106,7 +107,7 @@ def difference(found: list[float], expected: list[float]) -> float:
     return max(abs(one - other) for one, other in zip(found, expected, strict=True)) / max(map(abs, expected))
 
 
-def whole_run(place: Workplace, precision: Precision, compiled: bool = False) -> Verdict:
+def whole_run(place: Workplace, precision: Precision, compiled: bool = False) -> RowResult:
     """Do every stage on the device, and compare the losses of each with those of fp32 on the CPU.
 
     One run trains its teacher.  The images and students of another one use the teacher of the CPU, so that their losses
@@ -122,19 +123,17 @@ def whole_run(place: Workplace, precision: Precision, compiled: bool = False) ->
     gaps = {stage: difference(found[stage], expected[stage]) for stage in expected}
     allowed = RUN_TOLERANCES[precision]
     told = ", ".join(f"{stage} {gap:.0e}" for stage, gap in gaps.items())
-    return verdict(
-        max(gaps.values()) <= allowed, f"losses from fp32 on the CPU: {told} (at most {allowed:.0e})", **gaps
-    )
+    return result(max(gaps.values()) <= allowed, f"losses from fp32 on the CPU: {told} (at most {allowed:.0e})", **gaps)
 
 
-def report(place: Workplace) -> Verdict:
+def report(place: Workplace) -> RowResult:
     """Write the report of the reference run."""
     from wmdd.report.collect import collect
     from wmdd.report.html import write_html
 
     page = place.folder / "report.html"
     write_html(collect([reference(place)]), page)
-    return verdict(page.stat().st_size > 0, f"one page of {page.stat().st_size:,} bytes")
+    return result(page.stat().st_size > 0, f"one page of {page.stat().st_size:,} bytes")
 
 
 def pair(place: Workplace) -> Config:
@@ -155,19 +154,19 @@ def content(run: Path) -> dict[str, Any]:
     return {"images": DistilledSet.load(run).sha256, "students": metrics}
 
 
-def equal(found: dict[str, Any], expected: dict[str, Any], what: str) -> Verdict:
+def equal(found: dict[str, Any], expected: dict[str, Any], what: str) -> RowResult:
     """Return the verdict of two contents that must be equal."""
     unlike = [name for name in expected if found.get(name) != expected[name]]
-    return verdict(not unlike, f"{what}: " + (f"{' and '.join(unlike)} differ" if unlike else "equal bytes"))
+    return result(not unlike, f"{what}: " + (f"{' and '.join(unlike)} differ" if unlike else "equal bytes"))
 
 
-def repeated(place: Workplace) -> Verdict:
+def repeated(place: Workplace) -> RowResult:
     """Do the same run again, in another folder."""
     again = pipeline.run(pair(place), place.folder / "again", share=SHARE)
     return equal(content(again), content(pair_run(place)), "the same run twice")
 
 
-def resumed(place: Workplace) -> Verdict:
+def resumed(place: Workplace) -> RowResult:
     """Stop a run with SIGTERM, kill its second start, resume it, and compare it with an uninterrupted run."""
     config = pair(place).replace({"synthesis.iterations": _RESUMED_ITERATIONS, "synthesis.classes_per_group": 4})
     whole = pipeline.run(config, place.folder / "whole", share=SHARE)
@@ -181,7 +180,7 @@ def resumed(place: Workplace) -> Verdict:
 
     code = _interrupted(file, broken.path, lambda: reached() > 0, subprocess.Popen.terminate)
     if code != EXIT_RESUMABLE:
-        return verdict(False, f"SIGTERM during the synthesis: exit code {code}, expected {EXIT_RESUMABLE}")
+        return result(False, f"SIGTERM during the synthesis: exit code {code}, expected {EXIT_RESUMABLE}")
     stopped = reached()
     _interrupted(file, broken.path, lambda: reached() > stopped, subprocess.Popen.kill)
     killed = reached()
@@ -194,7 +193,7 @@ def resumed(place: Workplace) -> Verdict:
     with observed_by(watch):
         pipeline.run(config, broken.path, share=SHARE)
     if begun != [killed] or not 0 < stopped < killed:
-        return verdict(False, f"killed at iteration {killed}, resumed at iteration {begun[0] if begun else 'none'}")
+        return result(False, f"killed at iteration {killed}, resumed at iteration {begun[0] if begun else 'none'}")
     return equal(content(broken.path), content(whole), f"stopped at iteration {stopped}, killed at {killed}, resumed")
 
 
@@ -228,7 +227,7 @@ def _interrupted(
             process.wait()
 
 
-def several_jobs(place: Workplace) -> Verdict:
+def several_jobs(place: Workplace) -> RowResult:
     """Do runs at the same time, one for each GPU, and compare them with the same run done alone."""
     jobs = max(2, place.machine.gpus)
     folders = [place.folder / f"job-{index}" for index in range(jobs)]
@@ -236,7 +235,7 @@ def several_jobs(place: Workplace) -> Verdict:
     names = [gpu_of(os.environ.get("CUDA_VISIBLE_DEVICES"), place.machine.gpus, index) for index in range(jobs)]
     seen = [_visible_gpus(folder) for folder in folders]
     if place.machine.gpus > 1 and (len(set(names)) < jobs or set(seen) != {1}):
-        return verdict(False, f"each of {jobs} runs must see one GPU of its own; they saw {seen}, namely {names}")
+        return result(False, f"each of {jobs} runs must see one GPU of its own; they saw {seen}, namely {names}")
     expected = content(pair_run(place))
     found = [equal(content(folder), expected, f"{jobs} runs at the same time") for folder in folders]
     return next((one for one in found if one.state == "fail"), found[0])
@@ -247,7 +246,7 @@ def _visible_gpus(run: Path) -> int:
     return len(sidecar.get("provenance", {}).get("system", {}).get("gpus", []))
 
 
-def out_of_memory(place: Workplace) -> Verdict:
+def out_of_memory(place: Workplace) -> RowResult:
     """Ask for more memory than any device has: the error must be one line, and the device must work afterwards."""
     said = ""
     try:
@@ -258,4 +257,4 @@ def out_of_memory(place: Workplace) -> Verdict:
     with ranks(section(place)) as job:
         works = float(torch.ones(8, device=job.device).sum()) == 8
     one_line = said.startswith("out of memory on ") and "\n" not in said
-    return verdict(one_line and works, said or "no error")
+    return result(one_line and works, said or "no error")

@@ -14,7 +14,7 @@ from wmdd.data.synthetic import draw
 from wmdd.records.data_sheets import data_sheet_value
 from wmdd.runtime.device_check import wrong_products
 from wmdd.runtime.ranks import ranks
-from wmdd.selftest.rows import Precision, Verdict, Workplace, section, verdict
+from wmdd.selftest.rows import Precision, RowResult, Workplace, result, section
 from wmdd.storage.files import write_bytes
 
 LEAST_SHARE = 0.2
@@ -41,18 +41,18 @@ def least_seconds(work: Callable[[], object], device: torch.device) -> float:
     return min(taken[1:])
 
 
-def beside_sheet(device: torch.device, quantity: str, rate: float, text: str) -> Verdict:
+def beside_sheet(device: torch.device, quantity: str, rate: float, text: str) -> RowResult:
     """Return the verdict of a rate: beside the data sheet's value if it is known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return of_sheet(rate, text, None if name is None else data_sheet_value(name, quantity))
 
 
-def of_sheet(rate: float, text: str, sheet: float | None) -> Verdict:
+def of_sheet(rate: float, text: str, sheet: float | None) -> RowResult:
     """Return the verdict of a rate and the data sheet's value; None for an unknown one."""
     if sheet is None:
-        return verdict(rate > 0, f"{text}, no data sheet", rate=rate)
+        return result(rate > 0, f"{text}, no data sheet", rate=rate)
     share = rate / sheet
-    return verdict(
+    return result(
         share >= LEAST_SHARE,
         f"{text}, {share:.0%} of the data sheet (at least {LEAST_SHARE:.0%})",
         rate=rate,
@@ -60,16 +60,16 @@ def of_sheet(rate: float, text: str, sheet: float | None) -> Verdict:
     )
 
 
-def devices(place: Workplace) -> Verdict:
+def devices(place: Workplace) -> RowResult:
     """Multiply matrices of small integers on every device in use, and compare with exact values."""
     kind, used = place.machine.kind, place.machine.device
     names = [used] if kind == "cpu" or ":" in used else [f"cuda:{index}" for index in range(place.machine.gpus)]
     wrong = {name: rows for name in names if (rows := wrong_products(torch.device(name)))}
     told = ", ".join(f"{name}: {rows} rows are wrong" for name, rows in wrong.items())
-    return verdict(not wrong, told or f"exact products on {', '.join(names)}")
+    return result(not wrong, told or f"exact products on {', '.join(names)}")
 
 
-def product(place: Workplace, precision: Precision) -> Verdict:
+def product(place: Workplace, precision: Precision) -> RowResult:
     """Measure the FLOP/s of a matrix product."""
     with ranks(section(place, precision)) as job:
         side = _SIDE[job.device.type]
@@ -79,7 +79,7 @@ def product(place: Workplace, precision: Precision) -> Verdict:
         return beside_sheet(job.device, precision, rate, f"{rate / 1e12:,.2f} TFLOP/s")
 
 
-def copy(place: Workplace) -> Verdict:
+def copy(place: Workplace) -> RowResult:
     """Measure the bandwidth of a copy within the device's memory: bytes read and written."""
     with ranks(section(place)) as job:
         size = _COPIED_BYTES[job.device.type]
@@ -89,17 +89,17 @@ def copy(place: Workplace) -> Verdict:
         return beside_sheet(job.device, "memory", rate, f"{rate / 1e9:,.1f} GB/s")
 
 
-def upload(place: Workplace) -> Verdict:
+def upload(place: Workplace) -> RowResult:
     """Measure the bandwidth of a copy from pinned memory to the device."""
     with ranks(section(place)) as job:
         size = _COPIED_BYTES["cuda"]
         source = torch.zeros(size, dtype=torch.uint8).pin_memory()
         target = torch.empty(size, dtype=torch.uint8, device=job.device)
         rate = size / least_seconds(lambda: target.copy_(source, non_blocking=True), job.device)
-        return verdict(rate > 0, f"{rate / 1e9:,.1f} GB/s from pinned memory", rate=rate)
+        return result(rate > 0, f"{rate / 1e9:,.1f} GB/s from pinned memory", rate=rate)
 
 
-def launch(place: Workplace) -> Verdict:
+def launch(place: Workplace) -> RowResult:
     """Measure the time that one small operation costs."""
     with ranks(section(place)) as job:
         value, count = torch.zeros(8, device=job.device), 200
@@ -109,10 +109,10 @@ def launch(place: Workplace) -> Verdict:
                 value.add_(1)
 
         seconds = least_seconds(work, job.device) / count
-        return verdict(seconds > 0, f"{seconds * 1e6:.1f} µs an operation", seconds=seconds)
+        return result(seconds > 0, f"{seconds * 1e6:.1f} µs an operation", seconds=seconds)
 
 
-def decode(place: Workplace) -> Verdict:
+def decode(place: Workplace) -> RowResult:
     """Measure how many JPEG images of ImageNet's shape one core decodes and crops to 224 px in a second."""
     files = []
     for number in range(_IMAGES):
@@ -126,10 +126,10 @@ def decode(place: Workplace) -> Verdict:
             fit(Image.open(io.BytesIO(content)), settings)
 
     rate = _IMAGES / least_seconds(work, torch.device("cpu"))
-    return verdict(rate > 0, f"{rate:,.0f} images/s on one core", rate=rate)
+    return result(rate > 0, f"{rate:,.0f} images/s on one core", rate=rate)
 
 
-def disk(place: Workplace) -> Verdict:
+def disk(place: Workplace) -> RowResult:
     """Measure how fast the disk of the cache takes one file, until the file is safe there."""
     writable = os.access(place.disk, os.W_OK)
     folder = place.disk if writable else place.folder
@@ -142,4 +142,4 @@ def disk(place: Workplace) -> Verdict:
     finally:
         path.unlink(missing_ok=True)
     where = "the cache" if writable else "temporary files (the cache is not writable)"
-    return verdict(rate > 0, f"{rate / 1e6:,.0f} MB/s on the disk of {where}", rate=rate)
+    return result(rate > 0, f"{rate / 1e6:,.0f} MB/s on the disk of {where}", rate=rate)

@@ -11,7 +11,7 @@ from rich.text import Text
 from wmdd.config.schema import ComputeConfig
 from wmdd.records.provenance import provenance
 from wmdd.selftest import losses, many_ranks, runs, speeds
-from wmdd.selftest.rows import Machine, Need, Precision, Row, Verdict
+from wmdd.selftest.rows import Check, Machine, Need, Precision, RowResult
 from wmdd.storage.files import FORMAT, write_json
 
 _EAGER: tuple[tuple[Precision, tuple[Need, ...]], ...] = (("fp32", ()), ("tf32", ("tf32",)), ("bf16", ("bf16",)))
@@ -33,45 +33,48 @@ _OF_RANKS = {
 _MARKS = {"pass": "[green]pass[/]", "fail": "[red]fail[/]", "not available": "[yellow]not available[/]"}
 
 
-def rows() -> list[Row]:
+def rows() -> list[Check]:
     """Return all rows, in the order in which they are done."""
     return [
-        Row("device", speeds.devices),
-        *(Row(f"loss and gradient, {one}", partial(losses.compare, precision=one), needs) for one, needs in _EAGER),
+        Check("device", speeds.devices),
+        *(Check(f"loss and gradient, {one}", partial(losses.compare, precision=one), needs) for one, needs in _EAGER),
         *(
-            Row(f"loss and gradient, {one}, compiled", partial(losses.compare, precision=one, compiled=True), needs)
+            Check(f"loss and gradient, {one}, compiled", partial(losses.compare, precision=one, compiled=True), needs)
             for one, needs in _COMPILED
         ),
-        *(Row(f"run, {one}", partial(runs.whole_run, precision=one), needs) for one, needs in _EAGER),
+        *(Check(f"run, {one}", partial(runs.whole_run, precision=one), needs) for one, needs in _EAGER),
         *(
-            Row(f"run, {one}, compiled", partial(runs.whole_run, precision=one, compiled=True), needs)
+            Check(f"run, {one}, compiled", partial(runs.whole_run, precision=one, compiled=True), needs)
             for one, needs in _COMPILED
         ),
-        Row("report", runs.report, ("full",)),
-        Row("same run twice", runs.repeated),
-        Row("stop, kill and resume", runs.resumed),
-        Row("out of memory", runs.out_of_memory),
-        Row("runs at the same time (--jobs)", runs.several_jobs, ("full",)),
+        Check("report", runs.report, ("full",)),
+        Check("same run twice", runs.repeated),
+        Check("stop, kill and resume", runs.resumed),
+        Check("out of memory", runs.out_of_memory),
+        Check("runs at the same time (--jobs)", runs.several_jobs, ("full",)),
         *(
-            Row(f"{title}: {name}", partial(work, kind=kind), needs)
+            Check(f"{title}: {name}", partial(work, kind=kind), needs)
             for kind, title, needs in _RANKS
             for name, work in _OF_RANKS.items()
         ),
-        *(Row(f"speed: matrix product, {one}", partial(speeds.product, precision=one), needs) for one, needs in _EAGER),
-        Row("speed: memory copy", speeds.copy),
-        Row("speed: copy to the device", speeds.upload, ("cuda",)),
-        Row("speed: launch", speeds.launch),
-        Row("speed: decode", speeds.decode),
-        Row("speed: disk", speeds.disk),
+        *(
+            Check(f"speed: matrix product, {one}", partial(speeds.product, precision=one), needs)
+            for one, needs in _EAGER
+        ),
+        Check("speed: memory copy", speeds.copy),
+        Check("speed: copy to the device", speeds.upload, ("cuda",)),
+        Check("speed: launch", speeds.launch),
+        Check("speed: decode", speeds.decode),
+        Check("speed: disk", speeds.disk),
     ]
 
 
-def passed(found: dict[str, Verdict]) -> bool:
+def passed(found: dict[str, RowResult]) -> bool:
     """Return whether no row failed."""
     return all(one.state != "fail" for one in found.values())
 
 
-def table(found: dict[str, Verdict]) -> Table:
+def table(found: dict[str, RowResult]) -> Table:
     """Return the verdicts as a table for the terminal."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("Row", "Verdict", "Seconds", "Detail"):
@@ -81,7 +84,7 @@ def table(found: dict[str, Verdict]) -> Table:
     return shown
 
 
-def summary(found: dict[str, Verdict], seconds: float) -> str:
+def summary(found: dict[str, RowResult], seconds: float) -> str:
     """Return one line: the number of rows by verdict, and the names of the rows that failed."""
     states = [one.state for one in found.values()]
     counts = (
@@ -91,7 +94,7 @@ def summary(found: dict[str, Verdict], seconds: float) -> str:
     return f"{counts} in {seconds:.0f} s" + (f"; failed: {failed}" if failed else "")
 
 
-def as_json(found: dict[str, Verdict], machine: Machine, quick: bool, seconds: float) -> dict[str, Any]:
+def as_json(found: dict[str, RowResult], machine: Machine, quick: bool, seconds: float) -> dict[str, Any]:
     """Return verdicts, tolerances and the description of the system as plain values, for a bug report."""
     return {
         "format": FORMAT,
