@@ -303,22 +303,37 @@ def power(
     study.print_power(study.power(places, difference / 100), difference / 100, results())
 
 
-@app.command(epilog="Example:  wmdd bench compare fp32.jsonl bf16.jsonl --margin 1")
+@app.command(
+    epilog="Examples:  wmdd bench compare fp32.jsonl bf16.jsonl --margin 1   |   "
+    "wmdd bench compare speeds-before.jsonl speeds-after.jsonl"
+)
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="FIRST", help="File of records, or run folder.")],
-    second: Annotated[
-        Path, typer.Argument(metavar="SECOND", help="File or folder with the same methods under another recipe.")
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="File of records, or run folder.")],
+    new: Annotated[
+        Path,
+        typer.Argument(metavar="NEW", help="File or folder to compare: the same methods or the same work."),
     ],
     margin: Annotated[
         float | None, typer.Option(min=0.01, help="Margin of a test of equivalence, in points of top-1.")
     ] = None,
 ) -> None:
-    """Compare two recipes or precisions. Both need the same methods; differences are paired on the same images."""
-    from bench import recipes
+    """Compare two recipes, precisions or revisions. Accuracies need the same methods; differences are paired on the
+    same images. Speeds need the same work; a change counts where it exceeds the spread of the repeats."""
+    from bench import recipes, speed_changes
+    from wmdd.errors import InputError
+    from wmdd.records.files import read_records
+    from wmdd.records.schema import SpeedRecord
     from wmdd.runtime.log import results
 
+    speeds = [read_records(place, SpeedRecord)[0] for place in (old, new)]
+    if all(speeds):
+        changes = speed_changes.changes(*speeds)
+        if not changes:
+            raise InputError(f"{old} and {new}: time no work in common (stage, data, network, engine, set-up)")
+        speed_changes.print_changes(changes, results())
+        return
     wanted = None if margin is None else margin / 100
-    found, differing = recipes.effects(first, second, wanted)
+    found, differing = recipes.effects(old, new, wanted)
     recipes.print_effects(found, differing, wanted, results())
 
 

@@ -141,9 +141,11 @@ def report(
     html: Annotated[Path | None, typer.Option(help="HTML file to write: one self-contained page.")] = None,
     csv: Annotated[Path | None, typer.Option(help="CSV file to write: the accuracies, else the speeds.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Markdown file to write: the tables.")] = None,
-    latex: Annotated[Path | None, typer.Option(help="LaTeX file to write: the tables (booktabs).")] = None,
+    latex: Annotated[Path | None, typer.Option(help="LaTeX file to write: the tables (booktabs, longtable).")] = None,
+    mllog: Annotated[Path | None, typer.Option(help="MLPerf event lines to write: a run for each student.")] = None,
 ) -> None:
-    """Summarize the results of runs in tables: on the terminal, and as HTML, CSV, Markdown or LaTeX."""
+    """Report the results of runs: a verdict and a table on the terminal, everything as HTML, CSV, Markdown or LaTeX."""
+    from wmdd.report import mllog as events
     from wmdd.report import text
     from wmdd.report.collect import collect
     from wmdd.report.html import write_html
@@ -154,7 +156,7 @@ def report(
     text.terminal(collected, results())
     if html:
         write_html(collected, html)
-    for path, form in ((csv, text.csv), (markdown, text.markdown), (latex, text.latex)):
+    for path, form in ((csv, text.csv), (markdown, text.markdown), (latex, text.latex), (mllog, events.mllog)):
         if path:
             write_bytes(path, form(collected).encode())
 

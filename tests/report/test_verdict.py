@@ -1,5 +1,6 @@
 """What a report concludes: the best method, those as good, what was detectable, and what was never measured."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from wmdd.records.intervals import paired, welch
 from wmdd.report.collect import Report, collect
 from wmdd.report.collect_tables import tables
 from wmdd.report.gaps import gaps
+from wmdd.report.mllog import mllog
 from wmdd.report.recipes import effects
 from wmdd.report.table import Table
 from wmdd.report.verdict import verdicts
@@ -121,3 +123,23 @@ def test_all_committed_records_make_one_report_with_the_figures_that_its_section
     text = "\n".join(f"{one.section.title}, {one.setting}: {'. '.join(one.sentences())}" for one in verdicts(report))
     assert "recipe A, IPC 10, hard labels: Best: wmdd" in text
     assert named(report, "Effect of the recipe")
+
+
+def test_students_are_told_as_event_lines_of_mlperf(tmp_path: Path) -> None:
+    report = report_of(tmp_path, wmdd=[0.90, 0.91], random=[0.8, 0.81])
+
+    lines = mllog(report).splitlines()
+
+    assert all(line.startswith(":::MLLOG {") for line in lines)
+    events = [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+    assert all(
+        event.keys() == {"namespace", "time_ms", "event_type", "key", "value", "metadata"}
+        and {"file", "lineno"} <= event["metadata"].keys()
+        for event in events
+    )
+    accuracies = [event["value"] for event in events if event["key"] == "eval_accuracy"]
+    assert sorted(accuracies) == [0.8, 0.81, 0.90, 0.91]
+    runs = [event["key"] for event in events if event["key"].startswith("run_")]
+    assert runs == ["run_start", "run_stop"] * 4
+    started, stopped = (next(event["time_ms"] for event in events if event["key"] == key) for key in runs[:2])
+    assert stopped - started == 4000, "four seconds, as the record says"

@@ -310,7 +310,7 @@ def provenance(chosen: pd.DataFrame, runs: list[Run], timed: Sequence[tuple[Run,
         for sidecar in run.blocks.values():
             found["block", run.label, "", "", *origin(sidecar.get("provenance") or {})] += 1
     columns = ["of", "run", "config", "artefact", "revision", "hardware", "versions", "setup", "count"]
-    return pd.DataFrame([(*one, count) for one, count in found.items()], columns=columns)
+    return pd.DataFrame([(*one, count) for one, count in sorted(found.items())], columns=columns)
 
 
 def origins(measured: Iterable[tuple[Run, Record]]) -> list[dict[str, str]]:
