@@ -82,6 +82,21 @@ def test_two_processes_on_one_run_do_each_block_once(blocked: Config, tmp_path: 
     assert blocks_of(tmp_path / "run") == blocks_of(tmp_path / "alone")
 
 
+def test_a_folder_that_another_process_binds_at_this_moment_is_a_run(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, listed = RunFolder(tmp_path / "run"), Path.iterdir
+    run.path.mkdir()
+
+    def meanwhile(path: Path) -> Iterator[Path]:
+        monkeypatch.setattr(Path, "iterdir", listed)
+        RunFolder(run.path).bind(tiny, "images")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", meanwhile)
+    run.check(tiny, "images")
+
+
 @pytest.mark.parametrize("parts", [True, False])
 def test_students_of_a_changed_recipe_are_trained_by_several_processes_at_once(
     tiny: Config, tmp_path: Path, parts: bool

@@ -98,6 +98,11 @@ class RunFolder:
                     return True
         return False
 
+    def _has_files(self) -> bool:
+        """Return whether the folder has files other than locks and those that a process is writing."""
+        names = [entry.name for entry in self.path.iterdir()]
+        return any(name != "locks" and not name.endswith(".tmp") for name in names)
+
     def check(self, config: Config, data: str) -> None:
         """Check that the folder can be bound to a config and a dataset.
 
@@ -114,7 +119,8 @@ class RunFolder:
             if found.get("fingerprint") != wanted["fingerprint"] or found["config"]["blocks"] != config.blocks:
                 keys = ", ".join(_differences(found.get("config", {}), wanted["config"])) or "version"
                 raise InputError(f"{self.path}: belongs to another config (differs in {keys}); use another --out")
-        elif self.path.exists() and not path.exists() and {entry.name for entry in self.path.iterdir()} - {"locks"}:
+        # Another process may bind the folder right now. Its binding is its first file, so it is looked for last.
+        elif self.path.exists() and self._has_files() and not path.exists():
             raise InputError(f"{self.path}: is not empty and holds no run (no config.json); use another --out")
 
     def bound(self) -> dict[str, Any]:
