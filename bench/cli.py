@@ -255,18 +255,27 @@ def rehearse(
         float, typer.Option(min=0, max=1, help="Relative standard deviation of the time of a group.")
     ] = 0.0,
     slow: Annotated[float, typer.Option(min=1, help="Factor of the times of the last rank, as on a slow node.")] = 1.0,
+    student_task: Annotated[
+        bool,
+        typer.Option(
+            "--student-task", help="Also count the files and the memory of one student task, without training."
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="File to write the figures to.")] = None,
 ) -> None:
     """Rehearse how many ranks share the groups of a run. Reports the share of ranks at work, and the cost of an
     agreement. No image is read, and nothing is synthesized."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a warning for each client without a name in DNS
     from bench import rehearse as study
+    from bench import rehearse_task
     from bench.scaling import numbers_of
     from wmdd.config.loading import load_config
     from wmdd.runtime.log import results
 
     times = study.GroupTimes(group_seconds, statistics_seconds, spread, slow)
-    study.tell(study.run(load_config(config, override or []), numbers_of(ranks), times), times, out, results())
+    settings = load_config(config, override or [])
+    found = study.run(settings, numbers_of(ranks), times)
+    study.tell(found, times, rehearse_task.run(settings) if student_task else None, out, results())
 
 
 @app.command(epilog="Example:  wmdd bench plan imagenet-1k --gpus 64 --from speeds.jsonl")

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.projection import size_of
+from bench.rehearse_task import TaskCost
 from bench.workloads import groups_of
 from wmdd.config.schema import Config
 from wmdd.errors import InputError
@@ -335,11 +336,14 @@ def _summary(
     )
 
 
-def tell(found: Sequence[Rehearsal], times: GroupTimes, out: Path | None, console: Console) -> None:
-    """Write the rehearsals to ``out`` as JSON, if given, and print them."""
+def tell(
+    found: Sequence[Rehearsal], times: GroupTimes, task: TaskCost | None, out: Path | None, console: Console
+) -> None:
+    """Write the rehearsals, and that of a student task, to ``out`` as JSON, if given, and print them."""
     if out:
         facts = {"given": asdict(times), "system": system(cuda=False), "torch": torch.__version__}
-        write_json(out, {**facts, "rehearsals": [asdict(one) | {"of_bound": one.of_bound} for one in found]})
+        every = [asdict(one) | {"of_bound": one.of_bound} for one in found]
+        write_json(out, {**facts, "rehearsals": every, "student_task": asdict(task) if task else None})
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ("Ranks", "Groups", "Each", "At work", "Bound", "Of bound", "Requests", "Agreement", "Requests")
     for column in columns:
@@ -357,7 +361,7 @@ def tell(found: Sequence[Rehearsal], times: GroupTimes, out: Path | None, consol
             f"{one.agreement_requests:.0f}",
         )
     console.print(shown)
-    for line in NOTES:
+    for line in [*NOTES, *([str(task)] if task else [])]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 from rich.console import Console
 
-from bench import rehearse
+from bench import rehearse, rehearse_task
 from bench.rehearse import GroupTimes
 from wmdd.config.loading import load_config
 from wmdd.errors import InputError
@@ -26,7 +26,7 @@ def test_ranks_are_at_work_as_much_as_whole_groups_allow_and_agree_in_three_requ
         assert 0 < one.agreement_requests <= 3
         assert one.queue_requests <= 1 + 2 * one.ranks / one.groups, "more than a ticket for each group and rank"
     told = Console(record=True, width=120)
-    rehearse.tell(found, times, tmp_path / "out.json", told)
+    rehearse.tell(found, times, None, tmp_path / "out.json", told)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["given"]["synthesis"] == 60 and written["rehearsals"][1]["of_bound"] == found[1].of_bound
     assert "0.833" in told.export_text()
@@ -49,3 +49,12 @@ def test_the_bound_counts_whole_groups() -> None:
 def test_ranks_that_teams_do_not_fill_are_refused() -> None:
     with pytest.raises(InputError, match=r"--ranks 3: synthesis\.split_class = 2 does not divide it"):
         rehearse.run(load_config("digits", [*TEN_GROUPS, "synthesis.split_class=2"]), [3], GroupTimes(1, 0))
+
+
+@pytest.mark.slow
+def test_one_of_hundreds_of_student_tasks_opens_each_block_once_and_few_other_files() -> None:
+    config = load_config("digits", [*TEN_GROUPS, "blocks=10", "student.seeds=100"])
+    cost = rehearse_task.run(config)
+    assert (cost.blocks, cost.students >= 100, cost.block_opens, cost.sidecar_opens) == (10, True, 1, 1)
+    assert 0 < cost.other_files <= 50
+    assert 0 < cost.peak_gb < 2
