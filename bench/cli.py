@@ -258,7 +258,7 @@ def rehearse(
     student_task: Annotated[
         bool,
         typer.Option(
-            "--student-task", help="Also count the files and the memory of one student task, without training."
+            "--student-task", help="Also rehearse one student task: its files and its memory, without training."
         ),
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="File to write the figures to.")] = None,

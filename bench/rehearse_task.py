@@ -55,10 +55,10 @@ class TaskCost:
 
     def __str__(self) -> str:
         return (
-            f"One of {self.students} students on {self.blocks} blocks ({self.set_gb:.3f} GB), without dataset, teacher and"
-            f" training: it opens each block {self.block_opens}x, each sidecar {self.sidecar_opens}x, and"
-            f" {self.other_files} other files; its memory grows by {self.peak_gb:.3f} GB at most, mapped files included,"
-            f" and by {self.private_gb:.3f} GB beyond these"
+            f"One of {self.students} students on {self.blocks} blocks ({self.set_gb:.3f} GB), without dataset, teacher"
+            f" and training: it opens each block {self.block_opens}x, each sidecar {self.sidecar_opens}x, and"
+            f" {self.other_files} other files; its memory grows by {self.peak_gb:.3f} GB at most, mapped files"
+            f" included, and by {self.private_gb:.3f} GB beyond these"
         )
 
 
