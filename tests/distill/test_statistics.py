@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench.reference import Probe, class_moments
 from wmdd.config.schema import Config
 from wmdd.data.dataset import load_dataset
-from wmdd.distill.statistics import ClassStatistics, Moments, key, measure, summarize
+from wmdd.distill.statistics import ClassStatistics, Moments, copied_at_once, key, measure, summarize
 from wmdd.errors import Interrupted
 from wmdd.networks import create
 from wmdd.networks.accuracy import Validation
@@ -128,3 +128,22 @@ def test_a_stop_is_heeded_between_batches_and_finished_classes_are_kept(tiny: Co
         before = (folder / "00000.safetensors").read_bytes()
         assert len(dict(measure(replace(session, stop=lambda: False), [0, 1, 2]))) == 3
         assert (folder / "00000.safetensors").read_bytes() == before
+
+
+def test_one_copy_moves_all_statistics_of_a_class() -> None:
+    draw = torch.Generator().manual_seed(0)
+    found = ClassStatistics(*(torch.rand(shape, generator=draw) for shape in ((7, 3), (5,), (5,), (5,))))
+    copies = 0
+    to_cpu = torch.Tensor.cpu
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal copies
+        copies += 1
+        return to_cpu(tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", counted)
+        moved = copied_at_once(found)
+    assert copies == 1
+    for name in ("features", "mean", "within", "between"):
+        assert torch.equal(getattr(moved, name), getattr(found, name))

@@ -202,7 +202,8 @@ def _batches_ahead(config: Config, train: ImageSet, todo: Sequence[Group]) -> in
     size = config.statistics.batch_size
     wanted = max(sum(-(-len(train.of_class(index)) // size) for index in group.classes) for group in todo)
     batch = size * train.nbytes // len(train)
-    room = min(config.data.memory_gb * GB, shutil.disk_usage(_SHARED_MEMORY).free / 2) / cpus.ranks_on_node(os.environ)
+    free = shutil.disk_usage(_SHARED_MEMORY).free if os.path.isdir(_SHARED_MEMORY) else 0
+    room = min(config.data.memory_gb * GB, free / 2) / cpus.ranks_on_node(os.environ)
     return max(2, min(-(-wanted // processes), int(room / batch / processes)))
 
 

@@ -206,10 +206,12 @@ def _compute(
 
 
 def _on_cpu(found: ClassStatistics) -> ClassStatistics:
-    """Return statistics on the CPU; one copy moves all tensors."""
+    return found if found.mean.device.type == "cpu" else copied_at_once(found)
+
+
+def copied_at_once(found: ClassStatistics) -> ClassStatistics:
+    """Return statistics on the CPU. One copy moves all tensors, because the host waits for each copy."""
     tensors = [found.features, found.mean, found.within, found.between]
-    if found.mean.device.type == "cpu":
-        return found
     moved = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([tensor.numel() for tensor in tensors])
     return ClassStatistics(*(flat.clone().view(old.shape) for flat, old in zip(moved, tensors, strict=True)))
 
