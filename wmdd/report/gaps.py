@@ -18,7 +18,8 @@ def gaps(report: "Report") -> list[tuple[str, list[str]]]:
     for section in every:
         if section.students:
             siblings = [one for one in every if one.recipe.data == section.recipe.data and one is not section]
-            found.append((section.name, [*_missing(section, siblings), *_never(section)]))
+            others = {row["method"] for one in siblings for row in one.students}
+            found.append((section.name, [*_missing(section, siblings), *_never(section, others)]))
     shared = [one for one in found[0][1] if all(one in phrases for _, phrases in found)] if len(found) > 1 else []
     own = [(name, [one for one in phrases if one not in shared]) for name, phrases in found]
     speeds = [speed for _, speed in report.speeds]
@@ -53,11 +54,11 @@ def _words(setting: tuple[object, ...]) -> str:
     return f"IPC {ipc} {regime}" + ("" if view == "epochs" else f" ({view})")
 
 
-def _never(section: ReportSection) -> list[str]:
+def _never(section: ReportSection, others: set[str]) -> list[str]:
     rows = section.students
     said = []
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    if len(methods) < 3:
+    if len(methods) < 3 and not others - set(methods):
         said.append(f"methods other than {' and '.join(methods)}")
     if len(networks := {row["network"] for row in rows}) == 1:
         said.append(f"students of another network than {next(iter(networks))}")

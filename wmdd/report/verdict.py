@@ -98,8 +98,6 @@ class Verdict:
         said = [self._first()]
         alike, untested = self.methods("tie"), self.methods("untested")
         same = [name for name in self.methods("best") if name != self.best["method"]]
-        if same:
-            said.append(f"The same images: {_listed(same)}")
         others = len(self.rows) - len(same) - 1
         if alike:
             said.append(f"Not distinguishable from {self.best['method']}: {_listed(alike)}")
@@ -110,6 +108,11 @@ class Verdict:
             said.append(f"Too few sets to test: {_listed(untested)}")
         if rank := self._rank():
             said.append(rank)
+        groups: dict[str, list[str]] = {}
+        for row in self.rows:
+            if not pd.isna(row["same_as"]):
+                groups.setdefault(row["same_as"], [row["same_as"]]).append(row["method"])
+        said += [f"The same images: {_listed(names)}" for names in groups.values()]
         if not math.isnan(self.detects):
             said.append(f"This comparison could have detected {points(self.detects)} points")
         if any(single(row) for row in self.rows if bare(row["method"]) != REFERENCE):
@@ -172,7 +175,7 @@ class Verdict:
         known = not random and not pd.isna(row[plain[0]])
         return Bar(
             row=row,
-            method=row["method"] if pd.isna(row["same_as"]) else f"{row['method']} = {row['same_as']}",
+            method=row["method"],
             family=family(row["method"]),
             at=math.nan if pd.isna(value) else at(value),
             thin=(at(row[plain[0]]), at(row[plain[1]])) if known else None,
