@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 from wmdd.cli import app
 from wmdd.distill import groups
 from wmdd.distill.synthesis import engine
-from wmdd.errors import WmddError
+from wmdd.errors import InputError, WmddError
 from wmdd.networks import frozen
 from wmdd.runtime import team
 from wmdd.selftest import losses, many_ranks, rank_worker, runs, speeds, table
-from wmdd.selftest.rows import REASONS, Check, Machine, RowResult, Workplace, judge, workplace
+from wmdd.selftest.rows import REASONS, Check, Machine, RowResult, Workplace, judge, machine_of, workplace
 from wmdd.storage.files import write_bytes, write_json
 
 CPU = Machine("cpu", 0, bf16=True, tf32=False, compiler=True)
@@ -164,6 +164,16 @@ def test_a_device_far_below_its_data_sheet_fails() -> None:
     assert speeds.of_sheet(400e12, "400 TFLOP/s", 989e12).state == "pass"
     assert speeds.of_sheet(100e12, "100 TFLOP/s", 989e12).state == "fail"
     assert speeds.of_sheet(1e9, "1 GFLOP/s", None).state == "pass"
+    assert speeds.sheet_of("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert speeds.sheet_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") is None
+    assert speeds.sheet_of("", "bf16") is None
+
+
+def test_the_selftest_is_started_once_and_not_as_one_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="this is rank 1 of 8; start it once on each node"):
+        machine_of("cpu")
 
 
 def test_losses_that_are_not_finite_or_missing_are_infinitely_different() -> None:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 
 from wmdd.config.schema import ComputeConfig
-from wmdd.errors import Interrupted, WmddError
+from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.runtime import log
 from wmdd.runtime.arithmetic import hardware_of
-from wmdd.runtime.placement import Placement, choose_device
+from wmdd.runtime.placement import Placement, choose_device, placement_of
 from wmdd.runtime.progress_bars import progress
 from wmdd.storage import cache
 
@@ -131,8 +131,13 @@ def machine_of(device: str) -> Machine:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, as in ``compute.device``.
 
     Raises:
-        InputError: the device does not exist.
+        InputError: the device does not exist, or this process is one of several ranks.
     """
+    if (here := placement_of(os.environ)).size > 1:
+        raise InputError(
+            f"the self-test starts its own ranks, and this is rank {here.rank} of {here.size}; start it once on each"
+            " node, without torchrun and with srun -n 1"
+        )
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = torch.device(choose_device(device, Placement(), visible))
     cuda = chosen.type == "cuda"
@@ -182,7 +187,8 @@ def run_rows(rows: Sequence[Check], place: Workplace) -> dict[str, RowResult]:
         for row in rows:
             found[row.name] = one = judge(row, place)
             reason = f": {one.detail}" if one.state == "fail" else ""
-            logger.info(f"{one.state:13}  {row.name} ({one.seconds:.1f} s){reason}")
+            lasted = "" if one.state == "not available" else f" ({one.seconds:.1f} s)"
+            logger.info(f"{one.state:13}  {row.name}{lasted}{reason}")
             advance(1)
     return found
 

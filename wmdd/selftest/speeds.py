@@ -43,8 +43,13 @@ def least_seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def beside_sheet(device: torch.device, quantity: str, rate: float, text: str) -> RowResult:
     """Return the verdict of a rate: beside the data sheet's value if it is known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return of_sheet(rate, text, None if name is None else data_sheet_value(name, quantity))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return of_sheet(rate, text, sheet_of(name, quantity))
+
+
+def sheet_of(name: str, quantity: str) -> float | None:
+    """Return the data sheet's value of a whole GPU; None for a part of one (MIG), an unknown one or a CPU."""
+    return None if " MIG " in f"{name} " else data_sheet_value(name, quantity)
 
 
 def of_sheet(rate: float, text: str, sheet: float | None) -> RowResult:
