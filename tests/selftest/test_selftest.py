@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from wmdd.cli import app
 from wmdd.distill import groups
 from wmdd.distill.synthesis import engine
 from wmdd.errors import InputError, WmddError
-from wmdd.networks import frozen
+from wmdd.networks.frozen import FrozenNetwork, Observation
 from wmdd.runtime import team
 from wmdd.selftest import losses, many_ranks, rank_worker, runs, speeds, table
 from wmdd.selftest.rows import REASONS, Check, Machine, RowResult, Workplace, judge, machine_of, workplace
@@ -39,13 +40,14 @@ def place(tmp_path: Path) -> Workplace:
 
 
 def scaled_moments(patch: pytest.MonkeyPatch) -> None:
-    """Make the backward pass of the moments wrong, in every precision and on every device."""
-    right = frozen._ImageMoments.backward
+    """Make the backward pass of the moments wrong, in every precision and on every device; values stay right."""
+    right = FrozenNetwork.forward
 
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return 1.01 * right(ctx, *gradients)
+    def forward(self: FrozenNetwork, images: Tensor) -> Observation:
+        seen = right(self, images)
+        return replace(seen, means=seen.means + 0.01 * (seen.means - seen.means.detach()))
 
-    patch.setattr(frozen._ImageMoments, "backward", staticmethod(backward))
+    patch.setattr(FrozenNetwork, "forward", forward)
 
 
 def one_wrong_image(patch: pytest.MonkeyPatch) -> None:
