@@ -92,6 +92,7 @@ def test_a_study_of_64_ranks_on_nodes_of_8_gpus_asks_for_8_nodes(tmp_path: Path)
     script = study_script(load_profile(str(tmp_path / "wide.toml")), steps, tmp_path)
     for line in ("--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=a100:8", "--mem=81920M"):
         assert f"#SBATCH {line}\n" in script, line
+    assert "export WMDD_JOB_SECRET=$(od " in script, "the ranks of a step share no secret"
     lines = [line for line in script.splitlines() if "|| srun" in line]
     layouts = ["--nodes=8 --ntasks=64", "--nodes=1 --ntasks=8", "--nodes=1 --ntasks=1 "]
     assert all(wanted in line for line, wanted in zip(lines, layouts, strict=True))
