@@ -278,22 +278,38 @@ def rehearse(
     study.tell(found, times, rehearse_task.run(settings) if student_task else None, out, results())
 
 
-@app.command(epilog="Example:  wmdd bench plan imagenet-1k --gpus 64 --from speeds.jsonl")
+@app.command(
+    epilog="Examples:  wmdd bench plan imagenet-1k --gpu H100   |   "
+    "wmdd bench plan imagenet-1k --gpus 64 --from speeds.jsonl"
+)
 def plan(
     config: ConfigArgument,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that share the run.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs that share the run.")] = 1,
     override: SetOption = None,
     source: Annotated[
         Path, typer.Option("--from", metavar="FILE.jsonl", help="File of speeds, from `wmdd bench throughput --out`.")
     ] = Path("speeds.jsonl"),
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="H100|H200|A100|L40S|4090|B200",
+            help="GPU to predict memory and least times for, from its data sheet. Measured speeds come first.",
+        ),
+    ] = None,
 ) -> None:
-    """Project the GPU-hours of a run. The GPU-hours and the wall time follow from measured speeds."""
-    from bench import projection
+    """Project the GPU-hours of a run from measured speeds. With --gpu also predict its memory and least times, without
+    hardware."""
+    from bench import projection, roofline
     from wmdd.config.loading import load_config
     from wmdd.runtime.log import results
 
     settings = load_config(config, override or [])
-    parts, notes = projection.run(settings, gpus, projection.read(source), source)
+    predicted = None
+    if gpu:
+        predicted = roofline.run(settings, projection.size_of(settings)[0], roofline.gpu_of(gpu))
+        roofline.tell(predicted, results())
+    measured = projection.read(source) if source.exists() or not gpu else []
+    parts, notes = projection.run(settings, gpus, measured, source, predicted)
     projection.tell(settings, gpus, parts, notes, results())
 
 

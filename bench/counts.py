@@ -6,8 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.dry_steps import DryStep, dry_steps
-from bench.projection import precision_of, size_of
+from bench.dry_steps import DryStep, dry_steps, precision_of
+from bench.projection import size_of
 from bench.throughput import number
 from wmdd.config.schema import Config
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.op_counter import OpCounts, steps_of
-from bench.projection import precision_of
 from bench.workloads import groups_of
 from wmdd.config.schema import Config
 from wmdd.data import augment
@@ -51,6 +50,11 @@ class DryStep:
     """Kernels, bytes and FLOPs of the step"""
     peak: int
     """Peak memory of the steps in bytes: weights, gradients, optimizer, images and activations"""
+
+
+def precision_of(config: Config) -> str:
+    """Return the precision on a GPU, where ``auto`` is bf16."""
+    return "bf16" if config.compute.precision == "auto" else config.compute.precision
 
 
 def dry_steps(config: Config, classes: int) -> list[DryStep]:

@@ -1,4 +1,4 @@
-"""``wmdd bench plan``: GPU-hours and wall time of a whole run, projected from measured speeds."""
+"""``wmdd bench plan``: GPU-hours and wall time of a whole run, from measured speeds or from rooflines."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench.dry_steps import precision_of
+from bench.roofline import Plan
 from bench.throughput import number
 from bench.workloads import groups_of
 from wmdd.config.schema import Config
@@ -31,6 +33,10 @@ PUBLISHED = {
     "imagenet-1k": (1000, 1_281_167),
 }
 """Source -> classes and training images of the whole dataset: a run can be planned without its images."""
+
+
+ROOFLINE = "roofline"
+"""Engine of a record that was predicted."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,9 @@ class Need:
     """Keys of the setup with their required values"""
 
 
-def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path) -> tuple[list[Component], list[str]]:
+def run(
+    config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path, plan: Plan | None = None
+) -> tuple[list[Component], list[str]]:
     """Project a run.
 
     Args:
@@ -72,6 +80,7 @@ def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path
         gpus: number of GPUs that share the run.
         measured: measured speeds of one GPU.
         source: file of the speeds, for messages.
+        plan: prediction for the GPU, which replaces missing measurements; None: a missing measurement is an error.
 
     Returns:
         The components of the run, and the assumptions.
@@ -85,7 +94,12 @@ def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path
     parts: list[Component] = []
 
     def measure(need: Need) -> SpeedRecord:
-        return find(config, need, measured, source)
+        try:
+            return find(config, need, measured, source)
+        except InputError:
+            if plan is None:
+                raise
+        return predicted(config, need, plan, classes * config.ipc)
 
     def dealt(title: str, unit: str, pieces: Sequence[float], record: SpeedRecord, per_hour: float) -> None:
         # A run deals its pieces in the same way: every gpus-th piece to the same GPU.
@@ -102,8 +116,10 @@ def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path
         if objective.feature:
             chosen = config.barycenter
             solver = {"ipc": config.ipc, "weights": chosen.weights, "starts": chosen.starts}
-            record = measure(Need("barycenters", config.teacher.network, solver))
-            dealt("barycenters", "classes", groups, record, 3600 * record.metrics["rate"])
+            need = Need("barycenters", config.teacher.network, solver)
+            if plan is None or any_fits(config, need, measured, source):
+                record = measure(need)
+                dealt("barycenters", "classes", groups, record, 3600 * record.metrics["rate"])
         iterations = method.synthesis().iterations
         keys = {"precision": precision_of(config), "compile": config.compute.compile, "batch": groups[0] * config.ipc}
         record = measure(Need("synthesis", config.teacher.network, keys))
@@ -119,11 +135,54 @@ def run(config: Config, gpus: int, measured: Sequence[SpeedRecord], source: Path
         updates = [float(update_count(config, task.view, distilled)) for task in tasks]
         per_hour = record.metrics["rate"] * float(record.setup["updates"])
         dealt(f"{len(tasks)} students ({name})", "updates", updates, record, per_hour)
-    places = {_place(part.record): part.record.stage for part in parts}
+    places = {_place(part.record): part.record.stage for part in parts if part.record.engine != ROOFLINE}
     if len(places) > 1:
         told = ", ".join(f"{stage} on {place}" for place, stage in places.items())
         raise InputError(f"{source}: mixes devices ({told}): measure every stage on the one that the run will use")
     return parts, assumptions(config, gpus, parts, images, classes)
+
+
+def predicted(config: Config, need: Need, plan: Plan, images: int) -> SpeedRecord:
+    """Return the largest possible speed of a stage in the form of a record.
+
+    Args:
+        config: config of the run.
+        need: stage and network.
+        plan: prediction for the GPU.
+        images: number of images in the distilled set.
+
+    Raises:
+        InputError: the plan has no step of this stage.
+    """
+    rate = plan.rate(need.stage, need.network)
+    if rate is None:
+        raise InputError(f"{need.stage} of {need.network}: there is no prediction, and no measurement")
+    setup: dict[str, Any] = {}
+    unit = {"statistics": "img/s", "synthesis": "img·iter/s"}.get(need.stage, "students/h")
+    if need.stage == "students":
+        setup = {"updates": 1}
+        rate *= 3600 / min(config.student.batch_size, images)
+    return SpeedRecord(
+        kind="throughput",
+        stage=need.stage,
+        engine=ROOFLINE,
+        dataset=config.name,
+        network=need.network,
+        resolution=config.data.resolution,
+        unit=unit if need.stage != "students" else "updates/h",
+        metrics={"rate": rate},
+        setup=setup,
+        provenance={"device": f"{plan.gpu.name}, roofline"},
+    )
+
+
+def any_fits(config: Config, need: Need, measured: Sequence[SpeedRecord], source: Path) -> bool:
+    """Return whether a measurement fits."""
+    try:
+        find(config, need, measured, source)
+    except InputError:
+        return False
+    return True
 
 
 def _place(record: SpeedRecord) -> str:
@@ -175,11 +234,6 @@ def _has(key: str, value: Any) -> Callable[[SpeedRecord], bool]:
     return lambda one: bool(one.setup.get(key) == value)
 
 
-def precision_of(config: Config) -> str:
-    """Return the precision on a GPU, where ``auto`` is bf16."""
-    return "bf16" if config.compute.precision == "auto" else config.compute.precision
-
-
 def assumptions(config: Config, gpus: int, parts: Sequence[Component], images: int, classes: int) -> list[str]:
     """Return the assumptions of the projection, one sentence each."""
     hardware = sorted({str(part.record.provenance.get("device")) for part in parts})
@@ -195,6 +249,11 @@ def assumptions(config: Config, gpus: int, parts: Sequence[Component], images: i
         "ranges are those of the measured repeats; other machines and data differ by more",
         "not counted: training the teacher, start-up, queues, validation of students, distilling the baselines",
     ]
+    if any(part.record.engine == ROOFLINE for part in parts):
+        notes.append(
+            "rates with ≤ are rooflines: their hours are the least possible; barycenters without a measurement,"
+            " and decoding, are not counted"
+        )
     if config.data.source == "imagenet-1k" and any(part.record.dataset == "synthetic" for part in parts):
         notes.append("generated images decode as fast as photographs")
     return notes
@@ -207,13 +266,13 @@ def tell(config: Config, gpus: int, parts: Sequence[Component], notes: Sequence[
     title = f"PROJECTION, not a measurement: {config.name}, IPC {config.ipc}, on {gpus} {devices}"
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     shown.add_column("Component")
-    for column in ("Work", "Measured rate", "Process-hours" if cpu else "GPU-hours", "Wall time"):
+    for column in ("Work", "Rate", "Process-hours" if cpu else "GPU-hours", "Wall time"):
         shown.add_column(column, justify="right")
     for part in parts:
         shown.add_row(
             part.title,
             f"{_large(part.work)} {part.unit}",
-            f"{number(part.record.metrics['rate'])} {part.record.unit}",
+            f"{'≤ ' * (part.record.engine == ROOFLINE)}{number(part.record.metrics['rate'])} {part.record.unit}",
             _ranged(part.gpu_hours, part.spread, "{:,.3g}".format),
             _ranged(part.wall_hours, part.spread, clock),
         )

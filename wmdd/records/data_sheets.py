@@ -1,6 +1,7 @@
 """Peaks of GPUs from NVIDIA's data sheets: dense FLOP/s by precision, and memory bandwidth in bytes/s."""
 
 DATA_SHEETS = {
+    "NVIDIA B200": {"bf16": 2250e12, "tf32": 1125e12, "fp32": 75e12, "memory": 8.0e12},
     "NVIDIA H200": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 4.8e12},
     "NVIDIA H100 PCIe": {"bf16": 756e12, "tf32": 378e12, "fp32": 51e12, "memory": 2.0e12},
     "NVIDIA H100": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 3.35e12},
