@@ -6,6 +6,7 @@ run, and only shapes and types are computed. The result is the same on every mac
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -190,10 +191,15 @@ class _DryRun:
         self.ranks = Ranks(0, 1, torch.device("cpu"), Arithmetic("cpu", precision, False, True, 1))  # type: ignore[arg-type]  # one of its values
         self.shape = (data.channels, data.resolution, data.resolution)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        frozen = FrozenNetwork(create_network(config, classes))
-        if precision == "bf16":
+        self._config, self._classes = config, classes
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """Return a teacher with arbitrary weights."""
+        frozen = FrozenNetwork(create_network(self._config, self._classes))
+        if self.ranks.precision == "bf16":
             frozen.round_once()
-        self.teacher = Teacher(frozen, "dry", {"network": config.teacher.network})
+        return Teacher(frozen, "dry", {"network": self._config.teacher.network})
 
     def fake(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a tensor without values and without memory."""
