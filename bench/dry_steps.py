@@ -88,7 +88,7 @@ def statistics_step(config: Config, classes: int) -> DryStep:
     """Return the step that observes one batch of real images."""
     dry = _DryRun(config, classes)
     size = config.statistics.batch_size
-    images = dry.pixels(size)
+    teacher, images = dry.teacher, dry.pixels(size)
 
     def run(advance: Callable[[int], None]) -> None:
         source = generator("dry")
@@ -98,7 +98,7 @@ def statistics_step(config: Config, classes: int) -> DryStep:
                 settings, side = config.synthesis, config.data.resolution
                 draws = augment.draw((size,), side, settings.crop_scale, settings.flip, 0, source)
                 shown = augment.warp(shown, draws)
-            dry.teacher.observe(shown, dry.ranks, size)
+            teacher.observe(shown, dry.ranks, size)
             advance(1)
 
     return dry.step("statistics", config.teacher.network, size, run)
