@@ -184,6 +184,14 @@ def test_losses_that_are_not_finite_or_missing_are_infinitely_different() -> Non
         assert runs.difference(found, [1.0, 2.0]) == float("inf")
 
 
+def test_runs_whose_images_or_students_differ_fail_and_the_difference_is_named() -> None:
+    one = {"images": "ab", "students": {"hard 0": {"top1": 0.5}}}
+    assert runs.equal(dict(one), one, "twice").state == "pass"
+    found = runs.equal(one | {"images": "ac"}, one, "the same run twice")
+    assert (found.state, found.detail) == ("fail", "the same run twice: images differ")
+    assert runs.equal(one | {"students": {}}, one, "twice").detail == "twice: students differ"
+
+
 @pytest.fixture
 def shared() -> Iterator[Workplace]:
     with workplace(CPU, quick=True) as place:
