@@ -159,7 +159,10 @@ def test_an_error_of_a_row_is_its_failure_with_a_traceback_for_a_bug_report(plac
     assert found.trace and "in broken" in found.trace
     content = table.as_json({"broken": found}, CPU, False, 1.0)
     assert not content["passed"] and content["rows"][0]["trace"] == found.trace and content["provenance"]["system"]
-    json.dumps(content)
+    infinite = RowResult("fail", "no losses", {"loss": float("inf"), "gradient": 0.5})
+    rows = table.as_json({"run": infinite}, CPU, False, 1.0)["rows"]
+    assert rows[0]["figures"] == {"loss": None, "gradient": 0.5}
+    json.dumps([content, rows], allow_nan=False)
 
 
 def test_a_device_far_below_its_data_sheet_fails() -> None:

@@ -1,5 +1,6 @@
 """The rows of ``wmdd selftest`` in their order, and how verdicts are shown and written."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,13 @@ def as_json(found: dict[str, RowResult], machine: Machine, quick: bool, seconds:
             "split_class": many_ranks.SPLIT_TOLERANCE,
             "least_share_of_data_sheet": speeds.LEAST_SHARE,
         },
-        "rows": [{"name": name, **vars(one)} for name, one in found.items()],
+        "rows": [{"name": name, **vars(one), "figures": _finite(one.figures)} for name, one in found.items()],
     }
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """Return the figures with None for NaN and infinity, which JSON does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
