@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import needs
-from report_runs import make_everything, make_run, make_students
+from report_runs import make_everything, make_pair, make_run, make_students
 
 from wmdd.records.files import write_records
 from wmdd.report.collect import collect
@@ -142,7 +142,7 @@ def read(pages: dict[str, Path], folder: Path) -> dict[str, dict[str, Any]]:
     frames = []
     for name, page in pages.items():
         (folder / f"{name}.html").write_text(page.read_text().replace("</head>", f"{READER}</head>"))
-        frames.append(f'<iframe id="{name}" src="{name}.html" width=1200 height=800></iframe>')
+        frames.append(f'<iframe id="{name}" src="{name}.html" width=1280 height=800></iframe>')
     gather = """<script>addEventListener('load', () => setTimeout(() => {
       const found = [...document.querySelectorAll('iframe')].map(one => [one.id, one.contentDocument.title]);
       document.title = JSON.stringify(Object.fromEntries(found));
@@ -168,8 +168,9 @@ def test_a_reader_sorts_filters_copies_zooms_and_chooses_methods_with_many_metho
     write_records(tmp_path / "fourteen.jsonl", records)
     write_records(tmp_path / "one.jsonl", make_students("random", {"r": random}))
     make_run(tmp_path / "none")
+    make_pair(tmp_path / "pair")
     pages = {"all": page}
-    for name in ("fourteen.jsonl", "one.jsonl", "none"):
+    for name in ("fourteen.jsonl", "one.jsonl", "none", "pair"):
         pages[name.partition(".")[0]] = tmp_path / f"{name}.page.html"
         write_html(collect([tmp_path / name]), tmp_path / f"{name}.page.html")
 

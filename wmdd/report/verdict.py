@@ -60,6 +60,11 @@ class Forest:
     """Where no difference lies; None where random images were not measured."""
     ticks: list[tuple[float, str]]
 
+    @property
+    def tested(self) -> bool:
+        """Whether any bar has a p-value."""
+        return any(bar.p != NONE for bar in self.bars)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -182,7 +187,7 @@ class Verdict:
             wide=(at(row["low"]), at(row["high"])) if adjusted else None,
             hollow=not random and row["scope"] != "sets",
             place=self.place(row),
-            text="baseline" if random else difference(row),
+            text="baseline" if random else difference(row).removesuffix(" (this set only)"),  # the hollow dot says it
             p=NONE if random else p_value(row["p_adjusted"]),
             n=count(row),
             top1=percent(row, "top1"),
