@@ -4,6 +4,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 
+from sweeps.confirm import lines, load_confirmation
 from sweeps.format import show
 from sweeps.objective import range_text, seeds_of
 from sweeps.run import Sweep
@@ -17,12 +18,13 @@ from wmdd.records.files import read_records
 def best(folder: Path, measure: bool = True) -> str:
     """Return the best trial's config as TOML, with its provenance in comments at the top.
 
-    The config is the sweep's, with the trial's values: the whole dataset, the full budget, no hold-out.
+    A complete confirmation decides which trial it is: the confirmed one, or trial 0 where nothing beats it. The config
+    is the sweep's, with the trial's values: the whole dataset, the full budget, no hold-out.
 
     Args:
         folder: folder of the sweep.
-        measure: whether to run the config in ``DIR/best`` and measure it on the test set, for the first time in the
-            sweep. A second call reads the results of the first.
+        measure: whether to run the config in ``DIR/best/trial-NUMBER`` and measure it on the test set, for the first
+            time in the sweep. A second call reads the results of the first.
 
     Raises:
         InputError: the folder contains no sweep.
@@ -33,16 +35,28 @@ def best(folder: Path, measure: bool = True) -> str:
     chosen = sweep.objective.best(log.trials)
     if chosen is None:
         raise WmddError(f"{folder}: no trial is complete; resume the sweep with `wmdd sweep run`")
-    name = f"{sweep.config.name}-best"
     trials = sum(trial.finished for trial in log.trials)
+    found = load_confirmation(folder, sweep.objective)
+    first = f"Best of {trials} trials of a sweep: "
+    if found and found.complete:
+        chosen = log.trials[found.winner]
+        first = "Confirmed on fresh seeds: " if found.winner else f"Nothing of {trials} trials beats the config: "
+        verdict = lines(sweep.objective, found)
+    else:
+        verdict = [
+            "Unconfirmed: the best of many trials on one distilled set each looks better than it is. Confirm it with"
+            f" `wmdd sweep confirm {folder}`."
+        ]
+        verdict += lines(sweep.objective, found)[:1] if found else []
+    name = f"{sweep.config.name}-best"
     chosen_on = {"tuning.on": "holdout", "tuning.trials": trials}
     values = {**chosen.values, "name": name, "data.holdout_per_class": 0, **chosen_on}
     config = sweep.config.replace(values, "the best trial")
     provenance = log.identity["provenance"]
     seeds = seeds_of(chosen)
-    lines = [
-        f"Best of {trials} trials of a sweep: trial {chosen.number}"
-        + (", the unchanged config." if chosen.number == 0 else "."),
+    comments = [
+        first + f"trial {chosen.number}" + (", the unchanged config." if chosen.number == 0 else "."),
+        *verdict,
         f"Objective {sweep.objective.name}: {sweep.objective.text(sweep.objective.value(chosen, log.trials))};"
         f" {sweep.objective.meaning}.",
         f"Top-1 of the proxy on the hold-out: {_text(seeds)}." if seeds else "",
@@ -52,11 +66,11 @@ def best(folder: Path, measure: bool = True) -> str:
         f" on {provenance['device']} ({provenance['cpu']}).",
     ]
     if measure:
-        for regime, found in _measure(config, folder / "best").items():
-            lines.append(f"Test set, {regime} labels, this config in full: top-1 {_text(found)}.")
+        for regime, top1 in _measure(config, folder / "best" / f"trial-{chosen.number:05d}").items():
+            comments.append(f"Test set, {regime} labels, this config in full: top-1 {_text(top1)}.")
     else:
-        lines.append("Not measured on the test set.")
-    return "".join(f"# {line}\n" for line in lines if line) + "\n" + to_toml(config)
+        comments.append("Not measured on the test set.")
+    return "".join(f"# {comment}\n" for comment in comments if comment) + "\n" + to_toml(config)
 
 
 def _measure(config: Config, folder: Path) -> dict[str, list[float]]:

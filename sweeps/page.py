@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from sweeps import plots, search
+from sweeps import confirm, plots, search
 from sweeps.format import show
 from sweeps.objective import range_text, seeds_of
 from sweeps.run import Sweep
@@ -15,6 +15,7 @@ from wmdd.storage.files import write_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 _NONE = "–"
@@ -98,6 +99,9 @@ def summary(sweep: Sweep, log: Log) -> list[str]:
         if len(seeds) > 1 and sweep.objective.key == "top1":
             worth = f"{100 * fmean(seeds):.2f} % (students {range_text(seeds)})"
         lines.append(f"Best: trial {best.number}{stands}, {sweep.objective.name} {worth}: {values}.")
+        confirmed = confirm.load_confirmation(log.path, sweep.objective)
+        if sweep.objective.name != "time" and not (confirmed and confirmed.complete):
+            lines.append(f"Unconfirmed: compare it with trial 0 on fresh seeds, `wmdd sweep confirm {log.path}`.")
     if saved := savings(log.trials):
         stopped, spent, whole = saved
         lines.append(
@@ -112,6 +116,15 @@ def summary(sweep: Sweep, log: Log) -> list[str]:
 
 def render_terminal(sweep: Sweep, log: Log, console: "Console") -> None:
     """Print the table and the summary."""
+    console.print(trial_table(sweep, log))
+    for line in summary(sweep, log):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if found := confirm.load_confirmation(log.path, sweep.objective):
+        render_confirmation(sweep, found, console)
+
+
+def trial_table(sweep: Sweep, log: Log, most: int | None = None) -> "Table":
+    """Return the trials as a table for a terminal: the ``most`` best ones, or all."""
     from rich.table import Table
 
     table = Table(title=f"{sweep.config.name} over {sweep.space.name}, on the hold-out", title_justify="left", box=None)
@@ -119,13 +132,52 @@ def render_terminal(sweep: Sweep, log: Log, console: "Console") -> None:
     for head in measured:
         table.add_column(head, justify="left" if head in ("state", "values") else "right", no_wrap=head != "values")
     names = [parameter.key.rpartition(".")[2] for parameter in sweep.space.parameters]
-    for row in rows(sweep, log):
+    for row in rows(sweep, log)[:most]:
         values = zip(names, row[len(measured) - 1 :], strict=True)
         text = ", ".join(f"{name} {value}" for name, value in values if value != _NONE)
         table.add_row(*row[: len(measured) - 1], text)
-    console.print(table)
-    for line in summary(sweep, log):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return table
+
+
+def render_confirmation(sweep: Sweep, found: confirm.Confirmation, console: "Console") -> None:
+    """Print the confirmation of a sweep: a table with intervals over independent distilled sets, and the verdict."""
+    console.print(confirmation_table(sweep, found))
+    console.print(confirm.lines(sweep.objective, found)[0], markup=False, highlight=False, soft_wrap=True)
+
+
+def confirmation_table(sweep: Sweep, found: confirm.Confirmation) -> "Table":
+    """Return the confirmation of a sweep as a table for a terminal."""
+    from rich.table import Table
+
+    shown = Table(title=f"{sweep.config.name}: confirmation on fresh seeds", title_justify="left")
+    for head in confirm.COLUMNS:
+        shown.add_column(head, justify="right", no_wrap=True)
+    for row in confirm.table_rows(sweep.objective, found):
+        shown.add_row(*row)
+    return shown
+
+
+def write_summary(sweep: Sweep, log: Log) -> None:
+    """Write the tables of a sweep as plain files: DIR/summary.csv for programs, DIR/summary.md for people."""
+    import csv
+    import io
+
+    heads, body = columns(sweep), rows(sweep, log)
+    plain = io.StringIO()
+    csv.writer(plain, lineterminator="\n").writerows(
+        [heads, *([cell.replace(_NONE, "") for cell in row] for row in body)]
+    )
+    write_bytes(log.path / "summary.csv", plain.getvalue().encode())
+    parts = [f"# {sweep.config.name}: sweep over {Path(sweep.space.name).stem}", *summary(sweep, log)]
+    if found := confirm.load_confirmation(log.path, sweep.objective):
+        parts += ["## Confirmation", _markdown(confirm.COLUMNS, confirm.table_rows(sweep.objective, found))]
+        parts += confirm.lines(sweep.objective, found)[:1]
+    parts += ["## Trials", _markdown(heads, body)]
+    write_bytes(log.path / "summary.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def _markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *body])
 
 
 def write_html(sweep: Sweep, log: Log, path: Path) -> None:
@@ -137,12 +189,14 @@ def write_html(sweep: Sweep, log: Log, path: Path) -> None:
     import jinja2
 
     shown = [trial for trial in log.trials if trial.state in ("done", "stopped")]
+    found = confirm.load_confirmation(log.path, sweep.objective)
     rung, count, importance = search.importances(sweep.space, sweep.objective, log.trials)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((resources.files("sweeps") / "templates" / "sweep.html.j2").read_text())
     content = template.render(
         title=f"{sweep.config.name}: sweep over {Path(sweep.space.name).stem}",
         summary=summary(sweep, log),
+        confirmation=confirm.lines(sweep.objective, found) if found else [],
         columns=columns(sweep),
         rows=rows(sweep, log),
         objective=sweep.objective,

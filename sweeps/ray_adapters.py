@@ -3,40 +3,104 @@
 Ray is imported inside the functions, because ``ray_cluster`` must set its environment first.
 """
 
+import platform
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from sweeps import trial
-from sweeps.format import Values
 from sweeps.objective import SweepObjective
 from sweeps.space import Budget
 from sweeps.trial_log import Log, Report, Trial
 from wmdd.errors import WmddError
 from wmdd.storage import cache
 
-_TIME = "share"
-"""ASHA's time: the share of its iterations that a trial has done, in units of the first report."""
+TIME_KEY = "share"
+"""Key of ASHA's time: the share of its iterations that a trial has done, in units of the first report."""
 
 
 _MEASURED = "measured"
 """Key of the list of keys that the trial itself reported; Ray adds other keys."""
 
 
-def work(config: dict[str, Any], plan: trial.SweepSetup) -> None:
-    """Do one trial in a Ray process."""
+_ERROR = "error"
+"""Key of the error of a failed recipe. Every other end of a trial without its last report is a lost worker."""
+
+
+def work(config: dict[str, Any], plan: trial.SweepSetup, gpus: float) -> None:
+    """Do one trial in a Ray process, from its checkpoint if there is one.
+
+    The recipe's own error is reported. An error of the machine ends the process, and Ray starts the trial elsewhere.
+
+    Raises:
+        WmddError: this node has no cache or no GPU.
+    """
     from ray import tune
 
-    if not cache.cache_root().is_dir():
-        raise WmddError(f"{cache.cache_root()}: is missing on this node; set WMDD_CACHE to a folder on a shared disk")
+    _check_machine(plan)
+    share_gpu_memory(gpus)
     scale = plan.budget.reduction
 
     def report(measured: Report) -> None:
-        tune.report({**measured, _TIME: scale ** (measured["rung"] - 1), _MEASURED: list(measured)})
+        tune.report({**measured, TIME_KEY: scale ** (measured["rung"] - 1), _MEASURED: list(measured)})
 
-    trial.run(plan, config["values"], report)
+    plan = replace(plan, repeat=config["repeat"])
+    try:
+        trial.run(plan, config["values"], report, saved=Path(config["saved"]))
+    except Exception as error:
+        if is_fault_of_machine(error):
+            raise
+        tune.report({_ERROR: reason_of(error)})
+
+
+def _check_machine(plan: trial.SweepSetup) -> None:
+    import torch
+
+    if not cache.cache_root().is_dir():
+        raise WmddError(f"{cache.cache_root()}: is missing on this node; set WMDD_CACHE to a folder on a shared disk")
+    if plan.config.compute.device == "cuda" and not torch.cuda.is_available():
+        raise WmddError(f"torch sees no GPU on {platform.node()}, but the trial was given one; check its driver")
+
+
+def is_fault_of_machine(error: BaseException) -> bool:
+    """Return whether an error is one of the machine, such as a broken GPU or a full disk, and not of the recipe."""
+    import torch
+
+    broken = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, OSError | MemoryError | broken) or isinstance(error.__cause__, OSError)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+_CONTEXT_BYTES = 600 * 2**20
+"""GPU memory of each process that PyTorch's allocator does not count: the CUDA context and the kernels."""
+
+
+def memory_share(gpus: float, total: int) -> float | None:
+    """Return the share of a GPU's memory that PyTorch may allocate in a trial; None without a neighbor.
+
+    Args:
+        gpus: GPUs of the trial, such as 0.25.
+        total: memory of the GPU in bytes.
+    """
+    return max(gpus - _CONTEXT_BYTES / total, 0.01) if 0 < gpus < 1 else None
+
+
+def share_gpu_memory(gpus: float) -> None:
+    """Limit this process to its share of the GPU's memory, so that no trial takes the memory of its neighbors."""
+    import torch
+
+    if gpus and torch.cuda.is_available():
+        share = memory_share(gpus, torch.cuda.get_device_properties(0).total_memory)
+        if share is not None:
+            torch.cuda.set_per_process_memory_fraction(share)
 
 
 def scheduler(kind: str, objective: SweepObjective, budget: Budget, trials: Sequence[Trial]) -> Any:
@@ -53,7 +117,7 @@ def scheduler(kind: str, objective: SweepObjective, budget: Budget, trials: Sequ
     if kind == "none":
         return FIFOScheduler()
     asha: Any = Asha(
-        time_attr=_TIME,
+        time_attr=TIME_KEY,
         metric=objective.key,
         mode=objective.mode,
         max_t=budget.reduction ** (budget.rungs - 1),
@@ -65,13 +129,21 @@ def scheduler(kind: str, objective: SweepObjective, budget: Budget, trials: Sequ
             stand_in = SimpleNamespace(trial_id=f"known-{known.number}", config={"number": known.number})
             asha.on_trial_add(None, stand_in)
             for report in known.reports:
-                asha.on_trial_result(None, stand_in, {**report, _TIME: budget.reduction ** (report["rung"] - 1)})
+                asha.on_trial_result(None, stand_in, {**report, TIME_KEY: budget.reduction ** (report["rung"] - 1)})
             asha.on_trial_remove(None, stand_in)
     return asha
 
 
-def searcher(todo: Iterable[int], suggest: Callable[[int], Values | None]) -> Any:
-    """Return a searcher that asks ``suggest`` for the values of each trial in turn."""
+def searcher(
+    todo: Iterable[int], suggest: Callable[[int], Mapping[str, object] | None], room: Callable[[], int]
+) -> Any:
+    """Return a searcher that starts the missing trials in order, as many at a time as there is room for.
+
+    Args:
+        todo: numbers of the missing trials.
+        suggest: returns what a trial gets; None if there are no more trials.
+        room: returns the number of concurrent trials. It grows when nodes join the cluster.
+    """
     from ray.tune.search import Searcher
 
     class Queue(Searcher):
@@ -80,14 +152,20 @@ def searcher(todo: Iterable[int], suggest: Callable[[int], Values | None]) -> An
         def __init__(self) -> None:
             super().__init__()
             self._waiting = iter(todo)
+            self._running: set[str] = set()
 
         def suggest(self, trial_id: str) -> Any:
+            if len(self._running) >= room():
+                return None
             number = next(self._waiting, None)
-            values = None if number is None else suggest(number)
-            return Searcher.FINISHED if values is None else {"number": number, "values": values}
+            given = None if number is None else suggest(number)
+            if given is None:
+                return Searcher.FINISHED
+            self._running.add(trial_id)
+            return given
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            pass
+            self._running.discard(trial_id)
 
         def save(self, checkpoint_path: str) -> None:
             pass
@@ -107,6 +185,8 @@ def recorder(log: Log, rungs: int, stop: Callable[[], bool], ended: Callable[[Tr
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             known = log.trials[trial.config["number"]]
+            if _ERROR in result:
+                known.state, known.error = "failed", result[_ERROR]
             if "rung" in result and len(known.reports) < result["rung"]:
                 known.reports.append({key: result[key] for key in result[_MEASURED]})
                 log.write(known)
@@ -114,14 +194,16 @@ def recorder(log: Log, rungs: int, stop: Callable[[], bool], ended: Callable[[Tr
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             known = log.trials[trial.config["number"]]
             whole = len(known.reports) == rungs
-            if whole or not stop():
+            if known.state == "failed":
+                self._close(known)
+            elif whole or not stop():
                 known.state = "done" if whole else "stopped"
                 self._close(known)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             known = log.trials[trial.config["number"]]
-            if not stop():
-                known.state, known.error = "failed", _reason(trial)
+            if not stop():  # the worker died, several times: the recipe is not to blame, and stays unfinished
+                known.error = _reason(trial)
                 self._close(known)
 
         def _close(self, known: Trial) -> None:

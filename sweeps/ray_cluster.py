@@ -8,12 +8,14 @@ chosen by the user who started it. It keeps running after the sweep.
 import functools
 import hashlib
 import logging
+import math
 import os
 import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ _ALWAYS = {
 }
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Size of Ray's object store. Trials exchange a few numbers; the default would take a third of the memory."""
+_LOOK_SECONDS = 5.0
+"""Seconds between two looks at the nodes of the cluster."""
 _MAX_TMP_PATH = 40
 """Characters in the path of a temporary folder: Ray's sockets lie in it, and a socket's path may have 107."""
 
@@ -79,6 +83,8 @@ def check_address(address: str) -> None:
 
 
 def _check(largest: Mapping[str, float], resources: TrialResources, who: str) -> None:
+    if resources.gpus > 1:
+        raise InputError(f"--gpus {resources.gpus:g}: a trial uses one GPU; use 1, or a share such as 0.5")
     for kind, wanted in (("CPU", resources.cpus), ("GPU", resources.gpus)):
         found = largest.get(kind, 0.0)
         if wanted > found:
@@ -91,8 +97,12 @@ def _cpus() -> int:
 
 
 @contextmanager
-def ray_session(out: Path, resources: TrialResources, address: str | None) -> Iterator[int]:
-    """Start Ray on this machine, or join the cluster at ``address``; yields the number of concurrent trials.
+def ray_session(out: Path, resources: TrialResources, address: str | None) -> Iterator[Callable[[], int]]:
+    """Start Ray on this machine, or join the cluster at ``address``.
+
+    Yields:
+        A function that returns the number of concurrent trials. It asks the cluster again every few seconds, so nodes
+        that join later are used.
 
     Raises:
         InputError: a trial does not fit on any node of the cluster.
@@ -106,14 +116,31 @@ def ray_session(out: Path, resources: TrialResources, address: str | None) -> It
         folder = None if address else _make_folder(out)
         try:
             _connect(ray, address, folder)
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            nodes = _nodes(ray)
             largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
             _check(largest, resources, "the largest node of the cluster has")
-            yield _room(nodes, resources)
+            yield _current_room(lambda: _nodes(ray), resources)
         finally:
             ray.shutdown()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _nodes(ray: Any) -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _current_room(nodes: Callable[[], list[dict[str, float]]], resources: TrialResources) -> Callable[[], int]:
+    """Return a function that returns ``_room``, and asks for the nodes at most once every few seconds."""
+    known = 0, -math.inf
+
+    def room() -> int:
+        nonlocal known
+        if time.monotonic() - known[1] > _LOOK_SECONDS:
+            known = _room(nodes(), resources), time.monotonic()
+        return known[0]
+
+    return room
 
 
 def _room(nodes: list[dict[str, float]], resources: TrialResources) -> int:

@@ -74,7 +74,7 @@ def parse_space(name: str, source: dict[str, Any], config: Config) -> Space:
     if not source.get("parameters"):
         raise InputError(f"{name}: [parameters] is empty; name at least one key, such as synthesis.bn_weight")
     parameters = _ordered(name, list(_parameters(name, source)))
-    space = Space(name, parameters, _budget(name, source), source)
+    space = Space(name, parameters, parse_budget(name, source.get("budget", {})), source)
     _check(space, config)
     return space
 
@@ -89,9 +89,14 @@ def _read(name: str) -> dict[str, Any]:
     return read_toml(path, name)
 
 
-def _budget(name: str, source: dict[str, Any]) -> Budget:
+def parse_budget(name: str, values: Mapping[str, Any]) -> Budget:
+    """Return the budget of these values.
+
+    Raises:
+        InputError: a key or a value is wrong.
+    """
     try:
-        return Budget.model_validate(source.get("budget", {}))
+        return Budget.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""

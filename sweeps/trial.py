@@ -5,6 +5,7 @@ Teacher and class statistics come from the shared cache. ``prepare`` writes them
 
 import hashlib
 import importlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,14 +22,15 @@ from sweeps.objective import SweepObjective
 from sweeps.space import Budget
 from sweeps.trial_log import Report
 from wmdd.config.schema import Config
-from wmdd.data.dataset import Dataset, decode_all, load_dataset
+from wmdd.data.dataset import Dataset, load_dataset
 from wmdd.data.pixels import normalize, quantize
 from wmdd.distill import blocks, statistics
 from wmdd.distill.groups import optimize
 from wmdd.distill.groups import prepare as prepare_group
 from wmdd.distill.synthesis.engine import State
 from wmdd.errors import InputError
-from wmdd.networks.checkpoint import StopCheck
+from wmdd.networks.accuracy import Validation
+from wmdd.networks.checkpoint import StopCheck, marked
 from wmdd.records.scores import label_robust_score
 from wmdd.runs import class_partition
 from wmdd.runs.distilled_set import DistilledSet
@@ -37,6 +39,7 @@ from wmdd.runtime.placement import Placement
 from wmdd.runtime.ranks import Ranks, ranks
 from wmdd.runtime.team import SINGLE
 from wmdd.session import Session, open_session
+from wmdd.storage.files import digest, read_metadata, read_tensors, write_tensors
 from wmdd.students import tasks, train
 
 Stop = Callable[[], bool]
@@ -54,19 +57,22 @@ class SweepSetup:
     """Classes of the proxy, if the budget names a number of classes; None for all"""
     references: dict[str, float] | None = None
     """Reference accuracies of the label-robust score, from ``prepare``; None for other objectives"""
+    repeat: int = 0
+    """0: the sweep's own seeds. 1, 2, ...: fresh seeds of the distillation and of the students (a confirmation)"""
 
     def proxy(self, values: Values) -> Config:
         """Return the config of a trial: the config with the trial's values, scaled to the budget."""
         config = self.config.replace(values, "a trial")
         changes: dict[str, Any] = {
             "name": "trial",
+            "seed": config.seed + self.repeat,
             "blocks": 1,
             "data.holdout_per_class": self.budget.holdout_per_class,
             "synthesis.iterations": _amount(self.budget.iterations, config.synthesis.iterations),
             "student.epochs": _amount(self.budget.student_epochs, config.student.epochs),
             "student.seeds": self.budget.student_seeds,
             "student.baselines": (),
-            "student.first_seed": 0,
+            "student.first_seed": self.repeat * self.budget.student_seeds,
             "student.validate_every": 0,
             "student.views": ("epochs",),
         }
@@ -111,6 +117,7 @@ def prepare(plan: SweepSetup, stop: Stop) -> SweepSetup:
         method = blocks.check(config, dataset)
         class_partition.plan(config, len(dataset.classes))
         session = _open(config, dataset, here, stop)
+        session.validation.reader()
         if method.uses_statistics:
             indices = range(len(dataset.classes))
             images = len(dataset.train)
@@ -122,14 +129,22 @@ def prepare(plan: SweepSetup, stop: Stop) -> SweepSetup:
     return plan
 
 
-def run(plan: SweepSetup, values: Values, report: Callable[[Report], None], stop: Stop = lambda: False) -> None:
+def run(
+    plan: SweepSetup,
+    values: Values,
+    report: Callable[[Report], None],
+    stop: Stop = lambda: False,
+    saved: Path | None = None,
+) -> None:
     """Do one trial, and report after every stage.
 
     Args:
         plan: setup of the sweep.
         values: values of the trial.
-        report: called with the results of each stage. It may not return, if the scheduler stops the trial.
+        report: called with the results of each stage. It may not return, if the scheduler stops the trial. A resumed
+            trial first repeats the reports of its checkpoint.
         stop: whether a stop was requested.
+        saved: checkpoint file, written after each stage but the last; None for no checkpoints.
     """
     # The first optimizer of a process imports the compiler, which must not count as time of the trial.
     importlib.import_module("torch._dynamo")
@@ -140,7 +155,11 @@ def run(plan: SweepSetup, values: Values, report: Callable[[Report], None], stop
         session = _open(config, dataset, here, stop)
         synthesis = _Synthesis(session)
         stages = plan.iterations(config)
-        for rung, iteration in enumerate(stages, start=1):
+        reports = synthesis.restore(saved) if saved else []
+        before = reports[-1]["seconds"] if reports else 0.0
+        for known in reports:
+            report(known)
+        for rung, iteration in list(enumerate(stages, start=1))[len(reports) :]:
             synthesis.advance_to(iteration)
             found = synthesis.images()
             last = rung == len(stages)
@@ -151,14 +170,58 @@ def run(plan: SweepSetup, values: Values, report: Callable[[Report], None], stop
                 measured["lrs"] = label_robust_score(measured["hard"], measured["soft"], **plan.references)
             if last or plan.objective.key == "w2":
                 measured["w2"] = _w2(session, found)
-            measured["seconds"] = round(time.perf_counter() - begun, 3)
+            measured["seconds"] = round(before + time.perf_counter() - begun, 3)
+            reports.append(measured)
+            if saved and not last:
+                synthesis.save(saved, reports)
             report(measured)
+
+
+def estimate_seconds(plan: SweepSetup, stop: Stop) -> float:
+    """Return the approximate seconds of a trial of the unchanged config, from a few steps of each kind on this device.
+
+    Raises:
+        Interrupted: a stop was requested.
+    """
+    config = plan.proxy({})
+    with ranks(config.compute, here=Placement()) as here:
+        session = _open(config, load_dataset(config.data, config.compute.workers, here), here, stop)
+        begun = time.perf_counter()
+        synthesis = _Synthesis(session)
+        total = time.perf_counter() - begun
+        synthesis.advance_to(1)  # the first step is slower than the others
+        steps, before = min(_TIMED_STEPS, config.synthesis.iterations), synthesis.seconds
+        synthesis.advance_to(steps)
+        total += (synthesis.seconds - before) / max(1, steps - 1) * config.synthesis.iterations
+        found = synthesis.images()
+        probed = plan.budget.rungs - 1 if plan.objective.students else 0
+        wanted = [(config, 1), *([(plan.probe(config), probed)] if probed else [])]
+        for task in tasks.student_tasks(config.replace({"student.seeds": 1}).student, config.labels.regimes):
+            seconds = []
+            for epochs in (1, 1, 2):  # the first student is slower than the others
+                short = replace(session, config=config.replace({"student.epochs": epochs}))
+                begun = time.perf_counter()
+                with TemporaryDirectory() as labels:
+                    train.train(short, task, found, SINGLE, Path(labels))
+                seconds.append(time.perf_counter() - begun)
+            epoch = max(0.0, seconds[2] - seconds[1])
+            for own, times in wanted:
+                students = times * own.student.seeds
+                total += students * (max(0.0, seconds[1] - epoch) + epoch * own.student.epochs)
+        return total
+
+
+_TIMED_STEPS = 4
+"""Steps of synthesis that the estimate of a trial takes."""
 
 
 def _open(config: Config, dataset: Dataset, here: Ranks, stop: Stop) -> Session:
     if dataset.holdout is None:
         raise InputError("trials are judged on images held out of the training set: set budget.holdout_per_class")
-    return open_session(config, dataset, here, stop)
+    session = open_session(config, dataset, here, stop)
+    # Without room in memory, the decoded hold-out is one file in the cache, which all trials map.
+    mapped = config.replace({"data.memory_gb": 0.0}, "a trial")
+    return replace(session, validation=Validation(mapped, dataset, here, stop))
 
 
 class _Synthesis:
@@ -183,6 +246,43 @@ class _Synthesis:
             for group, state in zip(self._groups, self._states, strict=True)
         ]
         self.seconds += time.perf_counter() - begun
+
+    def _identity(self) -> dict[str, str]:
+        """Return the marks of a checkpoint of this trial: a checkpoint with other marks is ignored."""
+        session = self._session
+        facts = [session.config.fingerprint("students"), session.dataset.fingerprint, session.teacher.sha256]
+        return {"trial": digest(facts), "arithmetic": marked(session.ranks.arithmetic)}
+
+    def save(self, path: Path, reports: list[Report]) -> None:
+        """Write a checkpoint: the state of every group, and the reports so far."""
+        tensors, curves = {}, []
+        for index, state in enumerate(self._states):
+            tensors[f"{index}.images"] = state.images
+            if state.first is not None and state.second is not None:
+                tensors |= {f"{index}.first": state.first, f"{index}.second": state.second}
+            curves.append({"iteration": state.iteration, "curve": state.curve})
+        meta = {"reports": json.dumps(reports), "states": json.dumps(curves), "seconds": str(self.seconds)}
+        write_tensors(path, tensors, meta | self._identity())
+
+    def restore(self, path: Path) -> list[Report]:
+        """Resume from the checkpoint of this trial, if there is one; return the reports so far."""
+        meta = read_metadata(path)
+        if not meta or not self._identity().items() <= meta.items():
+            return []
+        tensors = read_tensors(path)
+        self._states = [
+            State(
+                tensors[f"{index}.images"],
+                known["iteration"],
+                tensors.get(f"{index}.first"),
+                tensors.get(f"{index}.second"),
+                known["curve"],
+            )
+            for index, known in enumerate(json.loads(meta["states"]))
+        ]
+        self.seconds = float(meta["seconds"])
+        reports: list[Report] = json.loads(meta["reports"])
+        return reports
 
     def images(self) -> DistilledSet:
         """Return the current images, quantized like those of a block."""
@@ -209,7 +309,8 @@ def _judge(session: Session, distilled: DistilledSet) -> Report:
     measured: Report = {
         regime: fmean(top1 for task, top1 in found if task.regime == regime) for regime in config.labels.regimes
     }
-    seeds = [fmean(top1 for task, top1 in found if task.seed == seed) for seed in range(config.student.seeds)]
+    own = range(config.student.first_seed, config.student.first_seed + config.student.seeds)
+    seeds = [fmean(top1 for task, top1 in found if task.seed == seed) for seed in own]
     return {"top1": fmean(seeds), **measured, "seeds": seeds}
 
 
@@ -218,7 +319,7 @@ def _w2(session: Session, distilled: DistilledSet) -> float:
     from wmdd.distill.barycenter.solve import w2_squared
 
     holdout = session.dataset.validation
-    real = _features(session, decode_all(holdout, session.config, "decoding the holdout images"))
+    real = _features(session, session.validation.reader()(0, len(holdout)))
     made = _features(session, distilled.images)
     found = []
     for index in range(len(session.dataset.classes)):

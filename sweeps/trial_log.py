@@ -2,9 +2,12 @@
 
 DIR/sweep.json                 definition of the sweep: config, space, objective, search, scheduler, seed
 DIR/trials/trial-00007.json    values, state, reports and error of a trial; written whole, by one process
+DIR/checkpoints/               images of unfinished trials at their last report; written by the trials
+DIR/confirm/                   the same files for the confirmation of the best trials
 """
 
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,6 +36,11 @@ class Trial:
     """``done``: complete; ``stopped``: ended early by the scheduler"""
     reports: list[Report] = field(default_factory=list)
     error: str | None = None
+    """Error of a failed recipe; of a running trial: why it lost its worker"""
+    of: int | None = None
+    """In a confirmation: number of the trial of the sweep that is repeated"""
+    repeat: int = 0
+    """In a confirmation: which fresh seeds, from 1"""
 
     @property
     def finished(self) -> bool:
@@ -92,8 +100,12 @@ class Log:
         return found
 
     @contextmanager
-    def held(self, identity: dict[str, Any]) -> Iterator[None]:
+    def held(self, identity: dict[str, Any], remedy: str = "use another --out") -> Iterator[None]:
         """Bind the folder to a sweep, or check that it is bound to this one, and lock it.
+
+        Args:
+            identity: definition of the sweep.
+            remedy: what the user of another sweep's folder can do.
 
         Raises:
             InputError: another process runs the sweep, or the folder belongs to another sweep. The message names the
@@ -103,9 +115,7 @@ class Log:
         if not file.exists() and self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir()):
             raise InputError(f"{self.path}: is not empty and holds no sweep (no sweep.json); use another --out")
         if file.exists() and (differing := _differences(read_json(file), identity)):
-            raise InputError(
-                f"{self.path}: belongs to another sweep (differs in {', '.join(differing)}); use another --out"
-            )
+            raise InputError(f"{self.path}: belongs to another sweep (differs in {', '.join(differing)}); {remedy}")
         with ExitStack() as held:
             try:
                 held.enter_context(locked(self.path / ".lock", stop=lambda: True))  # does not wait
@@ -122,6 +132,10 @@ class Log:
             self.trials.append(trial)
         self.trials[trial.number] = trial
         write_json(self._file(trial.number), asdict(trial))
+
+    def checkpoint(self, number: int) -> Path:
+        """Return the checkpoint file of a trial."""
+        return self.path / "checkpoints" / f"trial-{number:05d}.safetensors"
 
     def _file(self, number: int) -> Path:
         return self.path / "trials" / f"trial-{number:05d}.json"
@@ -143,7 +157,8 @@ def savings(trials: list[Trial]) -> tuple[int, float, float] | None:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return the differing keys that forbid resuming one sweep as the other: all but places and speed."""
-    one, other = flatten(old), flatten(new)
+    # As text: one iteration, 1, is not all iterations, 1.0.
+    one, other = ({key: json.dumps(value) for key, value in flatten(each).items()} for each in (old, new))
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     free = {f"config.{key}" for key, what in DECIDES.items() if what == "nothing"}
     return [key for key in keys if key not in free and not key.startswith("provenance")]

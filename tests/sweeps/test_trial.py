@@ -35,6 +35,10 @@ def reports(settled, values=None):
     return found
 
 
+def timeless(found):
+    return [{key: value for key, value in report.items() if "seconds" not in key} for report in found]
+
+
 def test_teacher_and_statistics_are_computed_once_for_all_trials(make, monkeypatch):
     sweep = make(SPACE, ("teacher.seed=77",))  # no other test has put this teacher into the store
     trained, measured = [], []
@@ -87,11 +91,38 @@ def test_a_trial_in_stages_ends_with_the_images_of_a_whole_run(make):
 def test_a_seeded_trial_repeats(make):
     settled = prepared(make(SPACE))
     first, second = reports(settled, {"synthesis.bn_weight": 5.0}), reports(settled, {"synthesis.bn_weight": 5.0})
-    timeless = [
-        [{key: value for key, value in report.items() if "seconds" not in key} for report in found]
-        for found in (first, second)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(first) == timeless(second)
+
+
+def test_a_trial_that_lost_its_worker_goes_on_at_its_last_report(make, tmp_path, monkeypatch):
+    settled, saved = prepared(make(SPACE, ("synthesis.classes_per_group=2",))), tmp_path / "saved.safetensors"
+    values, steps, known = {"synthesis.bn_weight": 5.0}, [], []
+
+    class Died(BaseException):
+        pass
+
+    def dies(report):
+        known.append(report)
+        if report["rung"] == 2:
+            raise Died
+
+    with pytest.raises(Died):
+        trial.run(settled, values, dies, saved=saved)
+    advance = trial._Synthesis.advance_to
+    monkeypatch.setattr(trial._Synthesis, "advance_to", lambda self, step: (steps.append(step), advance(self, step)))
+    found = []
+    trial.run(settled, values, found.append, saved=saved)
+    assert steps == [8] and found[:2] == known  # nothing that was reported is computed again
+    assert timeless(found) == timeless(reports(settled, values))
+    assert found[-1]["seconds"] > known[-1]["seconds"]
+    steps.clear()
+    trial.run(settled, {"synthesis.bn_weight": 6.0}, lambda report: None, saved=saved)
+    assert steps == [2, 4, 8]  # the checkpoint of other values is ignored
+
+
+def test_the_seconds_of_a_trial_are_estimated_before_the_sweep(make):
+    seconds = trial.estimate_seconds(prepared(make(SPACE)), lambda: False)
+    assert 0 < seconds < 600
 
 
 def test_the_budget_scales_what_the_values_say(make):

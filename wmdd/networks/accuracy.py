@@ -76,7 +76,7 @@ class Validation:
     def _found(self, predict: Callable[[Tensor], Tensor], team: Team) -> Tensor:
         """Return [3 + N]: sums over this rank's batches of top-1 hits, top-5 hits and cross-entropy; then the top-1 hit
         (1 or 0) of each of the N images."""
-        read = self._reader()
+        read = self.reader()
         totals = torch.zeros(len(_METRICS), dtype=torch.float64)
         correct = torch.zeros(len(self._source), dtype=torch.float64)
         starts = range(0, len(self._source), _BATCH_SIZE)
@@ -94,7 +94,7 @@ class Validation:
             right.copy_(ranked[:, 0])
         return torch.cat([totals, correct])
 
-    def _reader(self) -> Callable[[int, int], Tensor]:
+    def reader(self) -> Callable[[int, int], Tensor]:
         """Return a function that returns the images from one position to another: uint8 [n, channels, H, W]."""
         source, title = self._source, f"decoding the {self.on} images"
         alone = copies_on_node(self._ranks.size) == 1
