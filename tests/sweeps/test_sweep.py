@@ -235,7 +235,8 @@ def test_sweeps_join_a_running_cluster_and_leave_it_running_whatever_becomes_of_
 ):
     # Ray believes that the node has a GPU, as SLURM does of one that has fallen off; torch sees none.  The step's
     # variables are those of a Ray that srun started on three nodes: a trial is no rank of it.
-    step = "JOB_ID=7 STEP_ID=1 STEP_NUM_TASKS=3 STEP_NUM_NODES=1 STEP_NODELIST=n1 PROCID=1 LOCALID=0"
+    step = "JOB_ID=7 STEP_ID=1 STEP_NUM_TASKS=3 STEP_TASKS_PER_NODE=1(x3) STEP_NUM_NODES=1"
+    step += " STEP_NODELIST=n1 PROCID=1 LOCALID=0"
     for setting in step.split():
         monkeypatch.setenv(*f"SLURM_{setting}".split("="))
     with cluster(home, monkeypatch, "--num-gpus=1") as address:
