@@ -73,7 +73,11 @@ def _reductions(inputs: Tensor, layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Return two reductions of the inputs [N, C, h, w] of a layer over the positions, each [N, C] in fp32 or fp64."""
     kind = _kind(inputs)
     if kind == "moments":
-        variance, mean = torch.var_mean(_full(inputs), (2, 3), correction=0)
+        values = _full(inputs)
+        if values.device.type == "cpu" and not torch.compiler.is_compiling():  # torch's Welford is slower there
+            mean = values.mean((2, 3))
+            return mean, values.sub(mean[..., None, None]).square_().mean((2, 3))
+        variance, mean = torch.var_mean(values, (2, 3), correction=0)
         return mean, variance
     if kind == "sums":
         total = inputs.sum((2, 3), dtype=torch.float32)
