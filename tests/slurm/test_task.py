@@ -86,7 +86,7 @@ def test_of_several_ranks_one_decides_whether_a_block_is_whole(digits: Config, t
     pipeline.run(digits, tmp_path / "0", share=pipeline.Share(("teacher", "distill")))
     (tmp_path / "1").mkdir()
     common = {"SLURM_JOB_ID": "9", "SLURM_STEP_NUM_TASKS": "2", "SUBMITIT_EXECUTOR": "slurm"}
-    common |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_ID": "0"}
+    common |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_ID": "0"}
     common |= {"SUBMITIT_FOLDER": str(tmp_path), "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1"}
     ranks = []
     try:
