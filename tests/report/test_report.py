@@ -324,7 +324,7 @@ def test_the_page_caps_what_it_shows_and_says_so(tmp_path: Path) -> None:
     write_html(collect([run]), tmp_path / "report.html")
 
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 12
+    assert page.count('<figure role="img"') == 12
     assert "12 of 20 groups" in page
     assert page.count("<img") == 20 * 2
     assert "20 of 40 classes" in page
