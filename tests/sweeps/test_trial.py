@@ -14,6 +14,7 @@ from wmdd.data.pixels import quantize
 from wmdd.distill import blocks, groups, statistics
 from wmdd.distill.synthesis.engine import State
 from wmdd.errors import InputError
+from wmdd.networks import accuracy
 from wmdd.records.scores import label_robust_score
 from wmdd.runs.class_partition import plan
 from wmdd.runtime.ranks import ranks
@@ -22,6 +23,7 @@ from wmdd.session import open_session
 from wmdd.students import losses
 from wmdd.teacher import obtain
 
+BUDGET = {"student_seeds": 2, "iterations": 1.0, "student_epochs": 1.0}
 SPACE = "[parameters]\nsynthesis.bn_weight = { loguniform = [0.1, 1000.0] }"
 
 
@@ -39,8 +41,10 @@ def timeless(found):
     return [{key: value for key, value in report.items() if "seconds" not in key} for report in found]
 
 
-def test_teacher_and_statistics_are_computed_once_for_all_trials(make, monkeypatch):
-    sweep = make(SPACE, ("teacher.seed=77",))  # no other test has put this teacher into the store
+def test_teacher_statistics_and_held_out_images_are_computed_once_for_all_trials(make, monkeypatch):
+    sweep = make(
+        SPACE, ("teacher.seed=77",), budget={**BUDGET, "holdout_per_class": 37}
+    )  # no other test has put these into the cache
     trained, measured = [], []
     make_teacher, compute = obtain._make, statistics._compute
 
@@ -52,13 +56,23 @@ def test_teacher_and_statistics_are_computed_once_for_all_trials(make, monkeypat
         measured.append(index)
         return compute(session, index, *rest)
 
+    decoded = []
+    decode = accuracy.decoded_in_order
+
+    def count_images(images, *rest):
+        decoded.append(len(images))
+        return decode(images, *rest)
+
     monkeypatch.setattr(obtain, "_make", count_teachers)
     monkeypatch.setattr(statistics, "_compute", count_classes)
+    monkeypatch.setattr(accuracy, "decoded_in_order", count_images)
     settled = prepared(sweep)
+    monkeypatch.setattr(accuracy, "decode_all", None)  # no trial decodes images for itself
     for weight in (1.0, 10.0, 100.0):
         reports(settled, {"synthesis.bn_weight": weight})
     assert len(trained) == 1
     assert sorted(measured) == [0, 1, 2, 3]
+    assert decoded == [4 * 37]  # the hold-out, into a file that all trials map
 
 
 def test_a_trial_reports_at_its_rungs_and_is_measured_on_the_holdout(make):
