@@ -135,7 +135,20 @@ def _live_table(job: Job) -> Iterator[Callable[[], None]]:
     from rich.live import Live
 
     with Live(table(job.log), console=console, auto_refresh=False, transient=True) as live:
-        yield lambda: live.update(table(job.log), refresh=True)
+        yield _Unsaved(lambda: live.update(table(job.log), refresh=True))
+
+
+class _Unsaved:
+    """A call that Ray leaves out when it saves its callbacks to a file: a terminal cannot be saved."""
+
+    def __init__(self, call: Callable[[], None] = lambda: None) -> None:
+        self._call = call
+
+    def __call__(self) -> None:
+        self._call()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
 
 def _tune(

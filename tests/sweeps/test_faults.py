@@ -1,12 +1,14 @@
 """A fault of the machine is not the recipe's; trials share GPUs and nodes; the cost is stated: decisions, on paper."""
 
 import errno
+import pickle
 
 import pytest
 import torch
 
 from sweeps import fit, ray_adapters, ray_cluster
 from sweeps.ray_cluster import TrialResources
+from sweeps.trial_log import Log
 from wmdd.errors import InputError, WmddError
 
 GIB = 2**30
@@ -68,3 +70,14 @@ def test_a_node_that_joins_later_is_used(monkeypatch):
 )
 def test_trials_hours_and_cost_are_stated_before_the_start(known, resources, text):
     assert fit.cost_text(20, known, 4, resources) == text
+
+
+def test_a_terminal_shows_the_table_while_trials_run_and_ray_can_save_its_callbacks(monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(fit, "shows_progress", lambda: True)
+    job = fit.Job(None, Log(tmp_path), [], lambda number: None, "none", 0, lambda log: shown.append(log) or "table")
+    with fit._live_table(job) as refresh:
+        refresh()
+        saved = pickle.loads(pickle.dumps(refresh))  # noqa: S301 - Ray saves callbacks; a terminal cannot be saved
+        saved()
+    assert shown == [job.log, job.log]  # at the start and at the refresh
