@@ -164,9 +164,8 @@ def write_summary(sweep: Sweep, log: Log) -> None:
 
     heads, body = columns(sweep), rows(sweep, log)
     plain = io.StringIO()
-    csv.writer(plain, lineterminator="\n").writerows(
-        [heads, *([cell.replace(_NONE, "") for cell in row] for row in body)]
-    )
+    filled = [["" if cell == _NONE else cell for cell in row] for row in body]
+    csv.writer(plain, lineterminator="\n").writerows([heads, *filled])
     write_bytes(log.path / "summary.csv", plain.getvalue().encode())
     parts = [f"# {sweep.config.name}: sweep over {Path(sweep.space.name).stem}", *summary(sweep, log)]
     if found := confirm.load_confirmation(log.path, sweep.objective):

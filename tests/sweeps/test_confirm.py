@@ -1,12 +1,13 @@
 """What a confirmation says, on paper: no training."""
 
+import csv
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.stats import t, ttest_rel
 
-from sweeps import best, confirm, trial
+from sweeps import best, confirm, page, trial
 from sweeps.objective import OBJECTIVES
 from sweeps.trial_log import Log, Trial
 from wmdd.config.loading import load_config
@@ -84,7 +85,9 @@ def test_the_best_trials_that_differ_from_trial_0_are_repeated_with_seeds_of_the
 def test_the_best_recipe_is_the_confirmed_one_or_the_preset(make, tmp_path, gain):
     sweep, log = make(SPACE), Log(tmp_path / "sweep")
     with log.held(sweep.identity()):
-        for one in (done(0, sweep.config.synthesis.bn_weight, 0.9), done(1, 5.0, 0.91)):
+        second = done(1, 5.0, 0.91)
+        second.last["seeds"] = [0.90, 0.92]
+        for one in (done(0, sweep.config.synthesis.bn_weight, 0.9), second):
             log.write(one)
     found = best.best(log.path, measure=False)
     assert "# Unconfirmed: " in found and "bn_weight = 5" in found
@@ -96,6 +99,13 @@ def test_the_best_recipe_is_the_confirmed_one_or_the_preset(make, tmp_path, gain
     found = best.best(log.path, measure=False)
     (tmp_path / "best.toml").write_text(found)
     chosen = load_config(tmp_path / "best.toml").synthesis.bn_weight
+    page.write_summary(sweep, log)
+    with open(log.path / "summary.csv") as file:
+        rows = {row["trial"]: row for row in csv.DictReader(file)}
+    assert rows["1"]["top1"] == "91.00" and float(rows["1"]["synthesis.bn_weight"]) == 5
+    assert (rows["0"]["vs trial 0"], rows["1"]["vs trial 0"], rows["1"]["students"]) == ("", "+1.00", "90.00–92.00")
+    told = (log.path / "summary.md").read_text()
+    assert "## Confirmation" in told and ("Nothing beats" in told) == (gain == 0)
     if gain:
         assert chosen == 5.0 and found.startswith("# Confirmed on fresh seeds: trial 1.\n")
     else:
