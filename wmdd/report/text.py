@@ -44,9 +44,10 @@ def terminal(report: "Report", console: "Console") -> None:
     made = [folded(table) for table in tables(report)]
     shown = [table for table in made if table.title == "Accuracy"]
     shown = shown or [table for table in made if table.title in ("Throughput", "Scaling")]
+    shown += [table for table in made if table.title == "Coverage"]  # which runs lack something
     for table in shown:
         _print(table, console)
-    if line := coverage_line(report):
+    if (line := coverage_line(report)) and not any(table.title == "Coverage" for table in shown):
         console.print(Text(line, style="dim"))
     for problem in listed(report.problems):
         console.print(Text(problem, style="yellow"))
