@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import PROVENANCE, RECIPE, make_pair, make_run
+from report_runs import PROVENANCE, RECIPE, make_pair, make_run, make_students
 from rich.console import Console
 
 from bench import published as shipped
@@ -153,6 +153,30 @@ def test_the_overview_has_a_row_for_each_method_and_a_column_for_each_setting(tm
         ("random", "–", "50.0", "–"),
         ("herding", "30.0", "–", "–"),
     ]
+
+
+def test_the_overview_colours_what_the_adjusted_test_shows_and_names_what_it_leaves_out(tmp_path: Path) -> None:
+    values = {
+        "wmdd": [0.70, 0.71, 0.69],
+        "sre2l": [0.40, 0.41, 0.39],
+        "rded": [0.513, 0.523, 0.503],
+        "random": [0.5, 0.51, 0.49],
+    }
+    records = [
+        one
+        for ipc in (1, 10)
+        for method, own in values.items()
+        for one in make_students(method, {f"{method}{ipc}{n}": [value] for n, value in enumerate(own)}, ipc=ipc)
+    ]
+    other = make_students("wmdd", {"other": [0.5]}, dataset="other")
+
+    report = report_of(tmp_path, *records, *other)
+
+    table = named(report, "Overview")
+    names = [row[table.columns.index("Method")] for row in table.rows]
+    shown = {names[row]: heat > 0 for (row, column), heat in table.heat.items() if column == "IPC 1 soft"}
+    assert shown == {"wmdd": True, "sre2l": False}, "rded is 1.6 standard errors above random: not shown"
+    assert "Not here, with two methods or one setting: other." in table.caption
 
 
 def test_networks_stand_beside_each_other(tmp_path: Path) -> None:

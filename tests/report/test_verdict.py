@@ -15,7 +15,7 @@ from wmdd.report.gaps import gaps
 from wmdd.report.mllog import mllog
 from wmdd.report.recipes import effects
 from wmdd.report.table import Table
-from wmdd.report.verdict import verdicts
+from wmdd.report.verdict import summary, verdicts
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 RANDOM = [0.80, 0.81, 0.79, 0.80, 0.80]
@@ -47,11 +47,45 @@ def test_the_verdict_names_the_best_those_as_good_those_behind_and_the_detectabl
     first, *others = verdict.sentences()
     assert first.startswith("Best: wmdd 90.2 ± 1.0 %, +10.2 [")
     # Two others: both comparisons at 2.5 %.
-    expected = welch([0.90, 0.91, 0.89, 0.90, 0.91], close).detects(1 - 0.05 / 2)
+    expected = 100 * welch([0.90, 0.91, 0.89, 0.90, 0.91], close).detects(1 - 0.05 / 2)
     assert others == [
         "Not distinguishable from wmdd: rded",
+        "Behind it: random",
         "random is 3rd of 3",
-        f"This comparison could have detected {100 * expected:.1f} points",
+        f"A true difference of {expected:.1f} points between wmdd and rded would be found 4 times in 5; smaller ones"
+        " are often missed",
+    ]
+    (table,) = named(report, "Accuracy")
+    rows = {row[table.columns.index("Method")]: row for row in table.rows}
+    assert rows["rded"][table.columns.index("Detects vs best, points")] == f"{expected:.1f}", "one number, twice"
+
+
+def test_the_headline_has_the_margin_over_the_runner_up_with_the_interval_and_p_of_the_verdict(tmp_path: Path) -> None:
+    own, next_one = [0.90, 0.91, 0.89, 0.90, 0.91], [0.86, 0.87, 0.85, 0.86, 0.85]
+    report = report_of(tmp_path, wmdd=own, rded=next_one, random=RANDOM)
+
+    (verdict,) = verdicts(report)
+
+    found = welch(own, next_one)
+    low, high = (100 * bound for bound in found.bounds(1 - 0.05 / 2))
+    assert verdict.methods("") == ["rded", "random"] and low > 0
+    margin = f"; +{100 * found.mean:.1f} [{low:.1f}, {high:.1f}] over rded, next by mean (p < 0.001)"
+    assert 2 * found.p < 0.001 and verdict.sentences()[0].endswith(margin)
+
+
+def test_a_method_that_stays_with_a_lower_mean_is_explained_and_all_verdicts_have_a_summary(tmp_path: Path) -> None:
+    wide = [0.95, 0.70, 0.90, 0.75, 0.94]
+    report = report_of(tmp_path, wmdd=[0.90, 0.91, 0.89, 0.90, 0.91], rded=[0.87, 0.88, 0.87, 0.86, 0.87], cda=wide)
+
+    (verdict,) = verdicts(report)
+
+    assert (verdict.methods("tie"), verdict.methods("")) == (["cda"], ["rded"])
+    told = verdict.sentences()
+    assert "Behind it: rded" in told
+    assert "cda has a lower mean than rded, but a wider spread that does not rule it out" in told
+    assert summary([verdict]) == []
+    assert summary([verdict, verdict]) == [
+        "No method is shown to be ahead of all others in 2 of 2 settings (soft labels 2 of 2)."
     ]
 
 
@@ -105,6 +139,24 @@ def test_a_recipe_is_compared_on_the_same_images_by_pairs_and_on_others_by_sets(
     assert {tuple(row[1:3]) for row in table.rows} == {("A → B", "precision None → bf16")}
     assert [row[-1] for row in table.rows] == ["3 / 3", "4, paired"]
     assert list(report.accuracy["n"]) == [3, 4, 3, 4], "no average is taken across recipes"
+
+
+def test_the_effect_of_a_recipe_shows_the_means_of_exactly_the_compared_sets_in_the_order_of_the_recipes(
+    tmp_path: Path,
+) -> None:
+    bf16 = {"recipe": {"precision": "bf16"}}
+    records = make_students("random", sets("r", [0.5, 0.7, 0.6, 0.1])) + make_students("wmdd", sets("w", [0.9] * 4))
+    records += make_students("random", sets("r", [0.5, 0.72, 0.64]), **bf16)
+    records += make_students("wmdd", sets("v", [0.8, 0.81, 0.82]), **bf16)
+    write_records(tmp_path / "all.jsonl", records)
+
+    (table,) = named(collect([tmp_path / "all.jsonl"]), "Effect of the recipe")
+
+    at = [table.columns.index(name) for name in ("Method", "First, %", "Second, %", "Sets, first / second")]
+    assert [[row[place] for place in at] for row in table.rows] == [
+        ["wmdd", "90.0", "81.0", "4 / 3"],
+        ["random", "60.0", "62.0", "3, paired"],
+    ]
 
 
 def test_what_was_never_measured_is_said(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 from wmdd.report.aggregate import BYTES
 from wmdd.report.comparison import COMPARABLE, CORESET, REFERENCE
 from wmdd.report.families import bare
-from wmdd.report.format import NONE, Row, count, difference, p_value, percent, points, size
+from wmdd.report.format import NONE, Row, behind, count, difference, p_value, percent, points, size
 from wmdd.report.sections import REGIMES, ReportSection, sections
 from wmdd.report.table import Table, term
 from wmdd.report.verdict import ONE_SET, improving, single
@@ -29,8 +29,9 @@ _UNOPTIMIZED = {"start": ("nothing", "nothing"), "noise": ("nothing", "nothing")
 
 def overview(report: "Report") -> Iterator[Table]:
     """Yield methods × (IPC, labels) of each section, where several methods were measured under several of these."""
-    several = len(sections(report)) > 1
-    for section in sections(report):
+    every = sections(report)
+    covered: list[tuple[ReportSection, Any]] = []
+    for section in every:
         rows = section.students
         across = list(dict.fromkeys((row["ipc"], row["regime"]) for row in rows))
         across.sort(key=lambda pair: (REGIMES.index(pair[1]), pair[0]))
@@ -39,11 +40,17 @@ def overview(report: "Report") -> Iterator[Table]:
             key = tuple(row[key] for key in ("dataset", "network", "view", "method"))
             lines.setdefault(key, {})[row["ipc"], row["regime"]] = row
         if len(across) > 1 and len({method for *_, method in lines}) > 2:
-            yield _overview(section.name if several else "", across, lines)
+            covered.append((section, (across, lines)))
+    left = [one.name for one in every if one.students and one not in [section for section, _ in covered]]
+    for section, (across, lines) in covered:
+        yield _overview(section.name if len(every) > 1 else "", across, lines, left)
 
 
 def _overview(
-    section: str, across: list[tuple[int, str]], lines: dict[tuple[Any, ...], dict[tuple[int, str], Row]]
+    section: str,
+    across: list[tuple[int, str]],
+    lines: dict[tuple[Any, ...], dict[tuple[int, str], Row]],
+    left: list[str],
 ) -> Table:
     # The method that leads in most settings comes first.
     order = sorted(
@@ -57,8 +64,9 @@ def _overview(
         title="Overview",
         section=section,
         caption=(
-            "Top-1 %. Bold: best of its column; underlined: not distinguishable from the best. Colour: difference to"
-            f" {REFERENCE} images over its standard error, blue above and orange below; white: within the noise."
+            "Top-1 %. Bold: best of its column; underlined: not distinguishable from the best. Colour: the adjusted"
+            f" test shows a difference to {REFERENCE} images at 5 %, blue above and orange below; white: it does not."
+            + (f" Not here, with two methods or one setting: {'; '.join(left)}." if left else "")
             + (" *: students still change when they train twice as long." if any(map(improving, rows)) else "")
         ),
         columns=["Data set", "Network", "View", "Method", *names.values()],
@@ -79,12 +87,10 @@ def _mark(row: Row) -> str:
 
 
 def _heat(row: Row) -> float:
-    """Return the difference to random images in four standard errors, from −1 to 1; 0 within one and a half."""
-    if pd.isna(row["difference"]) or pd.isna(row["low95"]):
+    """Return the difference to random images in 95 % intervals, from −1 to 1; 0 where the adjusted test shows none."""
+    if row["scope"] != "sets" or row["p_adjusted"] > 0.05:
         return 0.0
-    error = (row["high95"] - row["low95"]) / 4
-    share = float(row["difference"]) / (4 * error) if error else 0.0
-    return max(-1.0, min(1.0, share)) if abs(share) > 0.375 else 0.0
+    return max(-1.0, min(1.0, float(row["difference"] / (row["high95"] - row["low95"]))))
 
 
 def accuracy(report: "Report") -> Iterator[Table]:
@@ -105,7 +111,8 @@ def _accuracy(section: ReportSection, name: str) -> Table:
     values |= {"evaluated_on": {term("evaluated_on", row["recipe"]["evaluated_on"]) for row in rows}}
     unlike = [key for key in keys if len(values[key]) > 1]
     front = ["Data set", "Network", "View", "IPC", "Labels", "Method", "Top-1 %", f"vs {REFERENCE}, points", "p"]
-    front += ["Detects, points", f"vs {CORESET}, points", f"p vs {CORESET}", "n"]
+    front += [f"Detects vs {REFERENCE}, points", f"vs {CORESET}, points", f"p vs {CORESET}", "n"]
+    leads = ["Best ahead, points", "p vs best", "Detects vs best, points"]
     sizes = ["Images", "Labels on disk", "Teacher", "All bytes", "Labelling, FLOP", "Top-5 %"]
     checked = any(not pd.isna(row["convergence"]) and row["convergence"].state != "not checked" for row in rows)
     tuned = any(_tuned(row) != NONE for row in rows)
@@ -114,10 +121,11 @@ def _accuracy(section: ReportSection, name: str) -> Table:
         title="Accuracy",
         section=name,
         caption=_about(rows, learned, checked),
-        columns=[*front, *sizes, *(key.replace("_", " ") for key in unlike), *tail],
+        columns=[*front, *leads, *sizes, *(key.replace("_", " ") for key in unlike), *tail],
         rows=[
             [*_setting(row)[1:], _named(row), percent(row, "top1"), difference(row), p_value(row["p_adjusted"])]
             + [points(row["detects"]), difference(row, "coreset_"), p_value(row["coreset_p_adjusted"]), count(row)]
+            + [behind(row), p_value(row["behind_p"]), points(row["behind_detects"])]
             + [size(row[key]) for key in BYTES[:3]]
             + [size(all_bytes(row)), size(row["labelling_flops"], "FLOP"), percent(row, "top5")]
             + [term(key, row["recipe"].get(key)) for key in unlike]
@@ -136,7 +144,7 @@ def _accuracy(section: ReportSection, name: str) -> Table:
             if not pd.isna(row["ipc"]) and (mark := _mark(row))
             for column in ("Method", "Top-1 %")
         },
-        optional=frozenset([*sizes, *(key.replace("_", " ") for key in unlike)]),
+        optional=frozenset([*leads, *sizes, *(key.replace("_", " ") for key in unlike)]),
     )
 
 
@@ -149,7 +157,10 @@ def _about(rows: list[Row], learned: list[dict[str, Any]], checked: bool) -> str
     spread = any(not pd.isna(row["top1_half_width"]) for row in rows)
     said = ["n = distinct distilled sets × students of each."]
     if any(row["behind_scope"] == "sets" for row in rows):
-        said.append("Bold: best of its setting; underlined: not distinguishable from the best.")
+        said.append(
+            "Bold: best of its setting; underlined: not distinguishable from the best. Best ahead: lead of the best"
+            " method over the row, with p and interval by Bonferroni over the other methods of the setting."
+        )
     said.append("Mean ± half-width of the 95 % t-interval over sets." if spread else "Means.")
     if any(pd.isna(row["top1_half_width"]) and row["n"] > 1 for row in rows):
         said.append("In parentheses: least and most, where fewer than three independent values give no interval.")

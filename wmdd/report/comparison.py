@@ -29,7 +29,7 @@ SAME = "same images"
 """Scope of a comparison of two methods that chose the same images: there is nothing to compare."""
 
 _COMPARED = ("difference", "scope", "low", "high", "low95", "high95", "p", "p_adjusted", "detects")
-_BEHIND = ("behind", "behind_scope", "behind_p", "behind_detects")
+_BEHIND = ("behind", "behind_scope", "behind_low", "behind_high", "behind_p", "behind_detects")
 _REFERENCES = {REFERENCE: "", CORESET: "coreset_"}
 
 
@@ -87,8 +87,9 @@ def compare(students: "pd.DataFrame") -> "pd.DataFrame":
         level of ``p_adjusted``, or at 95 % for this set only; ``low95`` and ``high95``, not adjusted; ``p``;
         ``p_adjusted`` by Holm over the distinct comparisons of the setting; ``detects``, the smallest difference found
         with 80 % power. The same with ``coreset_`` for ``CORESET``. ``behind``: points behind the highest mean of the
-        setting, with ``behind_scope``, ``behind_p`` (Bonferroni over the others) and ``behind_detects``; 0 and ``best``
-        for the method that has it. ``same_as``: an earlier method of the setting that chose the same images. Missing
+        setting, with ``behind_scope``, ``behind_p`` (Bonferroni over the others), ``behind_low`` and ``behind_high`` at
+        the same level, and ``behind_detects``; 0 and ``best`` for the method that has it. ``same_as``: an earlier
+        method of the setting that chose the same images. Missing
         where there is nothing to say.
     """
     import pandas as pd
@@ -175,8 +176,10 @@ def _behind(cells: Sequence[_Cell], by_teacher: bool) -> None:
         found, scope = _difference(best, cell, by_teacher)
         cell.row.update(behind=found.mean, behind_scope=scope)
         if scope == "sets":
-            smallest = found.detects(1 - 0.05 / others)
-            cell.row.update(behind_p=min(1.0, others * found.p), behind_detects=smallest)
+            level = 1 - 0.05 / others
+            low, high = found.bounds(level)
+            cell.row.update(behind_p=min(1.0, others * found.p), behind_low=low, behind_high=high)
+            cell.row["behind_detects"] = found.detects(level)
 
 
 def _adjust(comparisons: Iterable[_Comparison | None]) -> None:

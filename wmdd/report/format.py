@@ -40,6 +40,13 @@ def difference(row: Row, prefix: str = "", unit: str = "") -> str:
     return f"{text}{unit} (this set only)" if scope == "this set" else f"{text}{unit}"
 
 
+def behind(row: Row) -> str:
+    """Return the lead of the best method of the setting in points, with its interval, where sets can be compared."""
+    if row["behind_scope"] != "sets":
+        return NONE
+    return f"{points(row['behind'], '+')} [{points(row['behind_low'])}, {points(row['behind_high'])}]"
+
+
 def count(row: Row) -> str:
     """Return distinct distilled sets × students of each."""
     if pd.isna(row["sets"]):

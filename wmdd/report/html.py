@@ -15,7 +15,7 @@ from wmdd.report.gaps import gaps
 from wmdd.report.runs import Run
 from wmdd.report.table import Table, folded
 from wmdd.report.text import listed
-from wmdd.report.verdict import Verdict, verdicts
+from wmdd.report.verdict import Verdict, summary, verdicts
 from wmdd.report.work import work
 from wmdd.storage.files import write_bytes
 
@@ -49,13 +49,15 @@ def write_html(report: Report, path: Path) -> None:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.tests["sha"] = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}").fullmatch
     environment.filters["share"] = lambda value: f"{100 * value:.2f}%"
+    environment.filters["whole"] = _whole
     problems = list(report.problems)
     times = sorted(f"{one.time:%Y-%m-%d}" for run in report.runs for one in (*run.records, *run.speeds))
     grids, total = gallery.grids(report.runs, problems)
     made = [folded(table) for table in tables(report)]
     groups = _by_title([table for table in made if table.title not in _FOLDED])
+    told = verdicts(report)
     found = {
-        "verdicts": _by_section(verdicts(report)),
+        "verdicts": _by_section(told),
         "gaps": gaps(report),
         "groups": groups,
         "figures": plots.figures(report),
@@ -64,13 +66,14 @@ def write_html(report: Report, path: Path) -> None:
         "work": work(report),
         "folded_tables": [table for table in made if table.title in _FOLDED],
         "problems": listed(problems),
+        "plots_after": next((name for name, _ in reversed(groups) if name in ("accuracy", "scaling")), ""),
     }
     page = environment.get_template("report.html.j2").render(
         **found,
         **{name: (_PAGE / file).read_text() for name, file in (("style", "style.css"), ("script", "script.js"))},
         contents=_contents(found),
         ids=dict(groups),
-        plots_after=next((name for name, _ in reversed(groups) if name in ("accuracy", "scaling")), ""),
+        summary=summary(told),
         datasets=list(dict.fromkeys([*report.accuracy["dataset"]] or [speed.dataset for _, speed in report.speeds])),
         coverage=coverage_line(report),
         runs=len(report.runs),
@@ -111,11 +114,19 @@ def _contents(found: dict[str, Any]) -> list[tuple[str, str]]:
     entries = [named[key] for key in named if found[key]]
     for name, own in found["groups"]:
         entries.append((name, own[0].title))
-        if name == "accuracy" and found["figures"]:
+        if name == found["plots_after"] and found["figures"]:
             entries.append(("plots", "Plots"))
     entries += [("images", "Images")] if found["grids"] else []
+    entries += [("curves", "Loss curves")] if found["curves"]["total"] else []
     entries += [("coverage", "Coverage")] if found["work"] else []
-    return entries + [(table.id, table.title) for table in found["folded_tables"] if table.title != "Coverage"]
+    for table in found["folded_tables"]:
+        entries.append((table.id, table.title) if table.title != "Coverage" else ("missing", "Missing work"))
+    return entries + ([("problems", "Notes")] if found["problems"] else [])
+
+
+def _whole(text: str) -> str:
+    """Return text whose intervals and p-values do not break across lines."""
+    return re.sub(r" ± \S+(?: %)?| \[[^\]]*\]|\(p [^)]*\)", lambda found: found[0].replace(" ", "\u00a0"), text)
 
 
 def _curves(runs: list[Run]) -> dict[str, Any]:

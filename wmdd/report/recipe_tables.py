@@ -26,11 +26,12 @@ def effect_of_the_recipe(report: "Report") -> Table:
     return Table(
         title="Effect of the recipe",
         caption=(
-            "Points that the second recipe gives more than the first, for the same method and setting. Paired: the same"
-            " images under both, so that pairs are compared; otherwise Welch's t-test over sets. p and interval are"
-            " adjusted by Holm within each pair of recipes. Averages are never taken across recipes."
+            "Points that the second recipe gives more than the first, for the same method and setting. Paired: only"
+            " the images that both recipes share are compared, in pairs; otherwise all sets, by Welch's t-test."
+            " First and second: top-1 means of exactly the compared sets, so they can differ from the other tables."
+            " p and interval are adjusted by Holm within each pair of recipes. Averages are never taken across recipes."
         ),
-        columns=[*_WORDS, "Second − first, points", "p", "Sets"],
+        columns=[*_WORDS, "First, %", "Second, %", "Second − first, points", "p", "Sets, first / second"],
         rows=lines,
         words=len(_WORDS),
         setting=5,
@@ -42,10 +43,11 @@ def _line(one: RecipeEffect, p: float, bounds: tuple[float, float]) -> list[str]
     text = points(one.found.mean, "+")
     if one.scope != "none":
         text += f" [{points(bounds[0])}, {points(bounds[1])}]" + " (this set only)" * (one.scope == "this set")
-    sets = f"{one.sets[0]}, paired" if one.shared else f"{one.sets[0]} / {one.sets[1]}"
+    sets = f"{one.sets[0]}, paired" if one.shared else f"{one.sets[1]} / {one.sets[0]}"
     where = f"{dataset} ({classes} classes, {resolution} px)"
     names = f"{one.names[1]} → {one.names[0]}"
-    return [where, names, _differing(one), network, view, one.method, str(ipc), regime, text, p_value(p), sets]
+    figures = [points(one.means[1]), points(one.means[0]), text, p_value(p), sets]
+    return [where, names, _differing(one), network, view, one.method, str(ipc), regime, *figures]
 
 
 def _differing(one: RecipeEffect) -> str:

@@ -111,6 +111,8 @@ class RecipeEffect:
     method: str
     names: tuple[str, str]
     """Names of the recipes."""
+    means: tuple[float, float]
+    """Mean top-1 of exactly the sets that are compared, first and second."""
     found: Difference
     """First minus second."""
     scope: Scope
@@ -127,6 +129,7 @@ def effect(one: Mapping[str, Any], other: Mapping[str, Any]) -> RecipeEffect:
     images = [{images for images, _ in row["values"]} for row in (one, other)]
     fixed = bool(one["fixed"] and other["fixed"])
     both = images[0] & images[1]
+    means = float(one["top1"]), float(other["top1"])
     shared = len(both) >= FEWEST or (images[0] == images[1] and (len(both) > 1 or fixed))
     if shared:
         # A selection without random choices has one set: its students of one seed are pairs. Else the pairs are the
@@ -134,7 +137,8 @@ def effect(one: Mapping[str, Any], other: Mapping[str, Any]) -> RecipeEffect:
         keys = [sorted(row["values"]) for row in (one, other)]
         units = sorted(set(keys[0]) & set(keys[1])) if fixed else [(name, None) for name in sorted(both)]
         values = [[_mean(row["values"], unit) for unit in units] for row in (one, other)]
-        found = paired(*values) if units else Difference(one["top1"] - other["top1"])
+        means = (fmean(values[0]), fmean(values[1])) if units else means
+        found = paired(*values) if units else Difference(means[0] - means[1])
         scope: Scope = "sets" if found.error > 0 and found.freedom >= 2 else "none"
     else:
         found, scope = compared(*(sample_of_values(row["values"], row["fixed"]) for row in (one, other)))
@@ -144,6 +148,7 @@ def effect(one: Mapping[str, Any], other: Mapping[str, Any]) -> RecipeEffect:
         tuple(one[key] for key in SETTING),
         one["method"],
         (one["recipe_name"], other["recipe_name"]),
+        means,
         found,
         scope,
         shared,

@@ -36,6 +36,15 @@ class ReportSection:
         return [row for row in self.rows if not pd.isna(row["ipc"])]
 
     @property
+    def facts(self) -> str:
+        """What a reader of its accuracies must know: the chance level and the number of test images, where known."""
+        classes = {row["classes"] for row in self.students if not pd.isna(row["classes"])}
+        said = [f"{count} classes: guessing gives about {100 / count:.3g} %" for count in sorted(classes)]
+        counts = {row["recipe"].get("test_images") for row in self.students}
+        said += [f"{count:,} test images" for count in counts if count and len(counts) == 1]
+        return "; ".join(said)
+
+    @property
     def differing(self) -> str:
         """What tells its recipe from the others of the same dataset."""
         keys = (f"{key.replace('_', ' ')} {shorten(value)}" for key, value in self.recipe.differing.items())

@@ -9,7 +9,7 @@ from wmdd.report.collect_tables import tables
 from wmdd.report.cost_tables import coverage_line
 from wmdd.report.gaps import gaps
 from wmdd.report.table import Table, caption, folded
-from wmdd.report.verdict import Verdict, verdicts
+from wmdd.report.verdict import Verdict, summary, verdicts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,8 @@ def terminal(report: "Report", console: "Console") -> None:
     """Print the verdicts, then a table of each section and what else the page holds, on a rich console."""
     from rich.text import Text
 
+    for sentence in summary(verdicts(report)):
+        console.print(sentence)
     for verdict in verdicts(report):
         first, *rest = verdict.sentences()
         place = Text(f"{verdict.section.title}, {verdict.setting}: ", style="dim")
@@ -114,9 +116,13 @@ def markdown(report: "Report") -> str:
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
-    verdict_lines = (f"- {one.section.title}, {one.setting}: {said(one)}" for one in verdicts(report))
+    verdict_lines = [f"- {one.section.title}, {one.setting}: {said(one)}" for one in verdicts(report)]
     missing = (f"- {name}: {'; '.join(phrases)}" for name, phrases in gaps(report))
-    parts = ["\n".join(verdict_lines), "\n".join(["Not measured:", "", *missing]) if gaps(report) else ""]
+    parts = [
+        " ".join(summary(verdicts(report))),
+        "\n".join(verdict_lines),
+        "\n".join(["Not measured:", "", *missing]) if gaps(report) else "",
+    ]
     parts.append(coverage_line(report))
     for table in tables(report):
         rule = ["--:" if table.is_number(index) else ":--" for index in range(len(table.columns))]

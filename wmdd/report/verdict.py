@@ -1,6 +1,7 @@
 """The verdict of each setting: which method is best, which are as good, and what could have been detected."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ import pandas as pd
 
 from wmdd.report.comparison import REFERENCE, SAME
 from wmdd.report.families import bare, family
-from wmdd.report.format import NONE, Row, count, difference, p_value, percent, points
+from wmdd.report.format import NONE, Row, behind, count, difference, p_value, percent, points
 from wmdd.report.sections import ReportSection, sections, settings
 
 if TYPE_CHECKING:
@@ -102,13 +103,11 @@ class Verdict:
         """Return the verdict, one idea a sentence; the first names the best method."""
         said = [self._first()]
         alike, untested = self.methods("tie"), self.methods("untested")
-        same = [name for name in self.methods("best") if name != self.best["method"]]
-        others = len(self.rows) - len(same) - 1
         if alike:
             said.append(f"Not distinguishable from {self.best['method']}: {_listed(alike)}")
-        elif self.tested and not untested and others:
-            behind = [row["method"] for row in self.rows if not self.place(row)]
-            said.append(f"Behind it: {behind[0] if others == 1 else f'all {others} others'}")
+        if ruled_out := self.methods(""):
+            said.append(f"Behind it: {_listed(ruled_out)}")
+        said += self._wider()
         if untested and not single(self.best):
             said.append(f"Too few sets to test: {_listed(untested)}")
         if rank := self._rank():
@@ -118,8 +117,13 @@ class Verdict:
             if not pd.isna(row["same_as"]):
                 groups.setdefault(row["same_as"], [row["same_as"]]).append(row["method"])
         said += [f"The same images: {_listed(names)}" for names in groups.values()]
-        if not math.isnan(self.detects):
-            said.append(f"This comparison could have detected {points(self.detects)} points")
+        if row := self._hardest():
+            said.append(
+                f"A true difference of {points(row['behind_detects'])} points between {self.best['method']} and"
+                f" {row['method']} would be found 4 times in 5; smaller ones are often missed"
+            )
+        if fixed := [row["method"] for row in self.rows if row["fixed"] == 1 and row["sets"] == 1]:
+            said.append(f"No seed changes the images of {_listed(fixed)}: ± is over students")
         if any(single(row) for row in self.rows if bare(row["method"]) != REFERENCE):
             said.append(ONE_SET[0].upper() + ONE_SET[1:])
         if moving := [row["method"] for row in self.rows if improving(row)]:
@@ -129,12 +133,34 @@ class Verdict:
             said.append(f"Measured on the {held} images")
         return said
 
-    @property
-    def detects(self) -> float:
-        """The smallest difference to the best that 80 % power finds, for the methods that are not told from it."""
+    def _wider(self) -> list[str]:
+        """Return why a method may be ruled out although its mean is nearer to the best than that of another."""
+        said = []
+        for number, row in enumerate(self.rows):
+            nearer = [one["method"] for one in self.rows[:number] if not self.place(one)]
+            if self.place(row) == "tie" and nearer:
+                name, which = row["method"], " and ".join(nearer)
+                said.append(f"{name} has a lower mean than {which}, but a wider spread that does not rule it out")
+        return said
+
+    def _hardest(self) -> Row | None:
+        """Return the method that is hardest to tell from the best: among those not told from it, or else random."""
         rows = [row for row in self.rows if row["behind_scope"] == "sets"]
         rows = [row for row in rows if self.place(row) == "tie"] or [row for row in rows if _is_random(row)] or rows
-        return max((row["behind_detects"] for row in rows), default=math.nan)
+        return max(rows, key=lambda row: row["behind_detects"], default=None)
+
+    @property
+    def outcome(self) -> str:
+        """What the setting shows, in words that several settings can share."""
+        if not self.tested or self.methods("untested"):
+            return "Too few sets to test"
+        if not self.methods("tie") and not _is_random(self.best):
+            return f"{self.best['method']} is ahead of every other method"
+        if any(row["scope"] == "sets" and row["low"] > 0 for row in self.rows):
+            return f"A method is above {REFERENCE} images, but none is ahead of all others,"
+        if not any(map(_is_random, self.rows)):
+            return "No method is shown to be ahead of all others"
+        return f"No method is shown to be above {REFERENCE} images"
 
     def _first(self) -> str:
         best = self.best
@@ -142,9 +168,14 @@ class Verdict:
         text = f"{word}: {best['method']} {percent(best, 'top1')} %"
         if not pd.isna(best["difference"]) and best["scope"] != SAME:
             text += f", {difference(best, unit=f' points over {REFERENCE}')}"
+            text += "" if pd.isna(best["p_adjusted"]) else f" (p {p_value(best['p_adjusted'])})"
             text += ", the interval holds 0" if best["low"] <= 0 <= best["high"] else ""
         elif _is_random(best) and len(self.rows) > 1:
             text += f"; no method is above {REFERENCE} images"
+        rival = next((row for row in self.rows if row["behind_scope"] != "best"), None)
+        if rival and rival["behind_scope"] == "sets" and not _is_random(rival):
+            unit = "" if REFERENCE in text else " points"
+            text += f"; {behind(rival)}{unit} over {rival['method']}, next by mean (p {p_value(rival['behind_p'])})"
         return text
 
     def _rank(self) -> str:
@@ -153,7 +184,10 @@ class Verdict:
         if len(distinct) < 3 or len(places) != 1:
             return ""
         same = len(self.rows) - len(distinct)
-        return f"{REFERENCE} is {_ordinal(places[0])} of {len(distinct)}" + " different sets of images" * bool(same)
+        return (
+            f"{REFERENCE} is {_ordinal(places[0])} of {len(distinct)}"
+            + " (methods with the same images count once)" * bool(same)
+        )
 
     def forest(self) -> Forest:
         """Return the differences to random images, drawn to one scale."""
@@ -205,6 +239,22 @@ def verdicts(report: "Report") -> list[Verdict]:
             name += _LENGTHS[view] or (", by epochs" if len(several[1]) > 1 else "")
             found.append(Verdict(section, name, rows))
     return found
+
+
+def summary(found: list[Verdict]) -> list[str]:
+    """Return what all verdicts say together: where a method is alone best, and where none is above random images."""
+    told: dict[str, list[Verdict]] = {}
+    for one in found:
+        told.setdefault(one.outcome, []).append(one)
+    if len(found) < 2:
+        return []
+    totals = Counter(one.rows[0]["regime"] for one in found)
+    said = []
+    for outcome, own in sorted(told.items(), key=lambda pair: -len(pair[1])):
+        regimes = Counter(one.rows[0]["regime"] for one in own)
+        parts = [f"{name} labels {regimes[name]} of {totals[name]}" for name in totals if regimes[name]]
+        said.append(f"{outcome} in {len(own)} of {len(found)} settings ({', '.join(parts)}).")
+    return said
 
 
 def _is_random(row: Row) -> bool:
