@@ -117,10 +117,10 @@ class Verdict:
             if not pd.isna(row["same_as"]):
                 groups.setdefault(row["same_as"], [row["same_as"]]).append(row["method"])
         said += [f"The same images: {_listed(names)}" for names in groups.values()]
-        if row := self._hardest():
+        if (hardest := self._hardest()) is not None:
             said.append(
-                f"A true difference of {points(row['behind_detects'])} points between {self.best['method']} and"
-                f" {row['method']} would be found 4 times in 5; smaller ones are often missed"
+                f"A true difference of {points(hardest['behind_detects'])} points between {self.best['method']} and"
+                f" {hardest['method']} would be found 4 times in 5; smaller ones are often missed"
             )
         if fixed := [row["method"] for row in self.rows if row["fixed"] == 1 and row["sets"] == 1]:
             said.append(f"No seed changes the images of {_listed(fixed)}: ± is over students")
