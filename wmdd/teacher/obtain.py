@@ -150,15 +150,14 @@ def _entry(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Pa
 
 def _kept(sha: str) -> str | None:
     """Return the cache key of a complete teacher with this SHA-256; None if the cache lacks it."""
-    for entry in cache.entries("teachers"):
-        if not entry.current:
-            continue
+    for path in (cache.cache_root() / "teachers").glob("[!.]*"):
+        key = path.name.partition(".")[0]
         try:
-            found = read_json(entry.path / _FACTS)["sha256"] == sha
+            found = path == cache.folder("teachers", key) and read_json(path / _FACTS)["sha256"] == sha
         except (WmddError, KeyError, TypeError):
             continue
-        if found and _is_complete(entry.path):
-            return entry.key
+        if found and _is_complete(path):
+            return key
     return None
 
 
