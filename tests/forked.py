@@ -68,7 +68,7 @@ class Forked:
         """Wait for its end; return what it wrote to stdout and stderr.
 
         Raises:
-            subprocess.TimeoutExpired: it has not ended in so many seconds.
+            subprocess.TimeoutExpired: it has not ended within ``timeout`` seconds.
         """
         self._process.join(timeout)
         if self._process.is_alive():

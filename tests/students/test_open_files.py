@@ -1,5 +1,6 @@
 """What one student of many opens: every block once, and little else."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from wmdd.storage.cache import cache_root
 def test_a_student_task_opens_each_block_once_and_few_other_files(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WMDD_CACHE", str(tmp_path / "store"))  # a task opens two files of each stored teacher
+    monkeypatch.setenv("WMDD_CACHE", str(tmp_path / "store"))
     changes = {"blocks": 4, "ipc": 1, "synthesis.classes_per_group": 1, "labels.regimes": ("hard",)}
     config = tiny.replace(changes | {"student.baselines": (), "student.epochs": 1})
     pipeline.run(config, tmp_path / "run", share=pipeline.Share(("teacher", "distill")))
@@ -25,6 +26,9 @@ def test_a_student_task_opens_each_block_once_and_few_other_files(
     pipeline.run(config, run.path, share=pipeline.Share(("students",), students=(0,)))
     before = (run.path / "manifest.json").stat().st_ino
     (first,) = (run.path / "records").glob("*.jsonl")
+    (teacher,) = (cache_root() / "teachers").iterdir()
+    for number in range(60):  # the task must not look at them
+        shutil.copytree(teacher, teacher.with_stem(f"{number:064d}"))
     with files_opened(run.path, cache_root()) as found:
         pipeline.run(config, run.path, share=pipeline.Share(("students",), students=(1,)))
     expected = {file for block in range(4) for file in (run.block_file(block), run.sidecar_file(block))}

@@ -144,7 +144,7 @@ class Verdict:
         return said
 
     def _hardest(self) -> Row | None:
-        """Return the method that is hardest to tell from the best: among those not told from it, or else random."""
+        """Return the closest rival of the best: among the methods not distinguishable from it, or else random."""
         rows = [row for row in self.rows if row["behind_scope"] == "sets"]
         rows = [row for row in rows if self.place(row) == "tie"] or [row for row in rows if _is_random(row)] or rows
         return max(rows, key=lambda row: row["behind_detects"], default=None)

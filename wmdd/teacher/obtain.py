@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def get_or_train_teacher(
         InputError: the network does not exist, the weights do not fit it, or the teacher is not that of ``bound``.
         Interrupted: a stop was requested. Training resumes from its checkpoint next time.
     """
-    kept = ranks.broadcast_from_main(_kept(bound["sha256"]) if ranks.main and bound else None)
+    kept = ranks.broadcast_from_main(_kept(config, dataset, bound) if ranks.main and bound else None)
     if kept:
         folder = cache.folder("teachers", kept)
     else:
@@ -130,7 +131,7 @@ def is_stored(
 ) -> bool:
     """Return whether the cache contains the teacher of ``bound``, else the config's in one of these arithmetics."""
     if bound:
-        return _kept(bound["sha256"]) is not None
+        return _kept(config, dataset, bound) is not None
     return any(_is_complete(_entry(config, dataset, arithmetic)[0]) for arithmetic in arithmetics)
 
 
@@ -145,19 +146,28 @@ def _entry(config: Config, dataset: Dataset, arithmetic: Arithmetic) -> tuple[Pa
     settings = config.teacher
     origin = weights.locate(settings.weights, settings.network)
     made = arithmetic.facts if origin is None else sha256(origin)
-    return cache.folder("teachers", digest([config.fingerprint("teacher"), dataset.fingerprint, made])), origin
+    return cache.folder("teachers", _key(config, dataset, made)), origin
 
 
-def _kept(sha: str) -> str | None:
-    """Return the cache key of a complete teacher with this SHA-256; None if the cache lacks it."""
-    for path in (cache.cache_root() / "teachers").glob("[!.]*"):
-        key = path.name.partition(".")[0]
+def _key(config: Config, dataset: Dataset, made: Any) -> str:
+    """Return the cache key of a teacher.  ``made``: facts of its arithmetic, or SHA-256 of the imported weights."""
+    return digest([config.fingerprint("teacher"), dataset.fingerprint, made])
+
+
+def _kept(config: Config, dataset: Dataset, bound: Mapping[str, Any]) -> str | None:
+    """Return the cache key of the complete teacher with these facts; None if the cache lacks it.
+
+    A teacher that was trained for this config and dataset has a known key.  Another one, such as imported weights, is
+    searched among all teachers: a cache may hold thousands, so the known key comes first.
+    """
+    own = cache.folder("teachers", _key(config, dataset, bound.get("arithmetic")))
+    for path in chain([own], (cache.cache_root() / "teachers").glob(f"[!.]*{own.suffix}")):
         try:
-            found = path == cache.folder("teachers", key) and read_json(path / _FACTS)["sha256"] == sha
+            found = read_json(path / _FACTS)["sha256"] == bound["sha256"]
         except (WmddError, KeyError, TypeError):
             continue
         if found and _is_complete(path):
-            return key
+            return path.stem
     return None
 
 
