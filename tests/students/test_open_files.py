@@ -13,6 +13,7 @@ from wmdd.runs import progress as progress_files
 from wmdd.runs.folder import RunFolder
 from wmdd.runtime import progress_bars
 from wmdd.storage.cache import cache_root
+from wmdd.storage.files import read_json, write_json
 
 
 def test_a_student_task_opens_each_block_once_and_few_other_files(
@@ -28,7 +29,8 @@ def test_a_student_task_opens_each_block_once_and_few_other_files(
     (first,) = (run.path / "records").glob("*.jsonl")
     (teacher,) = (cache_root() / "teachers").iterdir()
     for number in range(60):  # the task must not look at them
-        shutil.copytree(teacher, teacher.with_stem(f"{number:064d}"))
+        shutil.copytree(teacher, other := teacher.with_stem(f"{number:064d}"))
+        write_json(other / "teacher.json", read_json(other / "teacher.json") | {"sha256": f"{number:064d}"})
     with files_opened(run.path, cache_root()) as found:
         pipeline.run(config, run.path, share=pipeline.Share(("students",), students=(1,)))
     expected = {file for block in range(4) for file in (run.block_file(block), run.sidecar_file(block))}
