@@ -68,9 +68,7 @@ class Slurm(Launcher):
         if not known or not _active(known):
             submit.private(folder / "job")
             script = study_script(self._profile, missing, folder)
-            with submit.clean_environment():
-                told = scheduler.call("sbatch", "--parsable", given=script)
-            known = told.strip().partition(";")[0]
+            known = submit.send(script)
             write_json(mark, {"job": known})
         logger.info(f"job {known}: {len(missing)} steps, the largest of {max(step.ranks for step in missing)} ranks")
         pause = 1.0
@@ -111,8 +109,6 @@ def study_script(profile: Profile, steps: Sequence[Step], folder: Path) -> str:
     Raises:
         InputError: the ranks of a step do not fill whole nodes.
     """
-    from submitit.slurm import slurm
-
     nodes, each = max(nodes_of(profile, step.ranks) for step in steps)
     one = profile.stages["distill"]
     wanted = one.model_copy(
@@ -123,9 +119,7 @@ def study_script(profile: Profile, steps: Sequence[Step], folder: Path) -> str:
         }
     )
     lines = [*environment_lines(one), *(_step_line(profile, step) for step in steps)]
-    job = submit.parameters("wmdd-scaling", wanted, {"requeue": True})
-    text: str = slurm._make_sbatch_string(command="\n".join(lines), folder=folder / "job", use_srun=False, **job)
-    return text
+    return submit.job_script("wmdd-scaling", wanted, lines, folder / "job", requeue=True)
 
 
 def environment_lines(wanted: Resources) -> list[str]:

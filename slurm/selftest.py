@@ -37,7 +37,7 @@ class NodeResult:
 
     @property
     def bad(self) -> bool:
-        """Whether the node must not be used before somebody has looked at it."""
+        """Whether the node must not be used before a person has looked at it."""
         return self.state in ("failed", "lost")
 
 
@@ -68,8 +68,7 @@ def on_every_node(profile: Profile, out: Path) -> list[NodeResult]:
 
 def _submitted(text: str) -> str:
     try:
-        with submit.clean_environment():
-            return scheduler.call("sbatch", "--parsable", given=text).strip().partition(";")[0]
+        return submit.send(text)
     except WmddError as error:
         raise InputError(f"{error}; adapt the profile, the same command submits the other nodes") from None
 
@@ -140,16 +139,13 @@ def resources(profile: Profile) -> Resources:
 
 def script(profile: Profile, node: str, out: Path) -> str:
     """Return the script of the job of one node."""
-    from submitit.slurm import slurm
-
     wanted = resources(profile)
     device = "cuda" if wanted.gpus_per_rank else "cpu"
     words = ["-u", "-m", "wmdd", "selftest", "--device", device, "--json", str(out / "nodes" / f"{node}.json")]
     command = shlex.join(["srun", "--ntasks=1", f"--cpus-per-task={wanted.cpus_per_rank}", *wanted.srun_args])
     lines = [*environment_lines(wanted), f"{command} {submit.python(wanted)} {shlex.join(words)}"]
-    job = submit.parameters("wmdd-selftest", wanted, {"nodelist": node, "no-requeue": True})
-    text: str = slurm._make_sbatch_string(command="\n".join(lines), folder=out / "jobs", use_srun=False, **job)
-    return text
+    options = {"nodelist": node, "no-requeue": True}
+    return submit.job_script("wmdd-selftest", wanted, lines, out / "jobs", **options)
 
 
 def table(found: list[NodeResult]) -> Table:

@@ -197,6 +197,33 @@ def script(request: Request, array: Array, before: Sequence[str] = (), hold: boo
     return text
 
 
+def job_script(name: str, wanted: Resources, lines: Sequence[str], folder: Path, **further: Any) -> str:
+    """Return the script of a job that is no array.
+
+    Args:
+        name: name of the job.
+        wanted: resources of the job.
+        lines: shell lines of the job.
+        folder: folder of its log.
+        further: options of sbatch.
+    """
+    from submitit.slurm import slurm
+
+    job = parameters(name, wanted, further)
+    text: str = slurm._make_sbatch_string(command="\n".join(lines), folder=folder, use_srun=False, **job)
+    return text
+
+
+def send(text: str) -> str:
+    """Submit the script of a job, and return the number of the job.
+
+    Raises:
+        WmddError: sbatch refuses it.
+    """
+    with clean_environment():
+        return scheduler.call("sbatch", "--parsable", given=text).strip().partition(";")[0]
+
+
 def _rehearse(request: Request, array: Array) -> None:
     """Let SLURM check what an array asks for: of a job that is held it would only find out when it releases it.
 

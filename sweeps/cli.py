@@ -113,14 +113,15 @@ def confirm(
     from sweeps.trial_log import Log
     from wmdd.runtime.log import results
 
-    sweep = Sweep.from_identity(Log.load(folder).identity)
+    log = Log.load(folder)
+    sweep = Sweep.from_identity(log.identity)
     resources = _resources(sweep.config, cpus, gpus, concurrent)
 
     def table(log: Log) -> "Table":
         return page.confirmation_table(sweep, confirmation(sweep.objective, log.trials))
 
     found = confirm_sweep(folder, top, seeds, _budget(budget or []), resources, address, table)
-    page.write_summary(sweep, Log.load(folder))
+    page.write_summary(sweep, log)
     page.render_confirmation(sweep, found, results())
 
 

@@ -38,7 +38,7 @@ class Comparison:
     difference: Difference
     """Objective minus that of trial 0; the sign is turned so that more is better"""
     adjusted: float
-    """p-value, adjusted for all recipes; 1 where the values tell none"""
+    """p-value, adjusted for all recipes; 1 where the values have none"""
     low: float
     """Lower bound of the interval of the difference that excludes 0 exactly if ``adjusted`` is at most 0.05"""
     high: float
@@ -130,10 +130,9 @@ def candidates(setup: trial.SweepSetup, trials: Sequence[Trial], top: int) -> li
     """Return the best complete trials whose recipe differs from trial 0 and from each other."""
     if not trials or trials[0].state != "done":
         raise InputError("trial 0 is not complete, so there is nothing to compare with; resume the sweep")
-    sign = -1 if setup.objective.direction == "maximize" else 1
     done = [one for one in trials if one.state == "done"]
     found = {setup.proxy(trials[0].values).fingerprint("students"): trials[0]}
-    for one in sorted(done, key=lambda one: sign * setup.objective.value(one, trials)):
+    for one in sorted(done, key=lambda one: -setup.objective.sign * setup.objective.value(one, trials)):
         found.setdefault(setup.proxy(one.values).fingerprint("students"), one)
     return list(found.values())[1 : top + 1]
 
@@ -150,8 +149,7 @@ def confirmation(objective: SweepObjective, repeats: Sequence[Trial]) -> Confirm
     for one in repeats:
         if one.of is not None and one.state == "done":
             values.setdefault(one.of, {})[one.repeat] = float(one.last[objective.key])
-    sign = 1 if objective.direction == "maximize" else -1
-    preset = values.get(0, {})
+    sign, preset = objective.sign, values.get(0, {})
     differences: dict[int, Difference] = {}
     for number, own in values.items():
         shared = sorted(own.keys() & preset.keys())

@@ -100,17 +100,14 @@ def _clear(log: Log) -> None:
 def _trial_seconds(
     job: Job, plan: trial.SweepSetup, resources: TrialResources, stop: Callable[[], bool]
 ) -> tuple[float, str] | None:
-    """Return the seconds of a trial and where they are from; None if nothing on this machine tells them."""
+    """Return the seconds of a trial and where they are from; None if this machine cannot measure them."""
     import torch
 
     if done := [known.seconds for known in job.log.trials if known.state == "done"]:
         return fmean(done), f"mean of {len(done)} complete trials"
     if resources.gpus and not torch.cuda.is_available():
         return None
-    own = replace(
-        plan, config=plan.config.replace({"compute.device": "auto" if resources.gpus else "cpu"}, "the sweep")
-    )
-    return trial.estimate_seconds(own, stop), "estimated from a few steps"
+    return trial.estimate_seconds(plan, stop), "estimated from a few steps"
 
 
 def cost_text(count: int, known: tuple[float, str] | None, room: int, resources: TrialResources) -> str:

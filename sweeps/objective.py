@@ -29,6 +29,11 @@ class SweepObjective:
         """``max`` or ``min``, in Ray's words."""
         return self.direction[:3]
 
+    @property
+    def sign(self) -> int:
+        """1 if more is better, else −1."""
+        return 1 if self.direction == "maximize" else -1
+
     def value(self, trial: Trial, trials: Sequence[Trial]) -> float:
         """Return the value of a finished trial.
 
@@ -44,8 +49,7 @@ class SweepObjective:
     def best(self, trials: Sequence[Trial]) -> Trial | None:
         """Return the best complete trial, the earliest of equals; None if no trial is complete."""
         done = [trial for trial in trials if trial.state == "done" and not math.isnan(self.value(trial, trials))]
-        sign = 1 if self.direction == "minimize" else -1
-        return min(done, key=lambda trial: sign * self.value(trial, trials), default=None)
+        return min(done, key=lambda trial: -self.sign * self.value(trial, trials), default=None)
 
     def text(self, value: float) -> str:
         """Return a value as text with its unit."""

@@ -38,14 +38,13 @@ def rows(sweep: Sweep, log: Log) -> list[list[str]]:
 
 def ranked(sweep: Sweep, log: Log) -> list[Trial]:
     """Return the trials in the order of the table: by state, then by value."""
-    sign = -1 if sweep.objective.direction == "maximize" else 1
     states = ("done", "stopped", "running", "failed")
 
     def key(trial: Trial) -> tuple[int, int, float, int]:
         worth = trial.last.get(sweep.objective.key, 0.0)
         if trial.state == "done":
             worth = sweep.objective.value(trial, log.trials)
-        return states.index(trial.state), -len(trial.reports), sign * worth, trial.number
+        return states.index(trial.state), -len(trial.reports), -sweep.objective.sign * worth, trial.number
 
     return sorted(log.trials, key=key)
 
@@ -85,7 +84,7 @@ def _time(trial: Trial) -> str:
     return f"{trial.seconds:.1f}" if trial.reports else _NONE
 
 
-def summary(sweep: Sweep, log: Log) -> list[str]:
+def summary(sweep: Sweep, log: Log, confirmed: confirm.Confirmation | None) -> list[str]:
     """Return a summary of the sweep: the best trial, the time that the scheduler saved, the failures."""
     lines = []
     best = sweep.objective.best(log.trials)
@@ -99,7 +98,6 @@ def summary(sweep: Sweep, log: Log) -> list[str]:
         if len(seeds) > 1 and sweep.objective.key == "top1":
             worth = f"{100 * fmean(seeds):.2f} % (students {range_text(seeds)})"
         lines.append(f"Best: trial {best.number}{stands}, {sweep.objective.name} {worth}: {values}.")
-        confirmed = confirm.load_confirmation(log.path, sweep.objective)
         if sweep.objective.name != "time" and not (confirmed and confirmed.complete):
             lines.append(f"Unconfirmed: compare it with trial 0 on fresh seeds, `wmdd sweep confirm {log.path}`.")
     if saved := savings(log.trials):
@@ -117,9 +115,10 @@ def summary(sweep: Sweep, log: Log) -> list[str]:
 def render_terminal(sweep: Sweep, log: Log, console: "Console") -> None:
     """Print the table and the summary."""
     console.print(trial_table(sweep, log))
-    for line in summary(sweep, log):
+    found = confirm.load_confirmation(log.path, sweep.objective)
+    for line in summary(sweep, log, found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if found := confirm.load_confirmation(log.path, sweep.objective):
+    if found:
         render_confirmation(sweep, found, console)
 
 
@@ -167,8 +166,9 @@ def write_summary(sweep: Sweep, log: Log) -> None:
     filled = [["" if cell == _NONE else cell for cell in row] for row in body]
     csv.writer(plain, lineterminator="\n").writerows([heads, *filled])
     write_bytes(log.path / "summary.csv", plain.getvalue().encode())
-    parts = [f"# {sweep.config.name}: sweep over {Path(sweep.space.name).stem}", *summary(sweep, log)]
-    if found := confirm.load_confirmation(log.path, sweep.objective):
+    found = confirm.load_confirmation(log.path, sweep.objective)
+    parts = [f"# {sweep.config.name}: sweep over {Path(sweep.space.name).stem}", *summary(sweep, log, found)]
+    if found:
         parts += ["## Confirmation", _markdown(confirm.COLUMNS, confirm.table_rows(sweep.objective, found))]
         parts += confirm.lines(sweep.objective, found)[:1]
     parts += ["## Trials", _markdown(heads, body)]
@@ -194,7 +194,7 @@ def write_html(sweep: Sweep, log: Log, path: Path) -> None:
     template = environment.from_string((resources.files("sweeps") / "templates" / "sweep.html.j2").read_text())
     content = template.render(
         title=f"{sweep.config.name}: sweep over {Path(sweep.space.name).stem}",
-        summary=summary(sweep, log),
+        summary=summary(sweep, log, found),
         confirmation=confirm.lines(sweep.objective, found) if found else [],
         columns=columns(sweep),
         rows=rows(sweep, log),

@@ -18,8 +18,13 @@ from sweeps.trial_log import Log, Report, Trial
 from wmdd.errors import WmddError
 from wmdd.storage import cache
 
-TIME_KEY = "share"
+_TIME_KEY = "share"
 """Key of ASHA's time: the share of its iterations that a trial has done, in units of the first report."""
+
+
+def timed(report: Report, budget: Budget) -> Report:
+    """Return a report with ASHA's time."""
+    return {**report, _TIME_KEY: budget.reduction ** (report["rung"] - 1)}
 
 
 _MEASURED = "measured"
@@ -42,10 +47,9 @@ def work(config: dict[str, Any], plan: trial.SweepSetup, gpus: float) -> None:
 
     _check_machine(plan)
     share_gpu_memory(gpus)
-    scale = plan.budget.reduction
 
     def report(measured: Report) -> None:
-        tune.report({**measured, TIME_KEY: scale ** (measured["rung"] - 1), _MEASURED: list(measured)})
+        tune.report({**timed(measured, plan.budget), _MEASURED: list(measured)})
 
     plan = replace(plan, repeat=config["repeat"])
     try:
@@ -117,7 +121,7 @@ def scheduler(kind: str, objective: SweepObjective, budget: Budget, trials: Sequ
     if kind == "none":
         return FIFOScheduler()
     asha: Any = Asha(
-        time_attr=TIME_KEY,
+        time_attr=_TIME_KEY,
         metric=objective.key,
         mode=objective.mode,
         max_t=budget.reduction ** (budget.rungs - 1),
@@ -129,7 +133,7 @@ def scheduler(kind: str, objective: SweepObjective, budget: Budget, trials: Sequ
             stand_in = SimpleNamespace(trial_id=f"known-{known.number}", config={"number": known.number})
             asha.on_trial_add(None, stand_in)
             for report in known.reports:
-                asha.on_trial_result(None, stand_in, {**report, TIME_KEY: budget.reduction ** (report["rung"] - 1)})
+                asha.on_trial_result(None, stand_in, timed(report, budget))
             asha.on_trial_remove(None, stand_in)
     return asha
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from sweeps.objective import SweepObjective
-from sweeps.ray_adapters import TIME_KEY, scheduler
+from sweeps.ray_adapters import scheduler, timed
 from sweeps.space import Budget
 from sweeps.trial_log import Trial
 from wmdd.errors import InputError
@@ -68,10 +68,9 @@ def replay(
         now, place, index = heapq.heappop(running)
         trial, stand_in = order[place]
         report = trial.reports[index]
-        result = {**report, TIME_KEY: budget.reduction ** (report["rung"] - 1)}
+        result = timed(report, budget)
         last = index + 1 == budget.rungs
-        goes_on = not last and asha.on_trial_result(None, stand_in, result) == "CONTINUE"
-        if goes_on:
+        if not last and asha.on_trial_result(None, stand_in, result) == "CONTINUE":
             heapq.heappush(running, (now + trial.reports[index + 1]["seconds"] - report["seconds"], place, index + 1))
             continue
         if last:

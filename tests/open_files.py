@@ -1,5 +1,6 @@
 """Counts the files and folders that a piece of work opens."""
 
+import functools
 import os
 import sys
 from collections import Counter
@@ -16,14 +17,17 @@ def _note(event: str, arguments: tuple[object, ...]) -> None:
         _opened.append(os.path.abspath(os.fspath(arguments[0])) if isinstance(arguments[0], str | Path) else "")
 
 
+@functools.cache
+def _install() -> None:
+    sys.addaudithook(_note)  # a hook cannot be removed
+
+
 @contextmanager
 def files_opened(*roots: Path) -> Iterator[Counter[Path]]:
     """Count how often each file or folder below some folders is opened, by Python."""
     global _watching
     found: Counter[Path] = Counter()
-    if not hasattr(sys, "_wmdd_opens_are_noted"):
-        sys.addaudithook(_note)  # a hook cannot be removed
-        sys._wmdd_opens_are_noted = True  # type: ignore[attr-defined]
+    _install()
     _opened.clear()
     _watching = True
     try:

@@ -197,6 +197,7 @@ def selftest(
 
     from wmdd.runtime.log import results
     from wmdd.selftest import rows, table
+    from wmdd.storage.files import write_json
 
     machine, begun = rows.machine_of(device), time.monotonic()
     with rows.workplace(machine, quick) as place:
@@ -205,7 +206,7 @@ def selftest(
     results().print(table.table(found))
     typer.echo(table.summary(found, seconds))
     if json:
-        table.write(json, table.as_json(found, machine, quick, seconds))
+        write_json(json, table.as_json(found, machine, quick, seconds))
     if not table.passed(found):
         raise typer.Exit(1)
 

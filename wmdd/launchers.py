@@ -125,12 +125,10 @@ class Local(Launcher):
             WmddError: the job failed; the message contains its last message.
             Interrupted: a stop was requested; every rank has ended.
         """
-        # If this process is itself a rank, its variables would confuse torchrun.
-        clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*launcher, "-m", module, *arguments]
         with stop_on(*STOPS) as stop, TemporaryFile("w+") as said:
-            torchrun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=clean)  # noqa: S603
+            torchrun = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=rankless())  # noqa: S603
             try:
                 while not stop() and torchrun.poll() is None:
                     time.sleep(_POLL_SECONDS)
@@ -141,6 +139,11 @@ class Local(Launcher):
             if torchrun.returncode:
                 said.seek(0)
                 raise WmddError(f"a job of {ranks} ranks failed: {last_words(said.read())}")
+
+
+def rankless() -> dict[str, str]:
+    """Return the environment without the variables by which this process may itself be a rank, for its processes."""
+    return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
 def _terminate(torchrun: "subprocess.Popen[bytes]") -> None:

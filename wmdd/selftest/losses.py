@@ -33,7 +33,7 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "tf32": Tolerance(1e-3, 1e-2),
     "bf16": Tolerance(5e-3, 5e-2),
 }
-"""Tolerances of each precision.  They tell fp32 from TF32, which rounds to 11 bits, and TF32 from bf16, to 8 bits."""
+"""Tolerances of each precision.  They separate fp32 from TF32 (11 bits), and TF32 from bf16 (8 bits)."""
 FINITE_DIFFERENCE_TOLERANCE = 1e-4
 """Largest relative difference of the float64 gradient from finite differences of the float64 loss."""
 

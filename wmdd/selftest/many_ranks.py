@@ -61,18 +61,7 @@ def job_folder(place: Workplace, kind: Kind) -> Path:
     Raises:
         WmddError: the job failed, now or at an earlier row.
     """
-
-    def make() -> Path | WmddError:
-        try:
-            return _job(place, kind)
-        except WmddError as error:
-            if isinstance(error, Interrupted):
-                raise
-            return error
-
-    found: Path | WmddError = place.once(f"job {kind}", make)
-    if isinstance(found, WmddError):
-        raise WmddError(str(found))
+    found: Path = place.once(f"job {kind}", lambda: _job(place, kind))
     return found
 
 
@@ -93,18 +82,22 @@ def _job(place: Workplace, kind: Kind) -> Path:
 
 def configs(place: Workplace, kind: Kind) -> dict[str, Any]:
     """Return the config of each part; ``whole`` and ``alone`` are what one rank does for comparison."""
-    size, compute = size_of(place, kind), place.compute(device=kind if kind == "cpu" else None)
-    weights = str(runs.teacher_file(place))
-    same = runs.config_of(compute, ipc=2, synthesis__classes_per_group=1, teacher__weights=weights)
+    size, device = size_of(place, kind), _device_of_one(kind)
+    compute, weights = place.compute(device=device), str(runs.teacher_file(place))
     whole = runs.config_of(compute, ipc=size, synthesis__classes_per_group=2, teacher__weights=weights)
     alone = runs.config_of(compute, ipc=size)
     return {
-        "same": same,
+        "same": runs.pair(place, device),
         "parallel": alone.replace({"teacher.ranks": size, "student.ranks": size}),
         "split": whole.replace({"synthesis.split_class": size}),
         "whole": whole,
         "alone": alone,
     }
+
+
+def _device_of_one(kind: Kind) -> str | None:
+    """Return the device of a run by one rank; None for that of the machine."""
+    return "cpu" if kind == "cpu" else None
 
 
 def _alone(place: Workplace, kind: Kind, part: str) -> Path:
@@ -162,9 +155,8 @@ def all_reduce(place: Workplace, kind: Kind) -> RowResult:
 
 def same_bytes(place: Workplace, kind: Kind) -> RowResult:
     """Compare the run that the ranks share with the run of one rank."""
-    done = _done(place, kind, "same")
-    size = size_of(place, kind)
-    return runs.equal(runs.content(done), runs.content(_alone(place, kind, "same")), f"1 rank and {size}")
+    done, alone = _done(place, kind, "same"), runs.pair_run(place, _device_of_one(kind))
+    return runs.equal(runs.content(done), runs.content(alone), f"1 rank and {size_of(place, kind)}")
 
 
 def parallel(place: Workplace, kind: Kind) -> RowResult:
@@ -202,7 +194,7 @@ def split(place: Workplace, kind: Kind) -> RowResult:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports of this machine that nobody listens on."""
+    """Return free ports of this machine."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

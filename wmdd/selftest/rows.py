@@ -97,10 +97,22 @@ class Workplace:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what ``make`` returned when it was first called under this name."""
+        """Return what ``make`` returned when it was first called under this name.
+
+        Raises:
+            WmddError: ``make`` failed, now or at an earlier row.
+        """
         if name not in self.memory:
-            self.memory[name] = make()
-        return self.memory[name]
+            try:
+                self.memory[name] = make()
+            except Interrupted:
+                raise
+            except WmddError as error:
+                self.memory[name] = error
+        found = self.memory[name]
+        if isinstance(found, WmddError):
+            raise WmddError(str(found))
+        return found
 
     def compute(
         self, precision: Precision = "fp32", compiled: bool = False, device: str | None = None

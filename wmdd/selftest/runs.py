@@ -16,7 +16,7 @@ from wmdd import pipeline
 from wmdd.config.loading import load_config, to_toml
 from wmdd.config.schema import Config
 from wmdd.errors import EXIT_RESUMABLE, WmddError
-from wmdd.launchers import Local, gpu_of, last_words
+from wmdd.launchers import Local, gpu_of, last_words, rankless
 from wmdd.records.files import read_records
 from wmdd.runs.distilled_set import DistilledSet
 from wmdd.runs.folder import RunFolder
@@ -24,7 +24,7 @@ from wmdd.runtime.progress_bars import observed_by
 from wmdd.runtime.ranks import ranks
 from wmdd.selftest.rows import Precision, RowResult, Workplace, result, section
 from wmdd.storage import cache
-from wmdd.storage.files import read_metadata, write_bytes
+from wmdd.storage.files import read_json, read_metadata, write_bytes
 
 SHARE = pipeline.Share(("teacher", "distill", "students"))
 """Stages of the runs; ``report`` would print its tables"""
@@ -62,24 +62,20 @@ def config_of(compute: dict[str, Any], **keys: Any) -> Config:
 
 def teacher_file(place: Workplace) -> Path:
     """Return the weights of the teacher of the reference run, which other runs import."""
-    reference(place)
-    return Path(place.memory["teacher"])
+
+    def find() -> Path:
+        sha = (RunFolder(reference(place)).bound_teacher() or {})["sha256"]
+        folders = (entry.path for entry in cache.entries("teachers"))
+        return next(one / "teacher.safetensors" for one in folders if read_json(one / "teacher.json")["sha256"] == sha)
+
+    found: Path = place.once("teacher", find)
+    return found
 
 
 def reference(place: Workplace) -> Path:
     """Return the folder of the run in fp32 on the CPU, which trains the teacher."""
-
-    def make() -> Path:
-        found = pipeline.run(config_of(place.compute(device="cpu")), place.folder / "reference", share=SHARE)
-        sha = (RunFolder(found).bound_teacher() or {})["sha256"]
-        place.memory["teacher"] = next(
-            entry.path / "teacher.safetensors"
-            for entry in cache.entries("teachers")
-            if json.loads((entry.path / "teacher.json").read_text())["sha256"] == sha
-        )
-        return found
-
-    found: Path = place.once("reference", make)
+    config = config_of(place.compute(device="cpu"))
+    found: Path = place.once("reference", lambda: pipeline.run(config, place.folder / "reference", share=SHARE))
     return found
 
 
@@ -136,14 +132,16 @@ def report(place: Workplace) -> RowResult:
     return result(page.stat().st_size > 0, f"one page of {page.stat().st_size:,} bytes")
 
 
-def pair(place: Workplace) -> Config:
+def pair(place: Workplace, device: str | None = None) -> Config:
     """Return the config of the runs whose bytes are compared: two images a class, one class a group, fp32."""
-    return config_of(place.compute(), ipc=2, synthesis__classes_per_group=1, teacher__weights=str(teacher_file(place)))
+    compute, weights = place.compute(device=device), str(teacher_file(place))
+    return config_of(compute, ipc=2, synthesis__classes_per_group=1, teacher__weights=weights)
 
 
-def pair_run(place: Workplace) -> Path:
-    """Return the folder of a run of ``pair``."""
-    found: Path = place.once("pair", lambda: pipeline.run(pair(place), place.folder / "pair", share=SHARE))
+def pair_run(place: Workplace, device: str | None = None) -> Path:
+    """Return the folder of a run of ``pair``, done by one rank."""
+    name = f"pair-{device or place.machine.device}"
+    found: Path = place.once(name, lambda: pipeline.run(pair(place, device), place.folder / name, share=SHARE))
     return found
 
 
@@ -206,10 +204,9 @@ def _interrupted(
         WmddError: the run ended before, or did not become ready in time.
     """
     command = [sys.executable, "-m", "wmdd", "run", str(file), "--out", str(out)]
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     said = out.with_suffix(".said")
     with said.open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=clean)  # noqa: S603
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=rankless())  # noqa: S603
         try:
             deadline = time.monotonic() + _WAIT_SECONDS
             while not ready():

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -13,7 +12,7 @@ from wmdd.config.schema import ComputeConfig
 from wmdd.records.provenance import provenance
 from wmdd.selftest import losses, many_ranks, runs, speeds
 from wmdd.selftest.rows import Check, Machine, Need, Precision, RowResult
-from wmdd.storage.files import FORMAT, write_json
+from wmdd.storage.files import FORMAT
 
 _EAGER: tuple[tuple[Precision, tuple[Need, ...]], ...] = (("fp32", ()), ("tf32", ("tf32",)), ("bf16", ("bf16",)))
 _COMPILED: tuple[tuple[Precision, tuple[Need, ...]], ...] = (
@@ -119,8 +118,3 @@ def as_json(found: dict[str, RowResult], machine: Machine, quick: bool, seconds:
 def _finite(figures: dict[str, float]) -> dict[str, float | None]:
     """Return the figures with None for NaN and infinity, which JSON does not have."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write the JSON file."""
-    write_json(path, content)
