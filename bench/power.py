@@ -16,6 +16,7 @@ from wmdd.records.set_samples import Sample, compared
 from wmdd.report.aggregate import where
 from wmdd.report.collect import collect
 from wmdd.report.comparison import COMPARABLE, REFERENCE, sample_of_values
+from wmdd.report.families import is_random
 from wmdd.report.format import NONE, points
 
 
@@ -49,18 +50,14 @@ def power(places: list[Path], difference: float) -> list[Power]:
     found = []
     for row in rows:
         setting = [row[key] for key in COMPARABLE]
-        random = [one for one in rows if [one[key] for key in COMPARABLE] == setting and _is_random(one)]
-        if not random or _is_random(row):
+        random = [one for one in rows if [one[key] for key in COMPARABLE] == setting and is_random(one)]
+        if not random or is_random(row):
             continue
         other = next((one for one in random if one["name"] == row["name"]), random[0])
         found.append(_power(where(setting), row, other, difference))
     if not found:
         raise InputError(f"{', '.join(map(str, places))}: no setting has both {REFERENCE} images and a method")
     return found
-
-
-def _is_random(row: dict[str, Any]) -> bool:
-    return str(row["method"]).partition(" ")[0] == REFERENCE
 
 
 def _power(setting: str, row: dict[str, Any], other: dict[str, Any], difference: float) -> Power:

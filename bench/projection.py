@@ -158,7 +158,7 @@ def predicted(config: Config, need: Need, plan: Plan, images: int) -> SpeedRecor
     if rate is None:
         raise InputError(f"{need.stage} of {need.network}: there is no prediction, and no measurement")
     setup: dict[str, Any] = {}
-    unit = {"statistics": "img/s", "synthesis": "img·iter/s"}.get(need.stage, "students/h")
+    unit = {"statistics": "img/s", "synthesis": "img·iter/s", "students": "updates/h"}[need.stage]
     if need.stage == "students":
         setup = {"updates": 1}
         rate *= 3600 / min(config.student.batch_size, images)
@@ -169,7 +169,7 @@ def predicted(config: Config, need: Need, plan: Plan, images: int) -> SpeedRecor
         dataset=config.name,
         network=need.network,
         resolution=config.data.resolution,
-        unit=unit if need.stage != "students" else "updates/h",
+        unit=unit,
         metrics={"rate": rate},
         setup=setup,
         provenance={"device": f"{plan.gpu.name}, roofline"},

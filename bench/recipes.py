@@ -15,7 +15,7 @@ from wmdd.report import recipes as recipe_effects
 from wmdd.report.aggregate import where
 from wmdd.report.collect import collect
 from wmdd.report.comparison import SETTING
-from wmdd.report.format import NONE, p_value, points
+from wmdd.report.format import NONE, p_value, points, with_interval
 from wmdd.report.recipes import RecipeEffect
 
 
@@ -81,7 +81,7 @@ def print_effects(
         one = tested.effect
         text, p = points(one.found.mean, "+"), NONE
         if one.scope != "none":
-            text += f" [{', '.join(map(points, one.found.bounds()))}]" + " (this set only)" * (one.scope == "this set")
+            text = with_interval(one.found.mean, *one.found.bounds()) + " (this set only)" * (one.scope == "this set")
             p = p_value(one.found.p) if one.scope == "sets" else NONE
         cells = [f"{one.sets[0]}, paired" if one.shared else f"{one.sets[0]} / {one.sets[1]}", text, p]
         if margin is not None:

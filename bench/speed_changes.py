@@ -10,6 +10,7 @@ from rich.table import Table
 from wmdd.records.comparability import shorten
 from wmdd.records.schema import SpeedRecord
 from wmdd.report.aggregate import origin
+from wmdd.report.cost_tables import rate
 from wmdd.storage.files import flatten
 
 Verdict = Literal["faster", "slower", "within the spread", "one repeat"]
@@ -78,7 +79,7 @@ def print_changes(found: list[SpeedChange], console: Console) -> None:
     for head in ("Old", "New", "New / old", "Change"):
         table.add_column(head, justify="right")
     for one in found:
-        rates = [_rate(speed) for speed in (one.before, one.after)]
+        rates = [rate(speed) for speed in (one.before, one.after)]
         verdict = one.verdict + (" (other hardware)" if one.elsewhere else "")
         style = {"faster": "green", "slower": "bold red"}.get(one.verdict, "")
         table.add_row(one.work, *rates, f"{one.ratio:.2f}×", verdict, style=style if not one.elsewhere else "")
@@ -89,9 +90,3 @@ def print_changes(found: list[SpeedChange], console: Console) -> None:
         " all of the other. Works that only one file holds are left out.",
         markup=False,
     )
-
-
-def _rate(speed: SpeedRecord) -> str:
-    metrics = speed.metrics
-    ends = f" [{metrics['rate_low']:,.3g}, {metrics['rate_high']:,.3g}]" if "rate_low" in metrics else ""
-    return f"{metrics['rate']:,.3g}{ends} {speed.unit}"

@@ -171,7 +171,7 @@ def test_the_plan_lists_every_cell(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stop_reaches_every_process_and_two_processes_go_on_to_what_one_measures(
+def test_a_stop_reaches_every_process_and_two_processes_resume_to_what_one_measures(
     finished: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

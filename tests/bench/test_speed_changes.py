@@ -39,7 +39,8 @@ def test_only_the_same_work_is_compared_and_other_hardware_is_said() -> None:
 
 
 def test_the_command_prints_old_new_and_ratio_and_refuses_files_without_common_work(tmp_path: Path) -> None:
-    for name, measured in (("old", speed(100.0)), ("new", speed(80.0)), ("other", speed(1.0, stage="statistics"))):
+    speeds = {"old": speed(100.0), "new": speed(80.0), "fast": speed(12345.0), "other": speed(1.0, stage="statistics")}
+    for name, measured in speeds.items():
         write_records(tmp_path / f"{name}.jsonl", [measured])
 
     def run(*names: str) -> Any:
@@ -48,4 +49,5 @@ def test_the_command_prints_old_new_and_ratio_and_refuses_files_without_common_w
 
     shown = run("old", "new")
     assert shown.exit_code == 0 and "0.80×" in shown.output and "1 of 1 slower" in shown.output
+    assert "12,345 [11,728, 12,962] img·iter/s" in run("old", "fast").output, "as in the table of a report"
     assert "no work in common" in str(run("old", "other").exception)

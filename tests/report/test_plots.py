@@ -90,3 +90,16 @@ def test_of_a_selection_of_real_images_no_nearest_ones_are_shown(tmp_path: Path)
     (grid,), _ = grids(collect([run]).runs, [])
 
     assert [[strip.name for strip in strips] for _, strips in grid.classes] == [["random"], ["random"]]
+
+
+def test_classes_that_are_not_distilled_yet_have_no_nearest_images_beside_the_baseline(tmp_path: Path) -> None:
+    classes = ("0", "1", "2", "3")
+    make_run(tmp_path / "begun", classes=classes, missing=(1,))
+    make_run(tmp_path / "random", classes=classes, method="random")
+    problems: list[str] = []
+
+    (grid,), _ = grids(collect([tmp_path]).runs, problems)
+
+    shown = [[strip.name for strip in strips] for _, strips in grid.classes]
+    assert shown == [["wmdd", "nearest real", "random"]] * 2 + [["random"]] * 2
+    assert problems == []

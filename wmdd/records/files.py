@@ -80,7 +80,7 @@ _WITHOUT_RECORDS = {"blocks", "groups", "students", "labels", "progress", "locks
 
 
 def record_files(path: Path) -> Iterator[Path]:
-    """Yield the files ``records/*.jsonl`` in and below a folder.  The large folders of runs are not listed."""
+    """Yield the files ``records/*.jsonl`` in and below a folder. The large folders of runs are not listed."""
     for folder, inner, names in os.walk(path):
         if "config.json" in names:  # a run
             inner[:] = [name for name in inner if name not in _WITHOUT_RECORDS]

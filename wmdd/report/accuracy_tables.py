@@ -8,10 +8,22 @@ import pandas as pd
 from wmdd.report.aggregate import BYTES
 from wmdd.report.comparison import COMPARABLE, CORESET, REFERENCE
 from wmdd.report.families import bare
-from wmdd.report.format import NONE, Row, behind, count, difference, p_value, percent, points, size
+from wmdd.report.format import (
+    NONE,
+    Row,
+    behind,
+    count,
+    difference,
+    p_value,
+    percent,
+    points,
+    setting_cells,
+    size,
+    with_interval,
+)
 from wmdd.report.sections import REGIMES, ReportSection, sections
 from wmdd.report.table import Table, term
-from wmdd.report.verdict import ONE_SET, improving, single
+from wmdd.report.verdict import ONE_SET, improving, place_of, single
 
 if TYPE_CHECKING:
     from wmdd.report.collect import Report
@@ -81,9 +93,8 @@ def _overview(
 
 
 def _mark(row: Row) -> str:
-    if row["behind_scope"] == "best":
-        return "best"
-    return "tie" if row["behind_scope"] == "sets" and row["behind_p"] > 0.05 else ""
+    found = place_of(row)
+    return found if found in ("best", "tie") else ""
 
 
 def _heat(row: Row) -> float:
@@ -123,7 +134,7 @@ def _accuracy(section: ReportSection, name: str) -> Table:
         caption=_about(rows, learned, checked),
         columns=[*front, *leads, *sizes, *(key.replace("_", " ") for key in unlike), *tail],
         rows=[
-            [*_setting(row)[1:], _named(row), percent(row, "top1"), difference(row), p_value(row["p_adjusted"])]
+            [*setting_cells(row)[1:], _named(row), percent(row, "top1"), difference(row), p_value(row["p_adjusted"])]
             + [points(row["detects"]), difference(row, "coreset_"), p_value(row["coreset_p_adjusted"]), count(row)]
             + [behind(row), p_value(row["behind_p"]), points(row["behind_detects"])]
             + [size(row[key]) for key in BYTES[:3]]
@@ -209,7 +220,7 @@ def architectures(report: "Report") -> Table:
         caption="Top-1 % of each student network on the same distilled images, as in the accuracy table.",
         columns=["Recipe", "Data set", "View", "IPC", "Labels", "Method", *networks],
         rows=[
-            [cell for i, cell in enumerate(_setting(next(iter(found.values())))) if i != 2]
+            [cell for i, cell in enumerate(setting_cells(next(iter(found.values())))) if i != 2]
             + [next(iter(found.values()))["method"]]
             + [percent(found[network], "top1") if network in found else NONE for network in networks]
             for found in several
@@ -238,7 +249,7 @@ def ablation(report: "Report") -> Table:
             same = [f for f in figures if (f.dataset, f.ipc, f.entry.network, f.entry.ours) == at]
             soft = [f for f in same if (f.entry.regime == "hard") == (row["regime"] == "hard")]
             cells = [percent(row, "top1"), count(row), f"{100 * soft[0].top1:.1f}" if soft else NONE]
-            lines.append([*_setting(row), row["method"], *cells_of[bare(row["method"])], *cells])
+            lines.append([*setting_cells(row), row["method"], *cells_of[bare(row["method"])], *cells])
             origins.append(row["origins"])
     caption = (
         "Features are matched to barycenters or classified by the teacher; BatchNorm moments are those of the class"
@@ -269,7 +280,7 @@ def robustness(report: "Report") -> Table:
         columns=["Recipe", "Data set", "Network", "View", "IPC", "Labels", "Method", "HLR", "IOR", "LRS", "ARS"],
         rows=[
             [
-                *_setting(row),
+                *setting_cells(row),
                 row["method"],
                 points(row["hlr"]),
                 points(row["ior"], "+"),
@@ -286,18 +297,8 @@ def robustness(report: "Report") -> Table:
 
 def _score(row: Row, name: str) -> str:
     """Return a score with its interval, where one is known."""
-    text = points(row[name])
-    if not pd.isna(row[f"{name}_low"]):
-        text += f" [{points(row[f'{name}_low'])}, {points(row[f'{name}_high'])}]"
+    text = with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"], sign="")
     return f"{text} (this set only)" if row[f"{name}_scope"] == "this set" else text
-
-
-def _setting(row: Row) -> list[str]:
-    """Return recipe, data set, network, view, IPC and labels."""
-    recipe = NONE if pd.isna(row["recipe_name"]) else row["recipe_name"] or NONE
-    ipc = "all" if pd.isna(row["ipc"]) else str(row["ipc"])
-    regime = NONE if pd.isna(row["regime"]) else row["regime"]
-    return [recipe, row["dataset"], row["network"], _view(row), ipc, regime]
 
 
 def _about_teachers(recipes: list[dict[str, Any]]) -> list[str]:
@@ -327,7 +328,3 @@ def _tuned(row: Row) -> str:
 def _named(row: Row) -> str:
     """Return the method, and another one that chose the same images."""
     return row["method"] if pd.isna(row["same_as"]) else f"{row['method']} = {row['same_as']}"
-
-
-def _view(row: Row) -> str:
-    return NONE if pd.isna(row["view"]) else str(row["view"])

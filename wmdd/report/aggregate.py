@@ -18,6 +18,7 @@ from wmdd.records.schema import Record, SpeedRecord
 from wmdd.report.comparison import COMPARABLE, REFERENCE, SETTING, compare
 from wmdd.report.recipes import RecipeOfStudents, named
 from wmdd.report.runs import MissingRun, Run
+from wmdd.report.sections import VIEWS
 from wmdd.runs.baselines import baseline_folders
 from wmdd.storage.files import digest, flatten
 
@@ -350,8 +351,7 @@ def origin(found: dict[str, Any]) -> tuple[str, str, str, str]:
 def where(setting: Sequence[Any]) -> str:
     """Return the values of ``SETTING`` or ``COMPARABLE`` in words."""
     dataset, classes, resolution, ipc, network, regime, view, *recipe = setting
-    longer = {"epochs": "", "updates": ", fixed updates", "plain": ", no augmentation"}[base_view(view)]
-    longer += ", twice as long" if view != base_view(view) else ""
+    longer = VIEWS[base_view(view)] + (", twice as long" if view != base_view(view) else "")
     return f"{dataset} ({classes} classes, {resolution} px), IPC {ipc}, {network}, {regime} labels{longer}" + (
         f", recipe {recipe[0]}" if recipe and recipe[0] else ""
     )

@@ -37,7 +37,7 @@ def throughput(report: "Report") -> Table:
         ),
         columns=columns,
         rows=[
-            [*_timed(speed), _hardware(speed), _revision(speed), speed.engine, str(speed.ranks), _rate(speed)]
+            [*_timed(speed), _hardware(speed), _revision(speed), speed.engine, str(speed.ranks), rate(speed)]
             + [_ratio(speed), _step(speed), size(speed.metrics.get("peak_bytes")), *_shares(speed)]
             + [term(key, flatten(speed.setup).get(key)) for key in unlike]
             for _, speed in sorted(found, key=lambda pair: _order(pair[1]))
@@ -75,7 +75,7 @@ def scaling(report: "Report") -> Table:
         ),
         columns=[*columns, *unlike],
         rows=[
-            [*_timed(speed), speed.mode or NONE, speed.engine, _hardware(speed), str(speed.ranks), _rate(speed)]
+            [*_timed(speed), speed.mode or NONE, speed.engine, _hardware(speed), str(speed.ranks), rate(speed)]
             + [_efficiency(speed), points(speed.metrics.get("balance")), number(speed.metrics.get("seconds"))]
             + [number(speed.metrics.get("total")), term("same_images", _same_images(speed))]
             + [term(key, flatten(speed.setup).get(key)) for key in unlike]
@@ -129,7 +129,8 @@ def _setups(found: Sequence[SpeedRecord]) -> tuple[dict[str, str], list[str]]:
     return {key: term(key, setups[0].get(key)) for key in keys if key not in unlike}, unlike
 
 
-def _rate(speed: SpeedRecord) -> str:
+def rate(speed: SpeedRecord) -> str:
+    """Return the median rate of a speed, with the least and the most of its repeats where they are known."""
     return f"{_spread(speed, 'rate', ',.3g')} {speed.unit}" if "rate" in speed.metrics else NONE
 
 

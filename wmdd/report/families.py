@@ -1,6 +1,9 @@
 """Families of methods: each has one colour on every page, whatever else is measured beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from wmdd.report.comparison import REFERENCE
 
 FAMILIES = {
     "barycenter": ("wmdd", "barycenter-global"),
@@ -25,6 +28,11 @@ MOST = 6
 def bare(method: str) -> str:
     """Return the name of a method without that of its run."""
     return method.partition(" ")[0]
+
+
+def is_random(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of ``aggregate.accuracy`` is of random images, which others are compared with."""
+    return bare(row["method"]) == REFERENCE
 
 
 def family(method: str) -> str:

@@ -16,6 +16,15 @@ UNITS = {"checkpoint": "epoch", "resolution": "px"}
 Row = dict[str, Any]
 
 
+def setting_cells(row: Row) -> list[str]:
+    """Return recipe, data set, network, view, IPC and labels of a row of ``aggregate.accuracy``."""
+    recipe = NONE if pd.isna(row["recipe_name"]) else row["recipe_name"] or NONE
+    view = NONE if pd.isna(row["view"]) else row["view"]
+    ipc = "all" if pd.isna(row["ipc"]) else str(row["ipc"])
+    regime = NONE if pd.isna(row["regime"]) else row["regime"]
+    return [recipe, row["dataset"], row["network"], view, ipc, regime]
+
+
 def percent(row: Row, metric: str) -> str:
     """Return an accuracy in percent: with its interval, or with the least and the most value where there is none."""
     mean, half_width = row[metric], row[f"{metric}_half_width"]
@@ -34,17 +43,21 @@ def difference(row: Row, prefix: str = "", unit: str = "") -> str:
     value, scope, low, high = (row[f"{prefix}{key}"] for key in ("difference", "scope", "low", "high"))
     if pd.isna(value) or scope == SAME:
         return NONE if pd.isna(value) else SAME
-    text = points(value, "+")
-    if not pd.isna(low):
-        text += f" [{points(low)}, {points(high)}]"
+    text = with_interval(value, low, high)
     return f"{text}{unit} (this set only)" if scope == "this set" else f"{text}{unit}"
+
+
+def with_interval(value: Any, low: Any, high: Any, sign: str = "+") -> str:
+    """Return a fraction as hundredths, with its interval where one is known."""
+    text = points(value, sign)
+    return text if pd.isna(low) else f"{text} [{points(low)}, {points(high)}]"
 
 
 def behind(row: Row) -> str:
     """Return the lead of the best method of the setting in points, with its interval, where sets can be compared."""
     if row["behind_scope"] != "sets":
         return NONE
-    return f"{points(row['behind'], '+')} [{points(row['behind_low'])}, {points(row['behind_high'])}]"
+    return with_interval(row["behind"], row["behind_low"], row["behind_high"])
 
 
 def count(row: Row) -> str:

@@ -123,11 +123,10 @@ def _nearest(
             left -= len(dataset.train.of_class(index))
             if left < 0:
                 break
-            own = [(run, images[name]) for run, images in runs if name in images]
-            for run, _, strip in zip(
-                *zip(*own, strict=True), _closest(dataset, index, [i for _, i in own]), strict=True
-            ):
-                found[run.label, name] = strip
+            made = {run.label: images[name] for run, images in runs if name in images}
+            if made:  # or else only selections of real images have this class so far
+                strips = _closest(dataset, index, list(made.values()))
+                found |= {(label, name): strip for label, strip in zip(made, strips, strict=True)}
     except (WmddError, ValidationError) as error:
         problems.append(f"{first.label}: nearest real images are left out: {str(error).splitlines()[0]}")
         return {}

@@ -11,8 +11,8 @@ from wmdd.records.intervals import Difference
 from wmdd.records.schema import Record
 from wmdd.records.set_samples import compared
 from wmdd.report.comparison import COMPARABLE, REFERENCE, sample_of_values
-from wmdd.report.families import bare
-from wmdd.report.format import NONE, Row, p_value, points
+from wmdd.report.families import bare, is_random
+from wmdd.report.format import NONE, Row, p_value, points, setting_cells, with_interval
 from wmdd.report.recipes import DATA
 from wmdd.report.table import Table
 from wmdd.report.verdict import single
@@ -50,7 +50,7 @@ def _by_class(
     random = {
         tuple(row[key] for key in COMPARABLE): own
         for (row, _, _), own in zip(rows, classes, strict=True)
-        if bare(row["method"]) == REFERENCE
+        if is_random(row)
     }
     heat: dict[tuple[int, str], float] = {}
     for number, ((row, _, _), own) in enumerate(zip(rows, classes, strict=True)):
@@ -68,7 +68,7 @@ def _by_class(
         ),
         columns=[*_COLUMNS, *columns.values()],
         rows=[
-            [*_setting(row), *(points(own[index]) if index < len(own) else NONE for index in shown)]
+            [*setting_cells(row), row["method"], *(points(own[index]) if index < len(own) else NONE for index in shown)]
             for (row, _, _), own in zip(rows, classes, strict=True)
         ],
         words=7,
@@ -102,7 +102,7 @@ def pairs_of_methods(report: "Report") -> Table:
             both, neither = int((first & second).sum()), int((~first & ~second).sum())
             tells = not single(row) and not single(best)
             cells = [str(both), str(only), str(missed), str(neither), p_value(p) if tells else NONE]
-            lines.append([*_setting(best)[:-1], f"{best['method']} and {row['method']}", *cells])
+            lines.append([*setting_cells(best), f"{best['method']} and {row['method']}", *cells])
     return Table(
         title="Pairs of methods",
         caption=(
@@ -134,7 +134,7 @@ def other_images(report: "Report") -> Table:
         only, missed, p = mcnemar(_first(bits), _first(others))
         about = " (this set only)" if scope == "this set" else ""
         cells = [str(sum(counts)), f"{_interval(found)}{about}", f"{_interval(both)}{about}", f"{only} / {missed}"]
-        lines.append([*_setting(row), *cells, p_value(p) if scope == "sets" else NONE])
+        lines.append([*setting_cells(row), row["method"], *cells, p_value(p) if scope == "sets" else NONE])
         origins.append(row["origins"])
     return Table(
         title="Other test images",
@@ -164,7 +164,7 @@ def _measured(report: "Report") -> list[tuple[Row, tuple[int, ...], Bits]]:
     for row in report.accuracy.to_dict("records"):
         if pd.isna(row["ipc"]):
             continue
-        name = str(row["method"]).partition(" ")[0]
+        name = bare(row["method"])
         students = cells.get((*(row[part] for part in COMPARABLE), name, row["name"]), [])
         counts = {record.test_images for _, record in students}
         if len(counts) == 1 and all(record.correct and record.test_images for _, record in students):
@@ -178,7 +178,7 @@ def _reference(row: Row, measured: list[tuple[Row, tuple[int, ...], Bits]]) -> t
     random = {
         other["name"]: (other, counts, bits)
         for other, counts, bits in measured
-        if str(other["method"]).partition(" ")[0] == REFERENCE and all(other[key] == row[key] for key in COMPARABLE)
+        if is_random(other) and all(other[key] == row[key] for key in COMPARABLE)
     }
     own = random.get(row["name"]) or random.get("")
     return own if own and own[0] is not row else None
@@ -208,7 +208,7 @@ def _shown(rows: list[tuple[Row, tuple[int, ...], Any]], classes: list[list[floa
     most = max(map(len, classes), default=0)
     if most <= MAX_CLASSES:
         return list(range(most))
-    random = [own for (row, _, _), own in zip(rows, classes, strict=True) if str(row["method"]).startswith(REFERENCE)]
+    random = [own for (row, _, _), own in zip(rows, classes, strict=True) if is_random(row)]
     if not random:
         return list(range(MAX_CLASSES))
     gaps = [max(abs(own[index] - random[0][index]) for own in classes if len(own) == most) for index in range(most)]
@@ -216,9 +216,4 @@ def _shown(rows: list[tuple[Row, tuple[int, ...], Any]], classes: list[list[floa
 
 
 def _interval(found: Difference) -> str:
-    return f"{points(found.mean, '+')} [{', '.join(map(points, found.bounds()))}]"
-
-
-def _setting(row: Row) -> list[str]:
-    setting = [row["dataset"], row["network"], row["view"], str(row["ipc"]), row["regime"], row["method"]]
-    return [row["recipe_name"] or NONE, *setting]
+    return with_interval(found.mean, *found.bounds())

@@ -11,12 +11,12 @@ from wmdd.report.comparison import COMPARABLE
 from wmdd.report.drawing import COLOURS, LOSSES, MAX_PANELS, Drawing, Plot, PlotGroup, amounts, ticks
 from wmdd.report.families import bare, dashes, family, foremost
 from wmdd.report.format import Row
+from wmdd.report.sections import VIEWS
 from wmdd.report.speed_plots import throughput_over_ranks, throughput_ratios, time_by_phase
 
 if TYPE_CHECKING:
     from wmdd.report.collect import Report
 
-_VIEWS = ("epochs", "updates", "plain")
 _MARKERS = {"hard": "o", "soft": "^", "stored": "s", "budget": "D"}
 _DASHES = {"-": "", "--": "7 3", ":": "2 3", "-.": "7 3 2 3"}
 _NEEDS_NO_TEACHER = ("random", "noise")
@@ -68,7 +68,7 @@ def _grouped(rows: Sequence[Row], *left_out: str) -> list[tuple[dict[str, Any], 
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     found = [(dict(zip(keys, group, strict=True)), own) for group, own in groups.items()]
-    return sorted(found, key=lambda pair: _VIEWS.index(pair[0]["view"]))  # what is compared most comes first
+    return sorted(found, key=lambda pair: list(VIEWS).index(pair[0]["view"]))  # what is compared most comes first
 
 
 def _over_ipc(rows: Sequence[Row], look: Looks) -> PlotGroup:
@@ -171,7 +171,7 @@ def _over_bn_weight(rows: Sequence[Row]) -> PlotGroup:
         if not pd.isna(row["bn_weight"]) and row["bn_weight"] > 0:
             known.setdefault((*(row[key] for key in COMPARABLE), row["otherwise"]), []).append(row)
     groups = [own for own in known.values() if len({row["bn_weight"] for row in own}) > 1]
-    groups.sort(key=lambda own: _VIEWS.index(own[0]["view"]))
+    groups.sort(key=lambda own: list(VIEWS).index(own[0]["view"]))
     panels: list[Plot] = []
     for own in groups[:MAX_PANELS]:
         own.sort(key=lambda row: row["bn_weight"])
@@ -241,6 +241,6 @@ def _labelled(axes: Any, label: str) -> None:
 
 def _title(at: dict[str, Any]) -> str:
     regime = f", {at['regime']} labels" if "regime" in at else ""
-    view = {"epochs": "", "updates": ", fixed updates", "plain": ", no augmentation"}[at["view"]]
     recipe = f", recipe {at['recipe_name']}" if at["recipe_name"] else ""
-    return f"{at['dataset']} ({at['classes']} classes, {at['resolution']} px), {at['network']}{regime}{view}{recipe}"
+    what = f"{at['dataset']} ({at['classes']} classes, {at['resolution']} px), {at['network']}"
+    return f"{what}{regime}{VIEWS[at['view']]}{recipe}"

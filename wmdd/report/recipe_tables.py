@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from wmdd.records.comparability import shorten
-from wmdd.report.format import NONE, p_value, points
+from wmdd.report.format import NONE, p_value, points, with_interval
 from wmdd.report.recipes import RecipeEffect, adjusted, effects
 from wmdd.report.table import Table
 
@@ -40,9 +40,8 @@ def effect_of_the_recipe(report: "Report") -> Table:
 
 def _line(one: RecipeEffect, p: float, bounds: tuple[float, float]) -> list[str]:
     dataset, classes, resolution, ipc, network, regime, view = one.setting
-    text = points(one.found.mean, "+")
-    if one.scope != "none":
-        text += f" [{points(bounds[0])}, {points(bounds[1])}]" + " (this set only)" * (one.scope == "this set")
+    text = with_interval(one.found.mean, *bounds) if one.scope != "none" else points(one.found.mean, "+")
+    text += " (this set only)" * (one.scope == "this set")
     sets = f"{one.sets[0]}, paired" if one.shared else f"{one.sets[1]} / {one.sets[0]}"
     where = f"{dataset} ({classes} classes, {resolution} px)"
     names = f"{one.names[1]} → {one.names[0]}"

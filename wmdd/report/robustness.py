@@ -9,7 +9,8 @@ import pandas as pd
 from wmdd.records.intervals import Difference
 from wmdd.records.scores import hard_label_recovery, normalized
 from wmdd.records.set_samples import Scope, compared
-from wmdd.report.comparison import COMPARABLE, REFERENCE, sample_of_values
+from wmdd.report.comparison import COMPARABLE, sample_of_values
+from wmdd.report.families import is_random
 
 WEIGHT = 0.5
 """Share of the gain over random images in LRS, and of the augmented gain in ARS, as published."""
@@ -34,7 +35,7 @@ def robustness(found: pd.DataFrame) -> pd.DataFrame:
     for (regime, view, *rest), row in table.items():
         hard, plain = table.get(("hard", view, *rest)), table.get((regime, "plain", *rest))
         score: Row = {key: row[key] for key in [*COMPARABLE, "method", "name", "origins"]}
-        if _is_random(row):
+        if is_random(row):
             score["ior"] = 0.0
         elif not pd.isna(row["difference"]):
             score["ior"] = row["difference"]
@@ -57,7 +58,7 @@ def _label_robust(row: Row, hard: Row, random: Row | None, full: float) -> Row:
     if random is None:
         return {}
     share = 1 - WEIGHT
-    if _is_random(row):  # it gains nothing over itself
+    if is_random(row):  # it gains nothing over itself
         own = sample_of_values({key: share * value for key, value in hard["values"].items()}, row["fixed"])
         spread = own.interval()
         half = spread.half_width if spread else math.nan
@@ -71,7 +72,7 @@ def _label_robust(row: Row, hard: Row, random: Row | None, full: float) -> Row:
 
 def _augmentation_robust(row: Row, plain: Row, random: Mapping[str, Row | None]) -> Row:
     """ARS: of β = γ·(gain with augmentation) + (1 − γ)·(gain without), set by set."""
-    if _is_random(row):
+    if is_random(row):
         return {"ars": normalized(0.0)}
     own = _mixed(row["values"], plain["values"])
     one, other = random["own"], random["plain"]
@@ -111,9 +112,5 @@ def _whole(row: Row, teacher: Row | None) -> float | None:
 def _random(row: Row, rows: list[Row]) -> Row | None:
     """Return the random images that a row is compared with."""
     setting = [row[key] for key in COMPARABLE]
-    found = {other["name"]: other for other in rows if _is_random(other) and [other[k] for k in COMPARABLE] == setting}
+    found = {other["name"]: other for other in rows if is_random(other) and [other[k] for k in COMPARABLE] == setting}
     return found.get(row["name"]) or found.get("")
-
-
-def _is_random(row: Row) -> bool:
-    return str(row["method"]).partition(" ")[0] == REFERENCE

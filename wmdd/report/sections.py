@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 REGIMES = ("hard", "budget", "stored", "soft")
 """Label regimes in the order of what their labels cost."""
-VIEWS = ("epochs", "updates", "plain")
+VIEWS = {"epochs": "", "updates": ", fixed updates", "plain": ", no augmentation"}
+"""Views in the order in which they are shown, and what the name of a setting ends with."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _by_recipe(name: str, title: str, rows: list[Row], recipes: list[RecipeOfStu
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    regime, view = REGIMES.index(row["regime"]), VIEWS.index(row["view"])
+    regime, view = REGIMES.index(row["regime"]), list(VIEWS).index(row["view"])
     return view, row["network"], row["ipc"], regime, -row["top1"], row["baseline"]
 
 

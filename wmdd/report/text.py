@@ -35,9 +35,10 @@ def terminal(report: "Report", console: "Console") -> None:
     """Print the verdicts, then a table of each section and what else the page holds, on a rich console."""
     from rich.text import Text
 
-    for sentence in summary(verdicts(report)):
+    found = verdicts(report)
+    for sentence in summary(found):
         console.print(sentence)
-    for verdict in verdicts(report):
+    for verdict in found:
         first, *rest = verdict.sentences()
         place = Text(f"{verdict.section.title}, {verdict.setting}: ", style="dim")
         console.print(
@@ -116,12 +117,12 @@ def markdown(report: "Report") -> str:
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
-    verdict_lines = [f"- {one.section.title}, {one.setting}: {said(one)}" for one in verdicts(report)]
-    missing = (f"- {name}: {'; '.join(phrases)}" for name, phrases in gaps(report))
+    found = verdicts(report)
+    missing = [f"- {name}: {'; '.join(phrases)}" for name, phrases in gaps(report)]
     parts = [
-        " ".join(summary(verdicts(report))),
-        "\n".join(verdict_lines),
-        "\n".join(["Not measured:", "", *missing]) if gaps(report) else "",
+        " ".join(summary(found)),
+        "\n".join(f"- {one.section.title}, {one.setting}: {said(one)}" for one in found),
+        "\n".join(["Not measured:", "", *missing]) if missing else "",
     ]
     parts.append(coverage_line(report))
     for table in tables(report):

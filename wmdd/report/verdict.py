@@ -2,22 +2,22 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from wmdd.report.comparison import REFERENCE, SAME
-from wmdd.report.families import bare, family
+from wmdd.report.families import family, is_random
 from wmdd.report.format import NONE, Row, behind, count, difference, p_value, percent, points
-from wmdd.report.sections import ReportSection, sections, settings
+from wmdd.report.sections import VIEWS, ReportSection, sections, settings
 
 if TYPE_CHECKING:
     from wmdd.report.collect import Report
 
 ONE_SET = "one set says nothing about another distillation"
 """What stands wherever a seeded method has a single distilled set."""
-_LENGTHS = {"epochs": "", "updates": ", fixed updates", "plain": ", no augmentation"}
 
 
 def single(row: Row) -> bool:
@@ -28,6 +28,15 @@ def single(row: Row) -> bool:
 def improving(row: Row) -> bool:
     """Return whether students of a row are known to change when they train twice as long."""
     return not pd.isna(row["convergence"]) and row["convergence"].state == "improving"
+
+
+def place_of(row: Row) -> str:
+    """Return the place of a method in its setting: ``best``, ``tie`` with the best, ``untested`` or nothing."""
+    if row["behind_scope"] == "best":
+        return "best"
+    if row["behind_scope"] != "sets":
+        return "untested"
+    return "tie" if row["behind_p"] > 0.05 else ""
 
 
 @dataclass(frozen=True)
@@ -87,17 +96,9 @@ class Verdict:
         """Whether the sets of the best method can be compared with those of any other."""
         return any(row["behind_scope"] == "sets" for row in self.rows)
 
-    def place(self, row: Row) -> str:
-        """Return the place of a method beside the best: ``best``, ``tie``, ``untested`` or nothing."""
-        if row["behind_scope"] == "best":
-            return "best"
-        if row["behind_scope"] != "sets":
-            return "untested"
-        return "tie" if row["behind_p"] > 0.05 else ""
-
     def methods(self, place: str) -> list[str]:
         """Return the methods of a place."""
-        return [row["method"] for row in self.rows if self.place(row) == place]
+        return [row["method"] for row in self.rows if place_of(row) == place]
 
     def sentences(self) -> list[str]:
         """Return the verdict, one idea a sentence; the first names the best method."""
@@ -124,7 +125,7 @@ class Verdict:
             )
         if fixed := [row["method"] for row in self.rows if row["fixed"] == 1 and row["sets"] == 1]:
             said.append(f"No seed changes the images of {_listed(fixed)}: ± is over students")
-        if any(single(row) for row in self.rows if bare(row["method"]) != REFERENCE):
+        if any(single(row) for row in self.rows if not is_random(row)):
             said.append(ONE_SET[0].upper() + ONE_SET[1:])
         if moving := [row["method"] for row in self.rows if improving(row)]:
             said.append(f"Still {self.best['convergence'].text if improving(self.best) else 'improving'} when trained"
@@ -137,8 +138,8 @@ class Verdict:
         """Return why a method may be ruled out although its mean is nearer to the best than that of another."""
         said = []
         for number, row in enumerate(self.rows):
-            nearer = [one["method"] for one in self.rows[:number] if not self.place(one)]
-            if self.place(row) == "tie" and nearer:
+            nearer = [one["method"] for one in self.rows[:number] if not place_of(one)]
+            if place_of(row) == "tie" and nearer:
                 name, which = row["method"], " and ".join(nearer)
                 said.append(f"{name} has a lower mean than {which}, but a wider spread that does not rule it out")
         return said
@@ -146,7 +147,7 @@ class Verdict:
     def _hardest(self) -> Row | None:
         """Return the closest rival of the best: among the methods not distinguishable from it, or else random."""
         rows = [row for row in self.rows if row["behind_scope"] == "sets"]
-        rows = [row for row in rows if self.place(row) == "tie"] or [row for row in rows if _is_random(row)] or rows
+        rows = [row for row in rows if place_of(row) == "tie"] or [row for row in rows if is_random(row)] or rows
         return max(rows, key=lambda row: row["behind_detects"], default=None)
 
     @property
@@ -154,11 +155,11 @@ class Verdict:
         """What the setting shows, in words that several settings can share."""
         if not self.tested or self.methods("untested"):
             return "Too few sets to test"
-        if not self.methods("tie") and not _is_random(self.best):
+        if not self.methods("tie") and not is_random(self.best):
             return f"{self.best['method']} is ahead of every other method"
         if any(row["scope"] == "sets" and row["low"] > 0 for row in self.rows):
             return f"A method is above {REFERENCE} images, but none is ahead of all others,"
-        if not any(map(_is_random, self.rows)):
+        if not any(map(is_random, self.rows)):
             return "No method is shown to be ahead of all others"
         return f"No method is shown to be above {REFERENCE} images"
 
@@ -170,17 +171,17 @@ class Verdict:
             text += f", {difference(best, unit=f' points over {REFERENCE}')}"
             text += "" if pd.isna(best["p_adjusted"]) else f" (p {p_value(best['p_adjusted'])})"
             text += ", the interval holds 0" if best["low"] <= 0 <= best["high"] else ""
-        elif _is_random(best) and len(self.rows) > 1:
+        elif is_random(best) and len(self.rows) > 1:
             text += f"; no method is above {REFERENCE} images"
         rival = next((row for row in self.rows if row["behind_scope"] != "best"), None)
-        if rival and rival["behind_scope"] == "sets" and not _is_random(rival):
+        if rival and rival["behind_scope"] == "sets" and not is_random(rival):
             unit = "" if REFERENCE in text else " points"
             text += f"; {behind(rival)}{unit} over {rival['method']}, next by mean (p {p_value(rival['behind_p'])})"
         return text
 
     def _rank(self) -> str:
         distinct = [row for row in self.rows if pd.isna(row["same_as"])]
-        places = [number for number, row in enumerate(distinct, start=1) if _is_random(row)]
+        places = [number for number, row in enumerate(distinct, start=1) if is_random(row)]
         if len(distinct) < 3 or len(places) != 1:
             return ""
         same = len(self.rows) - len(distinct)
@@ -206,8 +207,8 @@ class Verdict:
         marks = [((tick - low) / (high - low), f"{tick:+g}".replace("-", "−") if tick else "0") for tick in ticks]
         return Forest([self._bar(row, at) for row in self.rows], at(0.0), marks)
 
-    def _bar(self, row: Row, at) -> Bar:  # type: ignore[no-untyped-def]  # a function of a share
-        random = _is_random(row)
+    def _bar(self, row: Row, at: Callable[[float], float]) -> Bar:
+        random = is_random(row)
         value = 0.0 if random else row["difference"]
         adjusted = not random and row["scope"] == "sets"
         plain = ("low95", "high95") if adjusted else ("low", "high")
@@ -220,7 +221,7 @@ class Verdict:
             thin=(at(row[plain[0]]), at(row[plain[1]])) if known else None,
             wide=(at(row["low"]), at(row["high"])) if adjusted else None,
             hollow=not random and row["scope"] != "sets",
-            place=self.place(row),
+            place=place_of(row),
             text="baseline" if random else difference(row).removesuffix(" (this set only)"),  # the hollow dot says it
             p=NONE if random else p_value(row["p_adjusted"]),
             n=count(row),
@@ -236,18 +237,18 @@ def verdicts(report: "Report") -> list[Verdict]:
         for (view, network, ipc, regime), rows in settings(section.students).items():
             name = f"IPC {ipc}, {regime} labels"
             name += f", {network}" if len(several[0]) > 1 else ""
-            name += _LENGTHS[view] or (", by epochs" if len(several[1]) > 1 else "")
+            name += VIEWS[view] or (", by epochs" if len(several[1]) > 1 else "")
             found.append(Verdict(section, name, rows))
     return found
 
 
 def summary(found: list[Verdict]) -> list[str]:
     """Return what all verdicts say together: where a method is alone best, and where none is above random images."""
+    if len(found) < 2:
+        return []
     told: dict[str, list[Verdict]] = {}
     for one in found:
         told.setdefault(one.outcome, []).append(one)
-    if len(found) < 2:
-        return []
     totals = Counter(one.rows[0]["regime"] for one in found)
     said = []
     for outcome, own in sorted(told.items(), key=lambda pair: -len(pair[1])):
@@ -255,10 +256,6 @@ def summary(found: list[Verdict]) -> list[str]:
         parts = [f"{name} labels {regimes[name]} of {totals[name]}" for name in totals if regimes[name]]
         said.append(f"{outcome} in {len(own)} of {len(found)} settings ({', '.join(parts)}).")
     return said
-
-
-def _is_random(row: Row) -> bool:
-    return bare(row["method"]) == REFERENCE
 
 
 def _listed(names: list[str]) -> str:

@@ -45,6 +45,8 @@ class WorkGrid:
 def work(report: "Report") -> WorkGrid | None:
     """Return the grid of runs; None where there are fewer than ``FEWEST`` runs with a seed."""
     rows = [row for row in report.coverage.to_dict("records") if not pd.isna(row["seed"])]
+    if len(rows) < FEWEST:
+        return None
     runs = {run.label: run for run in report.runs}
     seconds = dict(zip(report.cost["run"], report.cost["total"], strict=True))
     cells: dict[Any, dict[str, dict[int, list[WorkCell]]]] = {}
@@ -53,8 +55,6 @@ def work(report: "Report") -> WorkGrid | None:
         ipc, name = _place(row, run)
         cell = _cell(row, run, seconds.get(row["run"]))
         cells.setdefault(ipc, {}).setdefault(name, {}).setdefault(int(row["seed"]), []).append(cell)
-    if len(rows) < FEWEST:
-        return None
     grids = []
     for ipc, methods in sorted(cells.items(), key=lambda item: (item[0] is None, item[0] or 0)):
         seeds = sorted({seed for own in methods.values() for seed in own})
