@@ -419,7 +419,7 @@ def test_a_job_on_one_node_listens_on_loopback_only() -> None:
     store = open_store(place, {}, timedelta(seconds=20))
     assert isinstance(store, torch.distributed.TCPStore)
     socket.create_connection(("127.0.0.1", store.port), 5).close()
-    with pytest.raises(OSError):  # this address reaches whoever listens on all interfaces
+    with pytest.raises(OSError):  # a store on all interfaces would answer at this address
         socket.create_connection(("127.0.0.2", store.port), 5)
     del store
     gc.collect()

@@ -64,7 +64,7 @@ def take(images: Tensor | ImageParts, positions: Tensor) -> Tensor:
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Return images of the CPU on a device.  The host does not wait for the copy."""
+    """Return images or logits of the CPU on a device.  The host does not wait for the copy."""
     if images.device.type == device.type:
         return images
     return (images if images.is_pinned() else images.pin_memory()).to(device, non_blocking=True)

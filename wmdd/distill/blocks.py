@@ -34,6 +34,10 @@ from wmdd.storage.files import FORMAT, expect, map_tensors, write_json, write_te
 
 logger = logging.getLogger(__name__)
 
+StatisticsInOrder = Iterator[tuple[int, statistics.ClassStatistics]]
+Measured = tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]
+"""A group with the statistics and the submitted barycenters of its classes"""
+
 
 def check(config: Config, dataset: Dataset) -> base.Method:
     """Check method and dataset, and return the method.
@@ -164,9 +168,7 @@ def _distilled(
             own = group.classes if method.uses_statistics else ()
             return group, statistics.measure(session, own[team.rank :: team.size], measured, decode)
 
-        def measured_group(
-            begun: tuple[Group, StatisticsInOrder],
-        ) -> tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]:
+        def measured_group(begun: tuple[Group, StatisticsInOrder]) -> Measured:
             group, own = begun
             with within_memory(ranks.device, "lower statistics.batch_size"):
                 found = team.together(lambda: dict(own))
@@ -174,7 +176,7 @@ def _distilled(
                     found = team.together(lambda: dict(statistics.measure(session, group.classes, decode=decode)))
             return group, found, submitted(session, method, group, found, submit)
 
-        def synthesized(ready: tuple[Group, statistics.StatisticsByClass, dict[int, Pending]]) -> None:
+        def synthesized(ready: Measured) -> None:
             group, found, pending = ready
             meter = Meter(ranks.device, team.size)
             prepared = prepare(session, method, group, found, pending, decode)
@@ -183,9 +185,6 @@ def _distilled(
 
         for position in queue.worked(measured_group, synthesized, begun):
             yield position, todo[position]
-
-
-StatisticsInOrder = Iterator[tuple[int, statistics.ClassStatistics]]
 
 
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - torch puts the results of decoders there

@@ -81,11 +81,8 @@ class RunFolder:
         """
         self.check(config, data)
         path, wanted = self.path / "config.json", _binding(config, data)
-        try:
-            if path.exists() and read_json(path) == wanted:
-                return
-        except WmddError:
-            pass  # damaged before any image was distilled
+        if _contains(path, wanted):
+            return
         if not self._has_images():
             (self.path / "arithmetic.json").unlink(missing_ok=True)
         write_json(path, wanted)
@@ -173,12 +170,8 @@ class RunFolder:
             )
 
     def keep_teacher(self, facts: dict[str, Any]) -> None:
-        """Write ``teacher.json``, unless it has these facts already: a thousand tasks share the folder."""
-        path = self.path / "teacher.json"
-        with suppress(WmddError):  # absent or damaged
-            if read_json(path) == facts:
-                return
-        write_json(path, facts)
+        """Write ``teacher.json``, unless it has these facts already."""
+        _keep(self.path / "teacher.json", facts)
 
     def bound_teacher(self) -> dict[str, Any] | None:
         """Return the facts of the teacher of this folder's images; None without images."""
@@ -212,11 +205,7 @@ class RunFolder:
 
         The file is for people and other tools. This package reads only the sidecars.
         """
-        path = self.path / "manifest.json"
-        with suppress(WmddError):  # absent or damaged
-            if read_json(path) == manifest:
-                return
-        write_json(path, manifest)
+        _keep(self.path / "manifest.json", manifest)
 
     def manifest(self) -> dict[str, Any]:
         """Derive the manifest from the sidecars, each of which is read once.
@@ -243,6 +232,20 @@ class RunFolder:
             "arithmetics": arithmetics,
             "sha256": digest(list(contents.items())) if len(present) == expected else None,
         }
+
+
+def _contains(path: Path, value: Mapping[str, Any]) -> bool:
+    """Return whether a JSON file has this content; False if it is absent or damaged."""
+    try:
+        return bool(read_json(path) == value)
+    except WmddError:
+        return False
+
+
+def _keep(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, unless it has this content already: a thousand tasks share the folder."""
+    if not _contains(path, value):
+        write_json(path, value)
 
 
 def _binding(config: Config, data: str) -> dict[str, Any]:

@@ -344,7 +344,7 @@ class _Seal:
     """Signs the values of a job by HMAC-SHA-256 with a secret word and the name of their key.
 
     Without the secret nobody can write an outcome that the ranks accept.  The name of a key is no secret, because the
-    store lists all keys to whoever asks.
+    store lists all keys to any client.
     """
 
     def __init__(self, secret: str) -> None:

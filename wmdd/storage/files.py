@@ -112,9 +112,7 @@ def read_json(path: Path) -> Any:
         WmddError: the file is absent or is not JSON; the message names the file.
     """
     try:
-        return json.loads(_patiently(path.read_bytes))
-    except OSError as error:
-        raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+        return json.loads(_read(path, path.read_bytes))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WmddError(f"{path}: is not complete JSON ({error})") from error
 
@@ -178,9 +176,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     import safetensors.torch
 
     try:
-        return safetensors.torch.load(_patiently(path.read_bytes))
-    except OSError as error:
-        raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+        return safetensors.torch.load(_read(path, path.read_bytes))
     except safetensors.SafetensorError as error:
         raise WmddError(f"{path}: is not a complete safetensors file ({error})") from error
 
@@ -209,9 +205,7 @@ def _map(path: Path) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     try:
-        return _patiently(opened)
-    except OSError as error:
-        raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+        return _read(path, opened)
     except ValueError as error:  # it is empty
         raise WmddError(f"{path}: is not a complete safetensors file ({error})") from error
 
@@ -261,17 +255,15 @@ def read_metadata(path: Path) -> dict[str, str]:
     import safetensors
 
     def opened() -> dict[str, str]:
-        with open(path, "rb"):  # safetensors reports every file that it cannot open as absent
-            pass
-        with safetensors.safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
+        try:
+            with open(path, "rb"):  # safetensors reports every file that it cannot open as absent
+                pass
+            with safetensors.safe_open(path, "pt") as file:
+                return dict(file.metadata() or {})
+        except (FileNotFoundError, safetensors.SafetensorError):
+            return {}
 
-    try:
-        return _patiently(opened)
-    except (FileNotFoundError, safetensors.SafetensorError):
-        return {}
-    except OSError as error:
-        raise WmddError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return _read(path, opened)
 
 
 def sha256(path: Path) -> str:
@@ -285,10 +277,7 @@ def sha256(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    try:
-        return _patiently(hashed)
-    except OSError as error:
-        raise WmddError(f"{path}: cannot be read: {error.strerror}") from error
+    return _read(path, hashed)
 
 
 EXPECT_SECONDS = 90.0
@@ -374,6 +363,18 @@ def try_lock(path: Path, seconds: float = 0.0) -> BaseFileLock | None:
         if error.errno not in _NO_LOCKS:
             raise WmddError(f"{path}: cannot be locked: {error.strerror}") from error
     return lock
+
+
+def _read(path: Path, read: Callable[[], T]) -> T:
+    """Return what ``read`` returns, which reads the file ``path``.
+
+    Raises:
+        WmddError: the file cannot be read; the message names it.
+    """
+    try:
+        return _patiently(read)
+    except OSError as error:
+        raise WmddError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _patiently(read: Callable[[], T]) -> T:

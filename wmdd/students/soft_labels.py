@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wmdd.config.schema import Config, LabelsConfig
-from wmdd.data.image_parts import ImageParts
+from wmdd.data.image_parts import ImageParts, to_device
 from wmdd.errors import InputError, Interrupted, WmddError
 from wmdd.runs.distilled_set import DistilledSet, MappedSet
 from wmdd.runtime.ranks import Ranks
@@ -155,8 +155,7 @@ class StoredLogits(Sequence[Tensor]):
 
     def __getitem__(self, position: Any) -> Any:
         own = {name: part[self.rows[position]] for name, part in self.stored.items()}
-        logits = decode(own, self.classes)
-        return logits.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else logits
+        return to_device(decode(own, self.classes), self.device)
 
 
 STORED = ("stored", "budget")

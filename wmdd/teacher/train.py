@@ -51,7 +51,9 @@ def train(
     network = create_network(config, len(dataset.classes)).to(ranks.device)
     FrozenNetwork(network)  # refuses a network without BatchNorm before it is trained
     optimizer = optimizer_of(network, config)
-    batches = -(-len(dataset.train) // settings.batch_size)
+    count, size = len(dataset.train), settings.batch_size
+    bounds = [(start, min(start + size, count)) for start in range(0, count, size)]
+    batches = len(bounds)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
     found = checkpoint.load(parts, ranks.device, team)
@@ -67,6 +69,7 @@ def train(
     held = None
     if is_held(dataset.train, config, copies_on_node(team.size)):
         held = partial(team.together, partial(decode_all, dataset.train, config, "decoding the training images", stop))
+    least = 2 * team.size  # size of the smallest batch that is trained on: BatchNorm needs two images of each rank
     labels = dataset.train.labels.to(ranks.device)
     example = torch.zeros(2, data.channels, data.resolution, data.resolution, device=ranks.device)
     parallel = ranks.compiled(team.wrap(network.train(), example))
@@ -81,22 +84,21 @@ def train(
         for epoch in range(done // batches, settings.epochs):
             lr = optimizer.param_groups[0]["lr"]
             source = generator(settings.seed, "teacher", epoch)
-            order = torch.randperm(len(labels), generator=source)
-            size, scale = data.resolution, (settings.crop_scale, 1.0)
-            draws = augment.draw((len(labels),), size, scale, settings.flip, 0, source).to(ranks.device)
+            order = torch.randperm(count, generator=source)
+            scale = (settings.crop_scale, 1.0)
+            draws = augment.draw((count,), data.resolution, scale, settings.flip, 0, source).to(ranks.device)
             classes = labels[order.to(ranks.device)]
-            pixels = fetch(order, _rows(len(labels), done % batches, settings.batch_size, team))
-            for position in range(done % batches, batches):
+            left = bounds[done % batches :]
+            pixels = fetch(order, [team.own(start, end) for start, end in left if end - start >= least])
+            for start, end in left:
                 stopping, saving = check()
                 if stopping or saving:
                     save()
                 if stopping:
                     raise Interrupted(f"teacher checkpointed after {done} of {settings.epochs * batches} updates")
                 done += 1
-                start = position * settings.batch_size
-                end = min(start + settings.batch_size, len(labels))
-                if end - start < 2 * team.size:
-                    continue  # BatchNorm cannot train on one image
+                if end - start < least:
+                    continue
                 own = team.own(start, end)
                 shown = augment.warp(normalize(next(pixels), data), draws[own])
                 factor = team.size / (end - start)
@@ -108,12 +110,6 @@ def train(
             log.write_if_due()
     save()
     return network.cpu()
-
-
-def _rows(images: int, first: int, size: int, team: Team) -> list[slice]:
-    """Return this rank's rows of each batch of an epoch that is trained on, from batch ``first`` on."""
-    bounds = [(start, min(start + size, images)) for start in range(first * size, images, size)]
-    return [team.own(start, end) for start, end in bounds if end - start >= 2 * team.size]
 
 
 def update(
