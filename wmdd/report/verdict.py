@@ -145,7 +145,10 @@ class Verdict:
         return said
 
     def _hardest(self) -> Row | None:
-        """Return the closest rival of the best: among the methods not distinguishable from it, or else random."""
+        """Return the method that needs the largest difference from the best to be found.
+
+        It is one that is not distinguishable from the best if there is any, or else random.
+        """
         rows = [row for row in self.rows if row["behind_scope"] == "sets"]
         rows = [row for row in rows if place_of(row) == "tie"] or [row for row in rows if is_random(row)] or rows
         return max(rows, key=lambda row: row["behind_detects"], default=None)
