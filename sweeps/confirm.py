@@ -19,7 +19,7 @@ from sweeps.run import Sweep
 from sweeps.space_file import parse_budget
 from sweeps.trial_log import Log, Trial
 from wmdd.errors import InputError
-from wmdd.records.intervals import LEVEL, Difference, Interval, adjusted_level, holm, interval, paired
+from wmdd.records.intervals import LEVEL, Difference, Interval, adjusted_together, interval, paired
 from wmdd.records.set_samples import FEWEST
 from wmdd.runtime.signals import stop_on
 
@@ -157,16 +157,15 @@ def confirmation(objective: SweepObjective, repeats: Sequence[Trial]) -> Confirm
             differences[number] = paired(
                 [sign * own[seed] for seed in shared], [sign * preset[seed] for seed in shared]
             )
-    tested = {number: one.p for number, one in differences.items() if one.error > 0}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    adjusted = adjusted_together({number: one.p for number, one in differences.items() if one.error > 0})
     found = []
     for number, difference in differences.items():
-        low = high = difference.mean
-        if number in tested:
-            level = adjusted_level(tested[number], adjusted[number], len(tested))
+        p, low, high = 1.0, difference.mean, difference.mean
+        if number in adjusted:
+            p, level = adjusted[number]
             low, high = difference.bounds(level)
         value = interval(list(values[number].values()))
-        found.append(Comparison(number, value, difference, adjusted.get(number, 1.0), low, high))
+        found.append(Comparison(number, value, difference, p, low, high))
     found.sort(key=lambda one: -one.difference.mean)
     return Confirmation(
         sum(one.finished for one in repeats),

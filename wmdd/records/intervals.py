@@ -1,8 +1,11 @@
 """Intervals and tests over independent values."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+K = TypeVar("K", bound=Hashable)
 
 LEVEL = 0.95
 """Confidence level of every interval that is not adjusted for several comparisons."""
@@ -159,3 +162,11 @@ def adjusted_level(p: float, adjusted: float, comparisons: int, level: float = L
     """
     factor = adjusted / p if p > 0 else comparisons
     return 1 - (1 - level) / max(1.0, factor)
+
+
+def adjusted_together(pvalues: Mapping[K, float]) -> dict[K, tuple[float, float]]:
+    """Return, for each comparison of a family, its p-value after ``holm`` and the level of its adjusted interval."""
+    raised = holm(list(pvalues.values()))
+    return {
+        key: (one, adjusted_level(p, one, len(pvalues))) for (key, p), one in zip(pvalues.items(), raised, strict=True)
+    }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
-from wmdd.records.intervals import Difference, adjusted_level, holm, paired
+from wmdd.records.intervals import Difference, adjusted_together, paired
 from wmdd.records.set_samples import FEWEST, Sample, Scope, compared, sample_of
 from wmdd.runs.baselines import RANDOM
 
@@ -186,15 +186,14 @@ def _adjust(comparisons: Iterable[_Comparison | None]) -> None:
     """Write the comparisons of a setting into their rows, adjusted for the number of distinct ones."""
     made = [one for one in comparisons if one]
     tests = {one.images: one.found.p for one in made if one.scope == "sets"}
-    adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
+    adjusted = adjusted_together(tests)
     for one in made:
         found: dict[str, Any] = {"difference": one.found.mean, "scope": one.scope}
         if one.scope == "sets":
-            p = tests[one.images]
-            level = adjusted_level(p, adjusted[one.images], len(tests))
+            raised, level = adjusted[one.images]
             # The least difference that the test finds is asked before the data are seen: at the level of all tests.
             smallest = one.found.detects(1 - 0.05 / len(tests))
-            found |= {"p": p, "p_adjusted": adjusted[one.images], "detects": smallest}
+            found |= {"p": tests[one.images], "p_adjusted": raised, "detects": smallest}
             found["low"], found["high"] = one.found.bounds(level)
             found["low95"], found["high95"] = one.found.bounds()
         elif one.scope == "this set":

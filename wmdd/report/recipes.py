@@ -11,7 +11,7 @@ import pandas as pd
 from wmdd.errors import InputError
 from wmdd.records.comparability import complete
 from wmdd.records.convergence import base_view
-from wmdd.records.intervals import Difference, adjusted_level, holm, paired
+from wmdd.records.intervals import LEVEL, Difference, adjusted_together, paired
 from wmdd.records.set_samples import FEWEST, Scope, compared
 from wmdd.report.comparison import COMPARABLE, SETTING, sample_of_values, several_teachers
 from wmdd.storage.files import digest, flatten
@@ -184,17 +184,12 @@ def _pairs(recipes: list[RecipeOfStudents]) -> Iterator[tuple[RecipeOfStudents, 
 
 def adjusted(effects_of_family: list[RecipeEffect]) -> list[tuple[float, tuple[float, float]]]:
     """Return p and interval of each effect, adjusted by Holm for all that have a p-value; NaN where there is none."""
-    tests = [number for number, one in enumerate(effects_of_family) if one.scope == "sets"]
-    pvalues = [effects_of_family[number].found.p for number in tests]
-    by_number = dict(zip(tests, zip(pvalues, holm(pvalues), strict=True), strict=True))
-    made = []
-    for number, one in enumerate(effects_of_family):
-        if number in by_number:
-            p, raised = by_number[number]
-            made.append((raised, one.found.bounds(adjusted_level(p, raised, len(tests)))))
-        else:
-            made.append((float("nan"), one.found.bounds()))
-    return made
+    by_number = adjusted_together(
+        {number: one.found.p for number, one in enumerate(effects_of_family) if one.scope == "sets"}
+    )
+    untested = float("nan"), LEVEL
+    levels = [by_number.get(number, untested) for number in range(len(effects_of_family))]
+    return [(p, one.found.bounds(level)) for one, (p, level) in zip(effects_of_family, levels, strict=True)]
 
 
 def one_recipe(recipes: list[RecipeOfStudents], place: Any) -> None:
