@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -62,15 +63,32 @@ def run(
     with open_bench(config) as bench:
         for stage in stages:
             workload = STAGES[stage](bench, with_reference)
-            with progress(f"timing {stage}", (repeats + 1) * len(workload.contestants), "repeats") as advance:
+            contestants = {
+                name: steps if name == OWN else in_precision(bench.ranks, steps)
+                for name, steps in workload.contestants.items()
+            }
+            with progress(f"timing {stage}", (repeats + 1) * len(contestants), "repeats") as advance:
                 samples = timing.in_turns(
-                    workload.contestants, repeats, seconds, workload.most, workload.device, workload.warm, advance
+                    contestants, repeats, seconds, workload.most, workload.device, workload.warm, advance
                 )
             found += records_of(bench, workload, samples, peaks)
             if folder:
                 own = workload.contestants[OWN]
                 timing.profile(own, workload.device, workload.warm, folder, stage, min(3, workload.most))
     return found
+
+
+def in_precision(job: Ranks, run: timing.Run) -> timing.Run:
+    """Return the run of a plain reference in the engine's precision: PyTorch's autocast around all of it.
+
+    Without autocast's cache, which would keep the bf16 copies of a student's first weights.
+    """
+
+    def cast(steps: int, watch: timing.Stopwatch) -> None:
+        with torch.autocast(job.device.type, torch.bfloat16, job.precision == "bf16", cache_enabled=False):
+            run(steps, watch)
+
+    return cast
 
 
 def records_of(
@@ -87,10 +105,10 @@ def records_of(
     checked = workload.check()
     baseline = next((name for name in samples if name != OWN), None)
     operations = workload.step_flops() if workload.step_flops else None
+    precision = bench.ranks.precision
     made = []
     for engine, taken in samples.items():
         metrics = timing.figures(taken, workload.work) | dict(checked.get(engine, {}))
-        precision = bench.ranks.precision if engine == OWN else "fp32"
         if operations:
             if precision not in peaks:
                 peaks[precision] = timing.matmul_peak(bench.ranks.device, precision)

@@ -124,6 +124,20 @@ def test_they_agree_along_the_trajectory_of_the_reference(variant: str) -> None:
             images = moved
 
 
+def test_a_reference_runs_in_the_precision_of_the_engine_and_sees_each_update(config: Config) -> None:
+    layer, seen = torch.nn.Linear(4, 4, bias=False), []
+
+    def run(steps: int, watch: timing.Stopwatch) -> None:
+        for _ in range(steps):
+            seen.append(layer(torch.ones(1, 4)))
+            layer.weight.data.mul_(2)
+
+    with open_bench(config.replace({"compute.precision": "bf16"})) as bench:
+        throughput.in_precision(bench.ranks, run)(2, timing.Stopwatch(CPU))
+    assert [output.dtype for output in seen] == [torch.bfloat16, torch.bfloat16]
+    assert torch.equal(seen[1], 2 * seen[0])
+
+
 def test_an_engine_with_another_weight_is_found_out(config: Config) -> None:
     with open_bench(config) as bench:
         prepared, problem = first_group(bench)
