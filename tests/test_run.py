@@ -65,6 +65,7 @@ def test_a_run_ends_with_images_students_records_and_a_report(finished: Path) ->
     assert "wmdd" in page and "random" in page and "data:image/png" in page
 
 
+@pytest.mark.slow
 def test_random_images_are_drawn_several_times_with_one_student_each(tmp_path: Path) -> None:
     settings = [*TINY, "student.baseline_sets=3", "student.baselines=['random','k-center']", "labels.regimes=['hard']"]
     run = wmdd.run("digits", tmp_path / "run", [*settings, "method=rded"])
@@ -111,6 +112,7 @@ def test_more_students_join_a_finished_run(finished: Path) -> None:
     assert len(read_records(finished / "records")[0]) == 5
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_and_another_seed_other_images(tiny: Config, tmp_path: Path) -> None:
     first = images_only(tiny, tmp_path / "a")
     assert images_only(tiny, tmp_path / "b") == first
@@ -118,6 +120,7 @@ def test_same_seed_same_bytes_and_another_seed_other_images(tiny: Config, tmp_pa
     assert all(other[name] != first[name] for name in first)
 
 
+@pytest.mark.slow
 def test_blocks_change_no_byte_in_any_order(tiny: Config, tmp_path: Path) -> None:
     # 4 classes in groups of 1: up to 4 blocks.
     tiny = tiny.model_copy(update={"synthesis": tiny.synthesis.model_copy(update={"classes_per_group": 1})})
@@ -294,7 +297,7 @@ def weights_file(path: Path, network: torch.nn.Module) -> Path:
     [
         (["method=wmd"], "did you mean 'wmdd'"),
         (["student.baselines=['randam']"], "did you mean 'random'"),
-        (["teacher.network=alexnet", "data.resolution=64"], "no BatchNorm2d layer"),
+        (["teacher.network=squeezenet1_1", "data.resolution=64"], "no BatchNorm2d layer"),
         (["student.networks=['resnet19']"], "did you mean 'resnet18'"),
         (["data.classes=11"], "only 10 classes"),
         (["ipc=1000"], "class '0' has"),
@@ -431,6 +434,7 @@ def test_data_check_accepts_only_what_a_run_accepts(tmp_path: Path) -> None:
         CliRunner().invoke(app, [*own, "--set=data.on_error=skip", "--set=ipc=4"], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_status_expects_the_students_of_every_view(tmp_path: Path) -> None:
     settings = [*TINY, "student.views=['epochs','updates']", "student.updates=3", "student.baselines=[]"]
     wmdd.run("digits", tmp_path / "run", settings)

@@ -97,6 +97,7 @@ def test_a_folder_that_another_process_binds_at_this_moment_is_a_run(
     run.check(tiny, "images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [True, False])
 def test_students_of_a_changed_recipe_are_trained_by_several_processes_at_once(
     tiny: Config, tmp_path: Path, parts: bool
@@ -135,6 +136,7 @@ def with_student(config: Config, **changes: object) -> Config:
     return config.model_copy(update={"student": config.student.model_copy(update=changes)})
 
 
+@pytest.mark.slow
 def test_a_truncated_sidecar_or_manifest_is_named_and_rebuilt(
     blocked: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +173,7 @@ def failing(call: Callable[..., Any], code: int, when: Callable[..., bool], time
     return called
 
 
+@pytest.mark.slow
 def test_a_file_system_without_locks_still_runs(
     blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +200,7 @@ def test_a_stale_file_handle_is_read_again_and_a_lasting_one_is_named(
         files.read_json(sidecars)
 
 
+@pytest.mark.slow
 def test_what_killed_writers_left_is_swept_once_nobody_can_be_writing_it(
     blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +226,7 @@ def test_what_killed_writers_left_is_swept_once_nobody_can_be_writing_it(
     assert not left.exists() and len(DistilledSet.load(run.path)) == 8
 
 
+@pytest.mark.slow
 def test_a_used_up_quota_is_told_and_costs_no_finished_block(
     blocked: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +324,7 @@ def test_a_signal_in_mid_synthesis_checkpoints_and_exits_75(tmp_path: Path) -> N
     assert not list((tmp_path / "run" / "progress").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_to_all_processes_ends_no_decoder(number: signal.Signals) -> None:
     found = fork.SimpleQueue()

@@ -59,6 +59,7 @@ def steps() -> dict[str, DryStep]:
     return {step.stage: step for step in dry_steps(config, 10)}
 
 
+@pytest.mark.slow
 def test_every_stage_has_a_step_without_a_data_set(steps: dict[str, DryStep]) -> None:
     assert set(steps) == {"statistics", "synthesis", "students", "teacher"}
     for step in steps.values():
@@ -85,6 +86,7 @@ def test_an_iteration_of_the_synthesis_stays_lean() -> None:
     assert step.counts.flops / step.images == pytest.approx(7.53e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_command_counts_without_images() -> None:
     settings = [part for key in TINY for part in ("--set", key)]
     told = CliRunner().invoke(app, ["bench", "throughput", "digits", "--count", *settings])

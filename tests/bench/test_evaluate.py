@@ -75,6 +75,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", LAYOUTS)
 @pytest.mark.parametrize("named", [True, False])
 def test_each_layout_is_read_as_its_authors_write_it(tmp_path: Path, place: str, named: bool) -> None:
@@ -124,6 +125,7 @@ def test_images_of_another_size_are_resized_whole(tmp_path: Path) -> None:
     assert image.shape == (8, 8) and border.min() > 150 and image[2:-2, 2:-2].max() < 50
 
 
+@pytest.mark.slow
 def test_what_wmdd_exports_comes_back_bit_by_bit_and_is_worth_the_same(
     exported: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_what_wmdd_exports_comes_back_bit_by_bit_and_is_worth_the_same(
     assert blocks_of(tmp_path / "blocks") == blocks_of(run)
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_set_beside_real_images(exported: tuple[Path, Path], tmp_path: Path) -> None:
     sets = [part for override in QUICK for part in ("--set", override)]
     command = ["bench", "evaluate", str(exported[1]), "--config", "digits", *sets, "--name", "ours"]

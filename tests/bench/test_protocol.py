@@ -62,6 +62,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_cell_is_there_and_seeds_pair_methods_without_repeating_students(finished: Path) -> None:
     found = measured(finished)
     assert len(found) == 3 * 2 * 2, "3 entries, 2 regimes, 2 seeds"

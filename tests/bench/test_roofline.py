@@ -62,6 +62,7 @@ def test_the_peak_of_a_small_teacher_is_the_sum_of_its_parts() -> None:
     assert step.peak < 4 * weights + images * 17 + kept + 3 * maps[0] + 50_000
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_group_is_a_line_in_its_classes() -> None:
     config = load_config("digits", [*TINY, "compute.precision=bf16"])
     peaks = [synthesis_step(config, 10, size, 2).peak for size in (2, 4, 6)]

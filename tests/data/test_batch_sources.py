@@ -63,6 +63,7 @@ def taught(store: Path, config: Config, stop: Callable[[], bool] = lambda: False
         return obtain.get_or_train_teacher(config, dataset, validation, job, stop).sha256
 
 
+@pytest.mark.slow
 def test_a_teacher_on_held_packed_or_streamed_images_has_the_same_bytes(
     tree: Path, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

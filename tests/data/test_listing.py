@@ -194,6 +194,7 @@ def test_a_new_file_lists_its_class_again_and_no_other(tree: Path, looked_at: li
     assert len(found.train) == len(first.train) + 1 and found.fingerprint != first.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["add", "remove", "rename"])
 def test_images_that_come_go_or_get_another_name_are_other_images(tree: Path, tmp_path: Path, change: str) -> None:
     settings = [f"data.root={tree}", "data.source=folder", "data.channels=1", "data.resolution=8", "ipc=1"]

@@ -290,6 +290,7 @@ def test_the_unit_of_the_features_does_not_matter(size: float) -> None:
     assert atoms.w2 == pytest.approx(expected.w2 * size**2, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", VARIANTS)
 def test_many_classes_at_once_are_the_same_bytes_as_one_by_one_on_any_number_of_workers(weights: str) -> None:
     classes = [relu_like(images, 16, seed=images) for images in (40, 41, 60, 12, 50, 47, 30)]

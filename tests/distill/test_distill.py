@@ -28,6 +28,7 @@ def with_workers(config: Config, workers: int) -> Config:
     return config.model_copy(update={"compute": compute, "synthesis": synthesis})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wmdd", "medoids"])
 def test_processes_change_no_byte(tiny: Config, tmp_path: Path, method: str) -> None:
     tiny = tiny.model_copy(update={"method": method})
@@ -56,6 +57,7 @@ def test_a_group_is_synthesised_once_the_next_is_measured_and_no_other(tiny: Con
     assert at_start == [*through[1:], through[-1]]
 
 
+@pytest.mark.slow
 def test_barycenters_have_processes_of_their_own_until_the_run_ends(tiny: Config, tmp_path: Path) -> None:
     running: set[int] = set()
 
@@ -71,6 +73,7 @@ def test_barycenters_have_processes_of_their_own_until_the_run_ends(tiny: Config
         assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_stop_between_groups_is_resumed_to_the_same_bytes(tiny: Config, tmp_path: Path) -> None:
     config, folder = with_workers(tiny, 2), RunFolder(tmp_path / "run")
     pipeline.run(config, tmp_path / "whole", share=DISTIL)

@@ -112,6 +112,7 @@ def test_every_method_is_listed_with_a_summary_of_its_own() -> None:
     assert len(set(summaries.values())) == len(summaries) and min(map(len, summaries.values())) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sre2l", "cda", "fadrm", "edc", "herding", "k-center", "medoids", "rded"])
 def test_blocks_change_no_byte_of_any_method(
     tiny: Config, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
@@ -196,6 +197,7 @@ def test_what_spread_groups_cannot_do_is_refused(tiny: Config) -> None:
         pipeline.check(tiny.replace({"student.baselines": ("sre2l",)}), dataset)
 
 
+@pytest.mark.slow
 def test_all_cells_of_the_ablation_start_from_the_same_images(tiny: Config, tmp_path: Path) -> None:
     still = {"synthesis.iterations": 1, "synthesis.lr": 1e-9, "synthesis.clamp": False}
     found = {}
@@ -223,6 +225,7 @@ def test_the_published_constants_of_sre2l_and_rded_are_keys() -> None:
     assert (own.bn_weight, own.jitter, own.crop_curriculum, own.crop_scale) == (3.0, 1, 0.5, (0.5, 1.0))
 
 
+@pytest.mark.slow
 def test_students_learn_from_a_selection_as_from_any_method(tiny: Config, tmp_path: Path) -> None:
     student = tiny.student.model_copy(update={"baselines": ("random", "medoids"), "seeds": 1})
     config = tiny.model_copy(update={"method": "k-center", "student": student})

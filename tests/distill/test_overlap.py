@@ -95,6 +95,7 @@ def pictures(tiny: Config, tmp_path: Path) -> Config:
     return tiny.replace(source | {"student.baselines": (), "compute.workers": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["random", "rded", "wmdd"])
 def test_starts_and_selections_are_decoded_by_the_processes_of_the_run(
     pictures: Config, tmp_path: Path, method: str

@@ -26,6 +26,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_teacher_and_every_student_leave_one_line_an_epoch(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +48,7 @@ def test_the_teacher_and_every_student_leave_one_line_an_epoch(
     assert lines_of(again / "logs" / "teacher.jsonl") == teacher, "a run that trains no teacher copies its log"
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_recorded_and_compared_nowhere(tiny: Config, tmp_path: Path) -> None:
     tiny = tiny.replace({"student.baselines": ()})
     watched = tiny.replace({"student.validate_every": 1})

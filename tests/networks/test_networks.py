@@ -132,6 +132,7 @@ def test_wrong_names_are_refused(name: str, message: str) -> None:
         create.create(name, 10, 3, 16)
 
 
+@pytest.mark.slow
 def test_a_teacher_without_batchnorm_is_refused() -> None:
     with pytest.raises(InputError, match="no BatchNorm2d"):
         FrozenNetwork(create.create("alexnet", 4, 3, 64))

@@ -341,6 +341,7 @@ def test_a_damaged_block_is_told_on_the_page(tmp_path: Path) -> None:
     assert "digits/blocks/block-00000.safetensors: is not a complete safetensors file" in page
 
 
+@pytest.mark.slow
 def test_the_page_is_the_same_each_time(tmp_path: Path) -> None:
     run = make_pair(tmp_path)
     for name in ("one.html", "two.html"):

@@ -6,6 +6,7 @@ After an intended change: ``UPDATE_SNAPSHOTS=1 pytest tests/report/test_snapshot
 import os
 from pathlib import Path
 
+import pytest
 from report_runs import make_everything, make_students
 
 from wmdd.records.correct_bitmaps import pack
@@ -23,6 +24,7 @@ def compare_with(name: str, report: Report) -> None:
     assert found == path.read_text()
 
 
+@pytest.mark.slow
 def test_the_tables_of_runs_with_everything_are_as_they_were(tmp_path: Path) -> None:
     compare_with("everything", collect([make_everything(tmp_path / "all")]))
 

@@ -168,6 +168,7 @@ def test_what_was_never_measured_is_said(tmp_path: Path) -> None:
     assert "students of another network than convnet3x32" in phrases
 
 
+@pytest.mark.slow
 def test_all_committed_records_make_one_report_with_the_figures_that_its_sections_show() -> None:
     report = collect(sorted(RESULTS.glob("*.jsonl")))
 

@@ -123,6 +123,7 @@ def test_ranks_that_compute_differently_refuse_to_start() -> None:
         assert "compute.threads=1" in message
 
 
+@pytest.mark.slow
 def test_a_bf16_block_does_not_join_an_fp32_run(tiny: Config, tmp_path: Path) -> None:
     synthesis = tiny.synthesis.model_copy(update={"classes_per_group": 1})
     config = tiny.model_copy(update={"blocks": 2, "synthesis": synthesis})
@@ -198,6 +199,7 @@ def bind(folder: Path, threads: int, start: Any, won: Any) -> None:
         won.put(None)
 
 
+@pytest.mark.slow
 def test_of_tasks_that_end_their_first_groups_at_once_one_arithmetic_wins(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     for turn in range(3):
@@ -239,6 +241,7 @@ def test_statistics_of_another_precision_are_not_reused(tiny: Config) -> None:
     assert [measured(precision)[0] for precision in ("fp32", "bf16")] == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_a_group_in_another_arithmetic_is_not_resumed(
     tiny: Config, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +275,7 @@ def test_the_checkpoint_of_a_training_in_another_arithmetic_is_not_resumed(tmp_p
     assert Checkpoint(file, "this", 1e6, CPU).load({"network": network}, device, SINGLE) == {"epoch": 3}
 
 
+@pytest.mark.slow
 def test_a_bound_run_finds_its_teacher_whatever_it_was_trained_in(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +373,7 @@ def test_older_entries_of_the_cache_are_named_and_not_used(
     assert sum("another version" in line for line in listed) == 1
 
 
+@pytest.mark.slow
 def test_every_arithmetic_of_the_project_is_in_its_records(tmp_path: Path) -> None:
     options = ["student.seeds=1", "labels.regimes=['hard']", "compute.precision=auto"]
     run = pipeline.run("digits", tmp_path / "run", [*TINY, *options])

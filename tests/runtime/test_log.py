@@ -25,6 +25,7 @@ def lines_of(run: Path, name: str = "run") -> list[str]:
     return (run / "logs" / f"{name}.log").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_it_says_from_its_first_line_on_and_a_resumed_one_adds_to_it(
     tiny: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,6 +47,7 @@ def test_a_share_has_a_log_of_its_own(tiny: Config, tmp_path: Path) -> None:
     assert any(" wmdd: " in line for line in lines_of(tmp_path / "run", "blocks-0"))
 
 
+@pytest.mark.slow
 def test_ranks_other_than_0_say_nothing_until_they_have_a_warning(tiny: Config, tmp_path: Path) -> None:
     pipeline.run(tiny, tmp_path / "run", share=IMAGES)
     file = tmp_path / "run" / "blocks" / "block-00000.safetensors"

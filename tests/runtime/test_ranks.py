@@ -73,6 +73,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(ungrouped: Config, tmp_path: 
     assert len(accuracies) == 1
 
 
+@pytest.mark.slow
 def test_blocks_and_ranks_together_write_the_same_bytes(ungrouped: Config, tmp_path: Path) -> None:
     share = pipeline.Share(("teacher", "distill"))
     pipeline.run(ungrouped, tmp_path / "one", share=share)
@@ -80,6 +81,7 @@ def test_blocks_and_ranks_together_write_the_same_bytes(ungrouped: Config, tmp_p
     assert blocks_of(tmp_path / "two") == blocks_of(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_slow_rank_takes_fewer_groups_of_all_blocks_and_no_byte_changes(ungrouped: Config, tmp_path: Path) -> None:
     share = pipeline.Share(("teacher", "distill"))
     # Every block has one group: dealt block by block, one rank would do them all.
@@ -125,6 +127,7 @@ def moments_of_ranks(network: FrozenNetwork, images: Tensor, target: Any, object
     return in_ranks(size, work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [Objective(1.0, 20.0, 0.5), Objective(1.0, 20.0, 0.5, squared=False), Objective(1.0, 20.0, 0.5, per_class=False)],
@@ -165,12 +168,14 @@ def test_a_split_synthesis_follows_the_unsplit_one_and_resumes(classifier: nn.Mo
     assert (torch.tensor(halves[0]) - whole.images).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_with_split_classes_ends_and_its_teams_share_the_groups(tiny: Config, tmp_path: Path) -> None:
     split = tiny.model_copy(update={"synthesis": tiny.synthesis.model_copy(update={"split_class": 2})})
     in_ranks(4, lambda: pipeline.run(split, tmp_path / "run", share=pipeline.Share(("teacher", "distill"))))
     assert len(DistilledSet.load(tmp_path / "run")) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["synthesis.split_class", "teacher.ranks", "student.ranks"])
 def test_too_few_ranks_for_a_team_are_refused(key: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=rf"{key} = 2 does not divide the job's 1 ranks.*nproc-per-node 2"):
@@ -282,6 +287,7 @@ def together(*works: Callable[[], object]) -> list[object]:
     return found
 
 
+@pytest.mark.slow
 def test_an_agreement_costs_a_rank_three_requests_however_long_it_waits(store: torch.distributed.TCPStore) -> None:
     size = 5
     stores = [Counted(store.clone()) for _ in range(size)]
@@ -298,6 +304,7 @@ def test_an_agreement_costs_a_rank_three_requests_however_long_it_waits(store: t
     assert all(0 < one.requests <= 2 * 3 for one in stores), [one.requests for one in stores]
 
 
+@pytest.mark.slow
 def test_a_rank_that_left_before_another_got_the_outcome_is_not_lost(
     store: torch.distributed.TCPStore,
 ) -> None:
@@ -331,6 +338,7 @@ def test_a_rank_that_left_before_another_got_the_outcome_is_not_lost(
     assert together(first, second) == ["value", "value"] and noticed.is_set()
 
 
+@pytest.mark.slow
 def test_rank_0_watches_while_it_computes_and_the_others_learn_who_is_gone(store: torch.distributed.TCPStore) -> None:
     computing = threading.Event()
 
@@ -531,6 +539,7 @@ def test_a_job_on_gpus_is_bound_to_them_and_aborts_its_groups_only_after_a_failu
     assert [case for case, aborts in aborted.items() if aborts] == [("cuda", True)]
 
 
+@pytest.mark.slow
 def test_ranks_that_never_come_are_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks_module, "_PATIENCE", timedelta(seconds=1))
     here = Placement(0, 2, 0, f"tcp://127.0.0.1:{free_port()}")
@@ -552,6 +561,7 @@ def test_what_is_gathered_keeps_its_values_in_any_layout() -> None:
     assert in_ranks(2, work) == [[True, True]] * 2
 
 
+@pytest.mark.slow
 def test_ranks_of_another_run_are_refused(tiny: Config, tmp_path: Path) -> None:
     """Tasks of one srun that were each meant to do a run of their own."""
 

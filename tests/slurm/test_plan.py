@@ -111,6 +111,7 @@ def test_students_of_another_size_take_their_own_updates_and_fill_all_ranks_of_a
     assert students_a_task(probe, 20, size, ranks=2) == 2 * int(1800 / short)
 
 
+@pytest.mark.slow
 def test_a_finished_run_tells_its_speeds(digits: Config, tmp_path: Path) -> None:
     speed = measured(pipeline.run(digits, tmp_path / "run"))
     assert speed.rate and speed.rates and speed.rates[0] <= speed.rate <= speed.rates[1]
@@ -129,6 +130,7 @@ def test_arrays_stay_below_the_limit_of_the_cluster() -> None:
     assert len(dealt) <= 1000 and [item for task in dealt for item in task] == list(range(2500))
 
 
+@pytest.mark.slow
 def test_students_of_another_recipe_are_missing(digits: Config, tmp_path: Path) -> None:
     averaged = digits.model_copy(update={"student": digits.student.model_copy(update={"ema": 0.9})})
     folder = RunFolder(pipeline.run(averaged, tmp_path / "run"))
@@ -205,6 +207,7 @@ def test_some_blocks_are_submitted_alone_and_students_with_the_last_of_them(
             parse_blocks(wrong)
 
 
+@pytest.mark.slow
 def test_ten_thousand_students_are_planned_in_a_moment() -> None:
     """Work that grew with the square of their number took minutes; here the calls are counted, not the seconds."""
     config = load_config("digits", ["student.seeds=10000", "student.networks=['convnet2x8']", "student.baselines=[]"])

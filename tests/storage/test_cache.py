@@ -76,6 +76,7 @@ def test_a_finished_entry_is_read_without_a_lock_and_without_a_write(own: Path, 
     assert changes("fourth") == []
 
 
+@pytest.mark.slow
 def test_a_finished_teacher_is_read_while_another_process_holds_its_lock(
     own: Path, tiny: Config, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def mounted(own: Path) -> Iterator[Callable[[], None]]:
     subprocess.run(["umount", own], check=True)  # noqa: S607
 
 
+@pytest.mark.slow
 def test_a_read_only_store_serves_what_it_has_and_names_the_remedy_for_the_rest(
     mounted: Callable[[], None], own: Path, tiny: Config, tmp_path: Path
 ) -> None:
@@ -115,6 +117,7 @@ def test_a_read_only_store_serves_what_it_has_and_names_the_remedy_for_the_rest(
         pipeline.run(other, tmp_path / "third", share=DISTIL)
 
 
+@pytest.mark.slow
 def test_prune_keeps_what_is_in_use_and_what_a_submission_of_the_last_30_days_names(
     own: Path, tiny: Config, tmp_path: Path
 ) -> None:
@@ -167,6 +170,7 @@ def test_of_many_processes_one_decodes_to_find_what_cannot_be_read(own: Path, tm
     assert len(makers) == 1, "two processes decoded all images"
 
 
+@pytest.mark.slow
 def test_students_wait_for_a_block_that_another_machine_has_just_finished(tiny: Config, tmp_path: Path) -> None:
     alone = tiny.model_copy(update={"student": tiny.student.model_copy(update={"baselines": (), "seeds": 1})})
     run = RunFolder(pipeline.run(alone, tmp_path / "run", share=DISTIL))

@@ -16,6 +16,7 @@ from wmdd.storage.cache import cache_root
 from wmdd.storage.files import read_json, write_json
 
 
+@pytest.mark.slow
 def test_a_student_task_opens_each_block_once_and_few_other_files(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,7 @@ def test_ranks_judge_the_average_of_the_student_they_train_together(
     torch.testing.assert_close(torch.tensor(first), torch.tensor(expected))
 
 
+@pytest.mark.slow
 def test_a_run_with_every_option_ends_and_its_records_tell(tmp_path: Path) -> None:
     regimes = "labels.regimes=['hard', 'soft', 'stored']"
     pipeline.run("digits", tmp_path / "run", [*TINY, *ALL, regimes, "student.seeds=1", "student.baselines=[]"])

@@ -36,6 +36,7 @@ def test_trials_that_share_a_gpu_share_its_memory_with_room_for_their_contexts()
     assert ray_adapters.memory_share(0.1, 4 * GIB) > 0
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_later_is_used(monkeypatch):
     nodes, now = [{"CPU": 2.0}], [0.0]
     monkeypatch.setattr(ray_cluster.time, "monotonic", lambda: now[0])

@@ -283,6 +283,7 @@ def test_the_wrong_folder_and_too_many_gpus_get_one_clear_line(make, tmp_path):
         Log.load(tmp_path / "full")
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_run_one_sweep(make, tmp_path):
     sweep = make(SPACE)
     (tmp_path / "sweep").mkdir()

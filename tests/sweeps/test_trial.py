@@ -41,6 +41,7 @@ def timeless(found):
     return [{key: value for key, value in report.items() if "seconds" not in key} for report in found]
 
 
+@pytest.mark.slow
 def test_teacher_statistics_and_held_out_images_are_computed_once_for_all_trials(make, monkeypatch):
     sweep = make(
         SPACE, ("teacher.seed=77",), budget={**BUDGET, "holdout_per_class": 37}
@@ -75,6 +76,7 @@ def test_teacher_statistics_and_held_out_images_are_computed_once_for_all_trials
     assert decoded == [4 * 37]  # the hold-out, into a file that all trials map
 
 
+@pytest.mark.slow
 def test_a_trial_reports_at_its_rungs_and_is_measured_on_the_holdout(make):
     sweep = make(SPACE)
     found = reports(prepared(sweep))
@@ -108,6 +110,7 @@ def test_a_seeded_trial_repeats(make):
     assert timeless(first) == timeless(second)
 
 
+@pytest.mark.slow
 def test_a_trial_that_lost_its_worker_goes_on_at_its_last_report(make, tmp_path, monkeypatch):
     settled, saved = prepared(make(SPACE, ("synthesis.classes_per_group=2",))), tmp_path / "saved.safetensors"
     values, steps, known = {"synthesis.bn_weight": 5.0}, [], []
@@ -194,6 +197,7 @@ def test_images_count_by_their_weights_in_a_student_that_is_told_so():
     )
 
 
+@pytest.mark.slow
 def test_weights_count_in_the_moments_as_strongly_as_the_config_says(make):
     settled = prepared(make(SPACE, ("barycenter.weights=free", "ipc=4")))
     counted = {}
@@ -224,6 +228,7 @@ def test_weights_count_in_the_students_loss_as_strongly_as_the_config_says():
     assert losses.importance_of(Set, 0.5).tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", space_names())
 def test_every_shipped_space_runs(make, name):
     budget = {"iterations": 0.002, "student_epochs": 1, "student_seeds": 1, "rungs": 1}
