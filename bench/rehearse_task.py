@@ -27,6 +27,7 @@ from wmdd.launchers import last_words
 from wmdd.runs import class_partition
 from wmdd.runs.distilled_set import MappedSet
 from wmdd.runs.folder import RunFolder
+from wmdd.runtime import interpreter
 from wmdd.runtime.ranks import ranks
 from wmdd.runtime.team import Team
 from wmdd.storage.files import FORMAT, sha256, write_bytes, write_json
@@ -198,4 +199,6 @@ def _memory(name: str) -> int:
 
 
 if __name__ == "__main__":
+    interpreter.expect_many_objects()
     main(*sys.argv[1:])
+    interpreter.end(0)

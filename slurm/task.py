@@ -16,6 +16,7 @@ from slurm.attempts import STARTS_WITHOUT_PROGRESS, Attempt
 from wmdd.errors import EXIT_RESUMABLE, InputError, Interrupted, WmddError, tell
 from wmdd.runs.baselines import baseline_folders
 from wmdd.runs.folder import RunFolder
+from wmdd.runtime import interpreter
 from wmdd.runtime.device_check import DeviceFault, check_device
 from wmdd.runtime.log import on_screen
 from wmdd.runtime.placement import Placement, placement_of
@@ -56,6 +57,7 @@ class SlurmTask:
         Raises:
             SystemExit: it failed, or was asked to stop and has checkpointed.
         """
+        interpreter.expect_many_objects()
         # submitit's handlers would requeue at once, in mid-step; ours only set a flag, from here to the end.
         with on_screen(), stop_on(signal.SIGTERM, signal.SIGUSR2):
             os.environ.update({key: os.path.expandvars(value) for key, value in self.environment.items()})

@@ -114,6 +114,8 @@ def ray_session(out: Path, resources: TrialResources, address: str | None) -> It
         # Ray's messages are not needed: the sweep itself reports which trials failed, and why.
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         folder = None if address else _make_folder(out)
+        if not address:
+            _read_environment(ray)
         try:
             _connect(ray, address, folder)
             nodes = _nodes(ray)
@@ -178,6 +180,12 @@ def _connect(ray: Any, address: str | None, folder: Path | None) -> None:
         _temp_dir=str(folder),
         **quiet,
     )
+
+
+def _read_environment(ray: Any) -> None:
+    """Make Ray read its variables again: it has read them if this process imported it before."""
+    ray._raylet.Config.initialize("")
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @functools.cache

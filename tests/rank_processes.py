@@ -1,7 +1,9 @@
 """Ranks as processes of one machine, with the environment that torchrun gives them."""
 
+import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import secrets
 import socket
@@ -10,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 fork = multiprocessing.get_context("fork")
+# The programs of wmdd run exit handlers at their end.  In a fork these would be the tests' own, which delete folders.
+multiprocessing.util.register_after_fork(atexit, lambda module: module._clear())
 
 
 def free_port() -> int:

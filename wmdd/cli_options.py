@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from wmdd.errors import InputError, WmddError, tell
-from wmdd.runtime.garbage_collection import expect_many_objects
+from wmdd.runtime import interpreter
 from wmdd.runtime.log import on_screen
 
 ConfigArgument = Annotated[
@@ -47,15 +47,21 @@ def parse_blocks(text: str) -> list[int]:
     return blocks
 
 
-def answer(program: Callable[[], object]) -> None:
-    """Run a program.  A known error prints one line without a traceback, and exits with the error's code."""
-    expect_many_objects()
+def answer(program: Callable[[], object]) -> NoReturn:
+    """Run a program and end the process.  A known error prints one line without a traceback, and sets the exit code."""
+    interpreter.expect_many_objects()
+    code: object = 0
     try:
         with on_screen():
             program()
+    except SystemExit as reason:
+        code = reason.code or 0
     except WmddError as error:
         tell(error)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except KeyboardInterrupt:
         typer.echo("wmdd: interrupted", err=True)
-        sys.exit(130)
+        code = 130
+    if not isinstance(code, int):  # a message: Python prints it
+        sys.exit(str(code))
+    interpreter.end(code)

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from wmdd.errors import EXIT_RESUMABLE, InputError, Interrupted, WmddError
-from wmdd.runtime.garbage_collection import expect_many_objects
+from wmdd.runtime import interpreter
 from wmdd.runtime.log import on_screen
 from wmdd.runtime.signals import STOPS, StopRequest, stop_on
 
@@ -52,7 +52,7 @@ def main(pipe: int) -> None:
     Args:
         pipe: file descriptor of the worker's end of the pipe.
     """
-    expect_many_objects()
+    interpreter.expect_many_objects()
     parent = Connection(pipe)
     failure = None
     with on_screen(logging.WARNING), stop_on(*STOPS, afterwards=signal.SIG_IGN) as stop:
@@ -103,4 +103,5 @@ if __name__ == "__main__":
     try:
         main(int(sys.argv[1]))
     except KeyboardInterrupt:
-        sys.exit(130)
+        interpreter.end(130)
+    interpreter.end(0)

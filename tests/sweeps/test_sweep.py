@@ -112,6 +112,8 @@ def written(path: Path, text: str) -> str:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_sweep_runs_grows_and_gives_its_best_recipe(make, tmp_path):
+    import ray  # noqa: F401 - a process may have imported Ray before, without a token
+
     sweep = make(SPACE, scheduler="asha", kind="optuna")
     out = tmp_path / "sweep"
     log = run.run(sweep, out, 3, ONE)
