@@ -114,8 +114,7 @@ def ray_session(out: Path, resources: TrialResources, address: str | None) -> It
         # Ray's messages are not needed: the sweep itself reports which trials failed, and why.
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         folder = None if address else _make_folder(out)
-        if not address:
-            _read_environment(ray)
+        _read_environment(ray)
         try:
             _connect(ray, address, folder)
             nodes = _nodes(ray)
@@ -183,7 +182,11 @@ def _connect(ray: Any, address: str | None, folder: Path | None) -> None:
 
 
 def _read_environment(ray: Any) -> None:
-    """Make Ray read its variables again: it has read them if this process imported it before."""
+    """Make Ray read its variables again: it has read them if this process imported it before.
+
+    It would start its cluster without a token, and under ``uv run`` build an environment for the trials.
+    """
+    ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     ray._raylet.Config.initialize("")
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
