@@ -153,8 +153,8 @@ def test_a_killed_task_one_that_fails_twice_and_a_bad_node_cost_starts_and_no_bl
         '[ "$SLURM_ARRAY_TASK_ID" != 2 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge 2 ] || exit 3',
     )
     expected = local_blocks(config, tmp_path)
-    using = profile(cpus_per_rank=8, container=container)
-    job = submit(config, run, ("teacher", "distill"), 3, using)["distill"].job
+    launched = submit(config, run, blocks=3, using=profile(cpus_per_rank=8, container=container))
+    job = launched["distill"].job
     wait(lambda: "images ..." in log(run, f"{job}_0_"), 200, "block 0 is at work")
     ask("scancel", "--signal=KILL", step_of(f"{job}_0"))
     finish(run)
@@ -166,6 +166,9 @@ def test_a_killed_task_one_that_fails_twice_and_a_bad_node_cost_starts_and_no_bl
     assert f"excluded from the rest of this array: {bad}" in said
     assert rows(run)[1].bad_nodes == (bad,)
     assert blocks_of(run) == expected
+    ends = [ask("squeue", "-h", "-t", "all", "-j", one.job, "-o", "%e") for one in list(launched.values())[:-1]]
+    begun = ask("squeue", "-h", "-t", "all", "-j", launched["report"].job, "-o", "%S")
+    assert max("\n".join(ends).splitlines()) <= begun, "the report did not run last"
 
 
 def test_a_task_that_loses_its_node_and_is_requeued_goes_on_from_its_checkpoints(

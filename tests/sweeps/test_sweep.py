@@ -255,6 +255,9 @@ def test_sweeps_join_a_running_cluster_and_leave_it_running_whatever_becomes_of_
         assert "1 failed; trial" in said
         assert len(page.rows(run.Sweep.from_identity(log.identity), log)) == 3
 
+        said = finish(start("regularization", tmp_path / "two", *options, "--gpus", "2"), 2)
+        assert "--gpus 2: a trial uses one GPU; use 1, or a share such as 0.5" in said
+
         # A trial that was given a GPU never works on the CPU.
         said = finish(start("regularization", tmp_path / "one", *options, "--trials", "1", "--gpus", "1"), 1)
         assert "1 of 1 trials lost their worker; trial 0: WmddError: torch sees no GPU on" in said
