@@ -51,6 +51,16 @@ from wmdd.session import Session
 pytestmark = pytest.mark.ranks
 
 
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    """Wait for the threads of a test: a fork while one of them writes torch's last words inherits their locks."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive(), f"{thread.name} is left"
+
+
 @pytest.fixture
 def ungrouped(tiny: Config) -> Config:
     """Return a run whose 4 classes are 4 groups."""
@@ -381,6 +391,12 @@ def test_after_a_suspension_the_patience_with_the_others_starts_again(monkeypatc
     assert watch.notice().gone == (2,)
 
 
+def is_stopped(pid: int) -> bool:
+    """Return whether every thread of a process has stopped: until then the store still answers."""
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+    return set(states) == {"T"}
+
+
 @pytest.mark.slow
 def test_a_store_that_does_not_answer_is_no_reason_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a loss of power: no connection is closed, and no request is answered."""
@@ -400,6 +416,7 @@ def test_a_store_that_does_not_answer_is_no_reason_to_hang(monkeypatch: pytest.M
         peers = Peers(torch.distributed.TCPStore("127.0.0.1", port), 1, 2, lambda: False)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
+        wait_until(lambda: is_stopped(process.pid), 60)
         with pytest.raises(PeerLost, match="rank 1 of 2: the rank that hosts the job's key-value store is gone"):
             peers.ticket("groups")
         assert peers.missing() == [0]
